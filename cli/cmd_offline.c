@@ -1,0 +1,248 @@
+/* The volume verbs on a store that no daemon uses. They give the documents that the daemon gives (docs/control.md);
+ * what only a running daemon knows is null.
+ */
+#include "cli/cli.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "core/os/cleanup.h"
+
+static int fail_err(const struct cli *c, int rc, const struct err *e)
+{
+	/* That a volume was looked for is not what was asked. */
+	const char *text = e->text[0] ? e->text : err_short(rc), *behind;
+	if (strncmp(text, "find ", 5) == 0 && (behind = strstr(text, ": ")) != NULL)
+		text = behind + 2;
+	return cli_fail_text(c, cli_interrupted() ? 128 + cli_interrupted() : err_exit(rc), text);
+}
+
+static int made(const struct cli *c, json_t *doc, json_t **ret)
+{
+	if (!doc)
+		return cli_fail(c, ERR_NOMEM, "out of memory");
+	*ret = doc;
+	return 0;
+}
+
+int offline_create(struct cli *c, struct store *st, const char *name, uint64_t size, const char *group, json_t **ret)
+{
+	struct err e = {0};
+	cli_defer_signals(true);
+	int rc = store_create_volume(st, name, size, group ? group : name, &e);
+	store_close(st);
+	cli_defer_signals(false);
+	if (rc < 0)
+		return fail_err(c, rc, &e);
+	return made(c,
+		    json_pack("{s:i, s:s, s:s, s:I}", "schema", 1, "volume", name, "group", group ? group : name,
+			      "size", (json_int_t)size),
+		    ret);
+}
+
+static int on_copy(void *arg, uint64_t done, uint64_t total)
+{
+	progress_step(arg, done, total);
+	return cli_interrupted();
+}
+
+int offline_import(struct cli *c, struct store *st, const char *name, const char *file, const char *group,
+		   const char *format, json_t **ret)
+{
+	struct err e = {0};
+	struct progress p;
+	_cleanup_free_ struct repl_meta *m = NULL;
+	uint32_t i = 0;
+	char label[128];
+	int rc;
+
+	(void)snprintf(label, sizeof(label), "import %.70s", name);
+	progress_init(&p, c->out.progress, stderr, label);
+	cli_defer_signals(true);
+	rc = store_import(st, name, file, format, group ? group : name, on_copy, &p, &e);
+	progress_end(&p);
+	if (rc == 0)
+		rc = store_find_volume(st, name, &m, &i, &e);
+	store_close(st);
+	cli_defer_signals(false);
+	if (rc < 0)
+		return fail_err(c, rc, &e);
+	return made(c,
+		    json_pack("{s:i, s:s, s:s, s:I, s:s}", "schema", 1, "volume", name, "group", m->group, "size",
+			      (json_int_t)m->volumes[i].size, "format", "raw"),
+		    ret);
+}
+
+int offline_open(struct store *st, const struct repl_meta *m, uint32_t i, struct volume **ret, struct err *e)
+{
+	_cleanup_free_ uint64_t *numbers = calloc(m->n_ckpts ? m->n_ckpts : 1, sizeof(*numbers));
+	if (!numbers)
+		return err_set(e, ERR_NOMEM, "out of memory");
+	for (uint32_t k = 0; k < m->n_ckpts; k++)
+		numbers[k] = m->ckpts[k].number;
+	const struct volume_open_args args = {
+	    .name = m->volumes[i].name,
+	    .size = m->volumes[i].size,
+	    .durability = store_info(st)->durability,
+	    .ckpts = numbers,
+	    .n_ckpts = m->n_ckpts,
+	    .active_id = m->active_id,
+	};
+	return volume_open(store_storage(st), &args, ret, e);
+}
+
+/* What the volume's file in the mount would show (SPEC 5). */
+static int plain_layer(const struct repl_meta *m, enum volume_layer *layer, uint64_t *ckpt, struct err *e)
+{
+	bool view = m->state == STATE_FAILOVER || m->state == STATE_FAILOVER_FAILED ||
+		    (m->state == STATE_RUNNING && m->role == ROLE_SECONDARY);
+	if (m->inconsistent || (m->state == STATE_NONE && m->role == ROLE_SECONDARY))
+		return err_set(e, ERR_STATE,
+			       "this host's copy is not a whole disk yet (%s, %s); export a checkpoint with NAME@N, or "
+			       "on the peer",
+			       role_name(m->role), state_name(m->state));
+	if (view && m->broken)
+		return err_set(e, ERR_STATE,
+			       "no checkpoint is valid, so there is no image to export; let the group sync first");
+	*layer = view ? LAYER_VIEW : LAYER_DISK;
+	*ckpt = view ? m->base : 0;
+	return 0;
+}
+
+int offline_export(struct cli *c, struct store *st, const char *name, uint64_t ckpt, const char *file, json_t **ret)
+{
+	struct err e = {0};
+	struct progress p;
+	struct volume *v = NULL;
+	_cleanup_free_ struct repl_meta *m = NULL;
+	enum volume_layer layer = LAYER_IMAGE;
+	uint32_t i = 0;
+	uint64_t at = ckpt;
+	char label[128];
+
+	cli_defer_signals(true);
+	int rc = store_find_volume(st, name, &m, &i, &e);
+	if (rc == 0 && ckpt && repl_meta_find_ckpt(m, ckpt) < 0)
+		rc = err_set(&e, ERR_NOENT, "%s keeps no checkpoint %llu; repctl show %s lists those it keeps",
+			     m->group, (unsigned long long)ckpt, name);
+	if (rc == 0 && !ckpt)
+		rc = plain_layer(m, &layer, &at, &e);
+	if (rc == 0)
+		rc = offline_open(st, m, i, &v, &e);
+	if (rc == 0) {
+		(void)snprintf(label, sizeof(label), "export %.70s", c->args[0]);
+		progress_init(&p, c->out.progress, stderr, label);
+		rc = volume_export(v, layer, at, file, on_copy, &p, &e);
+		progress_end(&p);
+		volume_close(v);
+	}
+	store_close(st);
+	cli_defer_signals(false);
+	if (rc < 0)
+		return fail_err(c, rc, &e);
+	return made(c,
+		    json_pack("{s:i, s:s, s:s, s:I}", "schema", 1, "volume", name, "file", file, "size",
+			      (json_int_t)m->volumes[i].size),
+		    ret);
+}
+
+static json_t *volume_json(struct store *st, const struct repl_meta *m, uint32_t i)
+{
+	const struct repl_volume *v = &m->volumes[i];
+	char path[STORAGE_PATH_MAX];
+	struct disk *d = NULL;
+	uint64_t allocated;
+	json_t *j = json_null();
+	(void)snprintf(path, sizeof(path), "volumes/%s/disk.raw", v->name);
+	if (storage_open(store_storage(st), path, STORAGE_RDONLY, &d) == 0) {
+		if (disk_allocated(d, &allocated) == 0)
+			j = json_integer((json_int_t)allocated);
+		disk_close(d);
+	}
+	return json_pack("{s:s, s:s, s:I, s:I, s:s, s:s, s:o}", "name", v->name, "group", m->group, "size",
+			 (json_int_t)v->size, "id", (json_int_t)v->id, "role", role_name(m->role), "state",
+			 state_name(m->state), "allocated", j);
+}
+
+struct group_names {
+	unsigned n;
+	char name[STORE_GROUPS_MAX][NAME_SIZE];
+};
+
+static int collect(void *arg, const char *group)
+{
+	struct group_names *g = arg;
+	if (g->n == STORE_GROUPS_MAX)
+		return -ERR_LIMIT;
+	(void)snprintf(g->name[g->n++], NAME_SIZE, "%s", group);
+	return 0;
+}
+
+static int by_name(const void *a, const void *b)
+{
+	return strcmp(a, b);
+}
+
+int offline_list(struct cli *c, struct store *st, json_t **ret)
+{
+	struct err e = {0};
+	_cleanup_free_ struct group_names *g = calloc(1, sizeof(*g));
+	json_t *volumes = json_array();
+	int exit_code = 0;
+	int rc = g && volumes ? store_list_groups(st, collect, g) : -ERR_NOMEM;
+	if (rc < 0) {
+		json_decref(volumes);
+		store_close(st);
+		return cli_fail(c, rc, "the store's groups can't be listed: %s", err_short(rc));
+	}
+	qsort(g->name, g->n, NAME_SIZE, by_name);
+	for (unsigned k = 0; k < g->n; k++) {
+		struct repl_meta *m = NULL;
+		e = (struct err){0};
+		rc = store_load_group(st, g->name[k], &m, &e);
+		if (rc < 0) {
+			exit_code = fail_err(c, rc, &e);
+			continue;
+		}
+		for (uint32_t i = 0; i < m->n_volumes; i++)
+			(void)json_array_append_new(volumes, volume_json(st, m, i));
+		free(m);
+	}
+	store_close(st);
+	json_t *doc = json_pack("{s:i, s:o}", "schema", 1, "volumes", volumes);
+	rc = made(c, doc, ret);
+	return rc ? rc : exit_code;
+}
+
+int offline_show(struct cli *c, struct store *st, const char *name, json_t **ret)
+{
+	struct err e = {0};
+	_cleanup_free_ struct repl_meta *m = NULL;
+	uint32_t i = 0;
+	char path[CLI_PATH_MAX + STORAGE_PATH_MAX], uuid[40];
+	int rc = store_find_volume(st, name, &m, &i, &e);
+	if (rc < 0) {
+		store_close(st);
+		return fail_err(c, rc, &e);
+	}
+	json_t *doc = json_object(), *facts = volume_json(st, m, i), *ckpts = json_array();
+	store_close(st);
+	const uint8_t *u = m->volumes[i].uuid;
+	(void)snprintf(uuid, sizeof(uuid), "%02x%02x%02x%02x-%02x%02x-%02x%02x-%02x%02x-%02x%02x%02x%02x%02x%02x", u[0],
+		       u[1], u[2], u[3], u[4], u[5], u[6], u[7], u[8], u[9], u[10], u[11], u[12], u[13], u[14], u[15]);
+	(void)snprintf(path, sizeof(path), "%s/volumes/%s/disk.raw", c->store_path, name);
+	for (uint32_t k = 0; k < m->n_ckpts; k++)
+		(void)json_array_append_new(ckpts, json_integer((json_int_t)m->ckpts[k].number));
+	rc = json_object_set_new(doc, "schema", json_integer(1));
+	rc |= json_object_update(doc, facts);
+	rc |= json_object_set_new(doc, "uuid", json_string(uuid));
+	rc |= json_object_set_new(doc, "path", json_null());
+	rc |= json_object_set_new(doc, "store_path", json_string(path));
+	rc |= json_object_set_new(doc, "checkpoints", ckpts);
+	json_decref(facts);
+	if (rc) {
+		json_decref(doc);
+		doc = NULL;
+	}
+	return made(c, doc, ret);
+}

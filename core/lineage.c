@@ -1,0 +1,156 @@
+/* Who syncs to whom (SPEC 8). DRBD's table in meaning; the rules in brackets are the model's names.
+ *
+ * What makes the answer safe: a generation begins, durably, before a side completes anything that the other lacks
+ * (BUMPFIRST), so equal generations mean that all that differs is in someone's dirty set; a target adopts a lineage
+ * only when it holds all of it (ADOPTEND), so "your bitmap generation is my current" means partial is enough.
+ */
+#include "core/lineage.h"
+
+#include "core/check.h"
+
+static void history_push(struct lineage *l, uint64_t g)
+{
+	if (g == 0)
+		return;
+	for (unsigned i = GENERATIONS_MAX - 1; i > 0; i--)
+		l->history[i] = l->history[i - 1];
+	l->history[0] = g;
+}
+
+void lineage_begin(struct lineage *l, uint64_t g)
+{
+	PRE(g != 0);
+	if (l->bitmap == 0)
+		l->bitmap = l->current;
+	else
+		history_push(l, l->current);
+	l->current = g;
+}
+
+void lineage_in_sync(struct lineage *l)
+{
+	history_push(l, l->bitmap);
+	l->bitmap = 0;
+}
+
+void lineage_adopt(struct lineage *l, const struct lineage *source)
+{
+	*l = *source;
+	lineage_in_sync(l);
+}
+
+bool lineage_has(const struct lineage *l, uint64_t g)
+{
+	if (g == 0)
+		return false;
+	for (unsigned i = 0; i < GENERATIONS_MAX; i++)
+		if (l->history[i] == g)
+			return true;
+	return false;
+}
+
+/* g is l's own, its bitmap generation, or in its past. */
+static bool knows(const struct lineage *l, uint64_t g)
+{
+	return g != 0 && (l->current == g || l->bitmap == g || lineage_has(l, g));
+}
+
+static bool unfinished(const struct wire_join *t)
+{
+	return (t->flags & WIRE_JOIN_INCONSISTENT) != 0;
+}
+
+/* The generations alone, roles aside. */
+static enum lineage_decision by_generations(const struct wire_join *const j[2], int *ret_source)
+{
+	const struct lineage *a = &j[0]->lineage, *b = &j[1]->lineage;
+	if (a->current == b->current) {
+		if (a->current == 0)
+			return LINEAGE_UNRELATED;
+		*ret_source = j[0]->role == ROLE_PRIMARY ? 0 : 1;
+		return j[0]->role == ROLE_PRIMARY && j[1]->role == ROLE_PRIMARY ? LINEAGE_SPLIT : LINEAGE_EQUAL;
+	}
+	for (int i = 0; i < 2; i++) {
+		const struct lineage *x = &j[i]->lineage, *y = &j[!i]->lineage;
+		if (x->bitmap != 0 && x->bitmap == y->current) {
+			*ret_source = i;
+			return LINEAGE_PARTIAL;
+		}
+	}
+	for (int i = 0; i < 2; i++) {
+		if (lineage_has(&j[i]->lineage, j[!i]->lineage.current)) {
+			*ret_source = i;
+			return LINEAGE_FULL;
+		}
+	}
+	if (knows(b, a->bitmap) || knows(a, b->bitmap))
+		return LINEAGE_SPLIT;
+	for (unsigned k = 0; k < GENERATIONS_MAX; k++)
+		if (lineage_has(a, b->history[k]))
+			return LINEAGE_SPLIT;
+	return LINEAGE_UNRELATED;
+}
+
+enum lineage_decision lineage_decide(const struct wire_join *a, const struct wire_join *b, int *ret_source)
+{
+	const struct wire_join *const j[2] = {a, b};
+	/* A resolved or halted pair stays halted until `resolve`. */
+	if ((a->flags | b->flags) & WIRE_JOIN_SPLIT)
+		return LINEAGE_SPLIT;
+	for (int i = 0; i < 2; i++) {
+		const struct wire_join *t = j[i], *o = j[!i];
+		if (t->role != ROLE_SECONDARY || o->role != ROLE_PRIMARY || unfinished(o))
+			continue;
+		/* [SYNCFROM] an unfinished target of o goes on partially, without a new decision */
+		if (unfinished(t) && knows(&o->lineage, t->sync_from)) {
+			*ret_source = !i;
+			return LINEAGE_PARTIAL;
+		}
+		/* Made for this protection, or its owner asked for it: everything. */
+		if ((o->flags & WIRE_JOIN_PROTECT) != 0 &&
+		    ((t->flags & WIRE_JOIN_FRESH) != 0 || (o->flags & WIRE_JOIN_ADOPT) != 0)) {
+			*ret_source = !i;
+			return LINEAGE_FULL;
+		}
+	}
+	int source = 0;
+	enum lineage_decision d = by_generations(j, &source);
+	if (d == LINEAGE_SPLIT || d == LINEAGE_UNRELATED)
+		return d;
+	const struct wire_join *s = j[source], *t = j[!source];
+	if (d == LINEAGE_EQUAL && (s->role != ROLE_PRIMARY || t->role != ROLE_SECONDARY))
+		return LINEAGE_NO_SOURCE;
+	if (t->role == ROLE_PRIMARY) {
+		/* The other side is ahead of a primary. It failed over [PRIMTGT]: the primary steps down; a secondary that
+		 * wrote after a stop instead is a split brain, whatever the primary did (SPEC 5). */
+		if (s->role == ROLE_SECONDARY)
+			return LINEAGE_SPLIT;
+		*ret_source = source;
+		return LINEAGE_SHUT_OUT;
+	}
+	if (s->role != ROLE_PRIMARY || t->role != ROLE_SECONDARY || unfinished(s))
+		return LINEAGE_NO_SOURCE;
+	*ret_source = source;
+	return d;
+}
+
+const char *lineage_decision_name(enum lineage_decision d)
+{
+	switch (d) {
+	case LINEAGE_EQUAL:
+		return "equal";
+	case LINEAGE_PARTIAL:
+		return "partial";
+	case LINEAGE_FULL:
+		return "full";
+	case LINEAGE_SPLIT:
+		return "split brain";
+	case LINEAGE_UNRELATED:
+		return "unrelated";
+	case LINEAGE_SHUT_OUT:
+		return "shut out";
+	case LINEAGE_NO_SOURCE:
+		return "no source";
+	}
+	return "?";
+}

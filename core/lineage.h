@@ -1,0 +1,30 @@
+/* Who syncs to whom: the decision over both sides' generations as one pure function (SPEC 8; the table is DRBD's in
+ * meaning). Both hosts compute it from the two JOINs and must come to the same answer. */
+#ifndef REPFS_CORE_LINEAGE_H
+#define REPFS_CORE_LINEAGE_H
+
+#include "core/wire.h"
+
+enum lineage_decision {
+	LINEAGE_EQUAL,     /* the dirty regions of both, from the primary */
+	LINEAGE_PARTIAL,   /* the dirty regions of both, from `source` */
+	LINEAGE_FULL,      /* everything, from `source` */
+	LINEAGE_SPLIT,     /* both wrote alone */
+	LINEAGE_UNRELATED, /* nothing in common: refuse */
+	LINEAGE_SHUT_OUT,  /* the primary's peer has failed over and is ahead; the primary wrote nothing alone */
+	LINEAGE_NO_SOURCE, /* neither side may be the source (both inconsistent, or the source is not a primary) */
+};
+
+/* a is the dialer, b the listener. *ret_source: 0 = a, 1 = b; set for EQUAL, PARTIAL, FULL, SHUT_OUT (the survivor). */
+enum lineage_decision lineage_decide(const struct wire_join *a, const struct wire_join *b, int *ret_source);
+const char *lineage_decision_name(enum lineage_decision d);
+
+/* Begins generation g: current → bitmap if that is free, else into the history. */
+void lineage_begin(struct lineage *l, uint64_t g);
+/* The peer is in sync: bitmap moves to the history. */
+void lineage_in_sync(struct lineage *l);
+/* What a target adopts from its source. */
+void lineage_adopt(struct lineage *l, const struct lineage *source);
+bool lineage_has(const struct lineage *l, uint64_t g); /* in the history, g != 0 */
+
+#endif

@@ -1,0 +1,1122 @@
+/* The replication core: dispatch, metadata changes, and the life of a guest's request.
+ *
+ * A guest's write:
+ *
+ *   gate → claim its blocks → [alone: begin a generation, durable] → [clean region: intent bit, durable] → dirty bit →
+ *   local write → [session: number it, send it] → release the claim → complete as the protocol says
+ *
+ * The order is what holds I4 and I5: the generation before anything completes without the peer (BUMPFIRST), the intent
+ * bit before the write (BITFIRST), the number and the send under the claim, so that both hosts see overlapping writes
+ * in one order (I6).
+ *
+ * Metadata: every durable change of the group's record is a transaction (enum tx_kind). One is under way at a time: it
+ * is prepared on a copy (`next`), saved by the shell as one write that decides, and becomes `meta` when it is durable;
+ * a failed save leaves `meta` as it was and the transaction's initiator is told.
+ */
+#include "core/repl_internal.h"
+
+#include <stdio.h>
+#include <string.h>
+
+#include "core/check.h"
+#include "core/sm.h"
+
+#define BIT(n) (1U << (n))
+
+/* SPEC 5's moves. RUNNING→RUNNING (switchover) and same-state saves do not go through it. */
+const struct sm_table repl_states = {
+        .name = "group",
+        .n = 5,
+        .state_names = {"NONE", "RUNNING", "FAILOVER", "FAILOVER_FAILED", "DONE"},
+        .allowed =
+                {
+                        [STATE_NONE] = BIT(STATE_RUNNING) | BIT(STATE_FAILOVER) | BIT(STATE_DONE),
+                        [STATE_RUNNING] = BIT(STATE_DONE) | BIT(STATE_FAILOVER) | BIT(STATE_NONE),
+                        [STATE_FAILOVER] = BIT(STATE_DONE) | BIT(STATE_FAILOVER_FAILED),
+                        [STATE_FAILOVER_FAILED] = BIT(STATE_FAILOVER),
+                        [STATE_DONE] = BIT(STATE_NONE),
+                },
+};
+
+void repl_state_move(struct repl_meta *m, unsigned to)
+{
+	if (m->state != to)
+		sm_move(&repl_states, &m->state, to);
+}
+
+const char *link_state_name(unsigned s)
+{
+	static const char *const names[] = {"DOWN", "HANDSHAKE", "RESYNC", "SYNCED"};
+	return s < ARRAY_LEN(names) ? names[s] : "?";
+}
+
+enum repl_serving repl_serving(const struct repl_meta *m, bool holding)
+{
+	if (m->role == ROLE_SECONDARY) {
+		if (m->state == STATE_RUNNING)
+			return m->broken ? SERVING_EIO : SERVING_VIEW;
+		return m->state == STATE_DONE ? SERVING_DISK : SERVING_EIO;
+	}
+	if (m->state == STATE_FAILOVER || m->state == STATE_FAILOVER_FAILED)
+		return SERVING_VIEW;
+	return holding ? SERVING_HOLD : SERVING_DISK;
+}
+
+/* ---- lists, emitting ---- */
+
+void list_push(struct repl_list *l, struct repl_io *io)
+{
+	PRE(io->list == NULL);
+	io->list = l;
+	io->next = NULL;
+	io->prev = l->tail;
+	if (l->tail)
+		l->tail->next = io;
+	else
+		l->head = io;
+	l->tail = io;
+	l->count++;
+}
+
+void list_remove(struct repl_io *io)
+{
+	struct repl_list *l = io->list;
+	PRE(l != NULL);
+	if (io->prev)
+		io->prev->next = io->next;
+	else
+		l->head = io->next;
+	if (io->next)
+		io->next->prev = io->prev;
+	else
+		l->tail = io->prev;
+	io->next = io->prev = NULL;
+	io->list = NULL;
+	l->count--;
+}
+
+struct repl_io *list_pop(struct repl_list *l)
+{
+	struct repl_io *io = l->head;
+	if (io)
+		list_remove(io);
+	return io;
+}
+
+void repl_emit(struct repl *r, struct repl_action *a)
+{
+	r->emit(r->emit_arg, a);
+}
+
+void repl_log(struct repl *r, int level, const char *fmt, ...)
+{
+	char text[ERR_TEXT_MAX];
+	va_list ap;
+	va_start(ap, fmt);
+	(void)vsnprintf(text, sizeof(text), fmt, ap);
+	va_end(ap);
+	repl_emit(r, &(struct repl_action){.type = ACT_LOG, .level = level, .text = text});
+}
+
+void repl_set_error(struct repl *r, int code, const char *operation, int volume, uint64_t off, uint64_t len, const char *fmt,
+                    ...)
+{
+	char text[ERR_TEXT_MAX];
+	va_list ap;
+	va_start(ap, fmt);
+	(void)vsnprintf(text, sizeof(text), fmt, ap);
+	va_end(ap);
+	repl_log(r, 0, "%s", text);
+	if (r->error.code) /* the first one is kept (SPEC 5) */
+		return;
+	r->error.code = code < 0 ? -code : code;
+	(void)snprintf(r->error.operation, sizeof(r->error.operation), "%s", operation);
+	(void)snprintf(r->error.volume, sizeof(r->error.volume), "%s", volume < 0 ? "" : r->meta->volumes[volume].name);
+	(void)snprintf(r->error.text, sizeof(r->error.text), "%s", text);
+	r->error.off = off;
+	r->error.len = len;
+	r->error.time_ns = r->wall_ns;
+}
+
+/* splitmix64: reproducible from the seed; uniqueness of generations rests on 64 random bits a start. */
+uint64_t repl_random(struct repl *r)
+{
+	uint64_t z = r->random += UINT64_C(0x9E3779B97F4A7C15);
+	z = (z ^ (z >> 30)) * UINT64_C(0xBF58476D1CE4E5B9);
+	z = (z ^ (z >> 27)) * UINT64_C(0x94D049BB133111EB);
+	z ^= z >> 31;
+	return z ? z : 1;
+}
+
+void repl_submit(struct repl *r, struct repl_io *io, enum repl_target target)
+{
+	io->target = target;
+	io->save_failed = false;
+	repl_emit(r, &(struct repl_action){.type = ACT_SUBMIT, .io = io});
+}
+
+void repl_complete(struct repl *r, struct repl_io *io, int error)
+{
+	PRE(io->list == NULL && !io->claim.added && !io->internal);
+	io->phase = PHASE_NONE;
+	repl_emit(r, &(struct repl_action){.type = ACT_COMPLETE, .io = io, .error = error});
+}
+
+void repl_command_done(struct repl *r, struct repl_command *c, int error, const char *fmt, ...)
+{
+	if (c == NULL)
+		return;
+	if (error) {
+		va_list ap;
+		va_start(ap, fmt);
+		err_setv(&c->err, -error, fmt, ap);
+		va_end(ap);
+	}
+	repl_emit(r, &(struct repl_action){.type = ACT_CMD_DONE, .command = c, .error = error});
+}
+
+/* ---- metadata transactions ---- */
+
+struct tx *repl_tx(struct repl *r, enum tx_kind kind)
+{
+	PRE(r->tx_count < TX_MAX);
+	struct tx *t = &r->txq[(r->tx_head + r->tx_count++) % TX_MAX];
+	memset(t, 0, sizeof(*t));
+	t->kind = kind;
+	t->session = r->session;
+	return t;
+}
+
+bool repl_tx_pending(const struct repl *r, enum tx_kind kind)
+{
+	if (r->saving && r->tx.kind == kind)
+		return true;
+	for (unsigned i = 0; i < r->tx_count; i++)
+		if (r->txq[(r->tx_head + i) % TX_MAX].kind == kind)
+			return true;
+	return false;
+}
+
+static void begin_generation(struct repl *r, struct repl_meta *m)
+{
+	lineage_begin(&m->lineage, repl_random(r));
+	m->alone = true;
+}
+
+/* Edits `m`, a copy of the record. False: it no longer applies, nothing is saved. */
+static bool tx_prepare(struct repl *r, struct tx *t, struct repl_meta *m)
+{
+	m->ckpt_max = max_u64(m->ckpt_max, r->ckpt_used);
+	switch (t->kind) {
+	case TX_BUMP:
+		if (m->alone)
+			return false;
+		begin_generation(r, m);
+		return true;
+	case TX_ACTIVATE:
+		if (t->session != r->session)
+			return false;
+		if (m->role != ROLE_PRIMARY) {
+			m->role = ROLE_PRIMARY;
+			if (m->state == STATE_DONE)
+				repl_state_move(m, STATE_NONE);
+		}
+		if (m->state == STATE_DONE)
+			repl_state_move(m, STATE_NONE);
+		repl_state_move(m, STATE_RUNNING);
+		if (m->lineage.current == 0)
+			begin_generation(r, m);
+		m->alone = false;
+		m->has_peer = true;
+		if (r->protect) {
+			(void)snprintf(m->peer, sizeof(m->peer), "%s", r->dial_addr);
+			memset(m->peer_store, 0, sizeof(m->peer_store));
+			m->target = m->received = m->received_bytes = m->failover_generation = 0;
+		}
+		return true;
+	case TX_IN_SYNC:
+		if (t->session != r->session)
+			return false;
+		lineage_in_sync(&m->lineage);
+		return true;
+	case TX_SHUT_OUT:
+		m->role = ROLE_SECONDARY;
+		repl_state_move(m, STATE_NONE);
+		m->shut_out = true;
+		return true;
+	case TX_SPLIT:
+		if (m->split_brain)
+			return false;
+		m->split_brain = true;
+		return true;
+	case TX_CKPT:
+		m->last_stream = max_u64(m->last_stream, t->number);
+		return true;
+	case TX_STOPPED:
+		if (t->number)
+			m->last_stream = max_u64(m->last_stream, t->number);
+		repl_state_move(m, STATE_DONE);
+		return true;
+	case TX_SETTINGS:
+		m->settings = t->settings;
+		return true;
+	default:
+		secondary_prepare(r, t, m);
+		return true;
+	}
+}
+
+static void tx_done(struct repl *r, struct tx *t, int error);
+
+void repl_tx_run(struct repl *r)
+{
+	while (!r->saving && r->tx_count) {
+		r->tx = r->txq[r->tx_head];
+		r->tx_head = (r->tx_head + 1) % TX_MAX;
+		r->tx_count--;
+		*r->next = *r->meta;
+		r->tx.active_id = r->meta->active_id;
+		if (!tx_prepare(r, &r->tx, r->next)) {
+			struct tx t = r->tx;
+			tx_done(r, &t, t.kind == TX_BUMP || t.kind == TX_SPLIT ? 0 : -ERR_CANCELED);
+			continue;
+		}
+		r->saving = true;
+		repl_emit(r, &(struct repl_action){.type = ACT_SAVE_META,
+		                                   .meta = r->next,
+		                                   .ckpt = r->tx.opened,
+		                                   .active_id = r->tx.active_id,
+		                                   .drop = r->tx.dropped});
+	}
+}
+
+static void bump_done(struct repl *r, int error);
+
+static void tx_done(struct repl *r, struct tx *t, int error)
+{
+	switch (t->kind) {
+	case TX_BUMP:
+		bump_done(r, error);
+		break;
+	case TX_ACTIVATE:
+	case TX_SECONDARY:
+	case TX_RESTART:
+	case TX_SHUT_OUT:
+	case TX_SPLIT:
+		session_tx_done(r, t, error);
+		break;
+	case TX_IN_SYNC:
+	case TX_CKPT:
+	case TX_STOPPED:
+		primary_tx_done(r, t, error);
+		break;
+	case TX_SETTINGS:
+		if (t->command && error)
+			repl_command_done(r, t->command, error, "the settings could not be saved: %s", err_short(error));
+		else if (t->command && primary_live(r)) {
+			r->setting = t->command;
+			primary_settings_changed(r);
+		} else if (t->command)
+			repl_command_done(r, t->command, 0, " ");
+		else if (t->number && !error)
+			session_send(r, WIRE_SETTINGS_ACK, t->number, 0, 0, 0, NULL, 0);
+		break;
+	default:
+		secondary_tx_done(r, t, error);
+		break;
+	}
+}
+
+static void meta_saved(struct repl *r, const struct repl_event *ev)
+{
+	PRE(r->saving);
+	r->saving = false;
+	struct tx t = r->tx;
+	t.arg = ev->bytes ? ev->bytes : t.arg;
+	if (ev->error == 0) {
+		struct repl_meta *old = r->meta;
+		INVARIANT(r->next->ckpt_max >= old->ckpt_max);
+		r->meta = r->next;
+		r->next = old;
+		r->ckpt_used = max_u64(r->ckpt_used, r->meta->ckpt_max);
+		repl_emit(r, &(struct repl_action){.type = ACT_SERVING, .meta = r->meta});
+	} else {
+		repl_set_error(r, ev->error, "metadata", -1, 0, 0, "the group's record could not be saved: %s", err_short(ev->error));
+	}
+	tx_done(r, &t, ev->error);
+	repl_tx_run(r);
+	repl_gate_run(r);
+}
+
+/* ---- the life of a guest's request ---- */
+
+static bool is_flush(const struct repl_io *io)
+{
+	return io->kind == REPL_FLUSH;
+}
+
+static bool frozen(const struct repl *r)
+{
+	return r->meta->settings.on_disconnect == ON_DISCONNECT_FREEZE && r->meta->role == ROLE_PRIMARY &&
+	       r->meta->state == STATE_RUNNING && r->link != LINK_SYNCED && r->link != LINK_RESYNC;
+}
+
+static bool gate_open(const struct repl *r, const struct repl_io *io)
+{
+	if (r->holding || r->activating || r->stopping || r->failing_over || r->finalising)
+		return false;
+	if (frozen(r) || (!is_flush(io) && secondary_switching(r)))
+		return false;
+	/* The queue to the peer is full: new writes wait (on_congestion=block). */
+	if (!is_flush(io) && primary_live(r) && r->queue_bytes >= r->meta->settings.queue_max_bytes)
+		return false;
+	return true;
+}
+
+static void claim_set(struct repl_io *io)
+{
+	struct range b = range_align_out((struct range){io->off, io->len}, BLOCK_SIZE);
+	io->claim.volume = io->volume;
+	io->claim.shared = false;
+	io->claim.off = b.off;
+	io->claim.end = range_end(b);
+}
+
+static void io_granted(struct repl *r, struct repl_io *io);
+
+static void io_start(struct repl *r, struct repl_io *io)
+{
+	if (repl_serving(r->meta, false) == SERVING_EIO || r->shutdown) {
+		repl_complete(r, io, -ERR_IO);
+		return;
+	}
+	io->start_ns = r->now_ns;
+	if (is_flush(io)) {
+		r->counters.flushes++;
+		primary_flush_start(r, io);
+		return;
+	}
+	r->counters.writes++;
+	r->counters.write_bytes += io->len;
+	r->writes_in_flight++;
+	io->phase = PHASE_CLAIM;
+	claim_set(io);
+	if (reqset_add(&r->claims, &io->claim))
+		io_granted(r, io);
+}
+
+void repl_gate_run(struct repl *r)
+{
+	/* One pass: what is gated behind a full queue waits in order. */
+	while (r->gated.head && gate_open(r, r->gated.head))
+		io_start(r, list_pop(&r->gated));
+}
+
+static void ev_io(struct repl *r, struct repl_io *io)
+{
+	PRE(io->len > 0 || is_flush(io));
+	if (r->gated.head || !gate_open(r, io)) {
+		if (r->shutdown) {
+			repl_complete(r, io, -ERR_IO);
+			return;
+		}
+		io->phase = PHASE_GATED;
+		list_push(&r->gated, io);
+		return;
+	}
+	io_start(r, io);
+}
+
+void repl_release_claim(struct repl *r, struct repl_io *io)
+{
+	if (io->claim.added)
+		repl_ready_claims(r, reqset_remove(&r->claims, &io->claim));
+}
+
+void repl_ready_claims(struct repl *r, struct reqset_claim *ready)
+{
+	while (ready) {
+		struct reqset_claim *c = ready;
+		ready = c->next_ready;
+		struct repl_io *io = CONTAINER_OF(c, struct repl_io, claim);
+		switch (io->kind) {
+		case REPL_RESYNC_SCAN:
+		case REPL_RESYNC_READ:
+			primary_resync_granted(r, io);
+			break;
+		case REPL_COMMIT:
+			secondary_commit_granted(r, io);
+			break;
+		default:
+			if (io->list == &r->window)
+				secondary_granted(r, io);
+			else
+				io_granted(r, io);
+		}
+	}
+}
+
+static void want_bump(struct repl *r, struct repl_io *io, enum phase phase)
+{
+	io->phase = (uint8_t)phase;
+	list_push(&r->bumping, io);
+	if (!repl_tx_pending(r, TX_BUMP))
+		repl_tx(r, TX_BUMP);
+	repl_tx_run(r);
+}
+
+static void io_intent(struct repl *r, struct repl_io *io);
+
+static void io_finish(struct repl *r, struct repl_io *io, int error)
+{
+	repl_release_claim(r, io);
+	repl_complete(r, io, error);
+}
+
+/* A generation was begun (or could not be). */
+static void bump_done(struct repl *r, int error)
+{
+	struct repl_list waiting = r->bumping;
+	r->bumping = (struct repl_list){0};
+	for (struct repl_io *io = waiting.head, *next; io; io = next) {
+		next = io->next;
+		io->next = io->prev = NULL;
+		io->list = NULL;
+		if (error == 0 && io->phase == PHASE_BUMP) {
+			io_intent(r, io);
+			continue;
+		}
+		if (io->phase == PHASE_BUMP)
+			r->writes_in_flight--;
+		io_finish(r, io, error);
+	}
+	primary_stop_check(r);
+}
+
+/* Complete it on this host's word alone: the generation first [BUMPFIRST, BUMPFLUSH, BUMPC]. A group that never had a
+ * peer begins one with its first write only (cur != 0: written), and not for flushes. */
+void repl_alone(struct repl *r, struct repl_io *io)
+{
+	if (frozen(r) && !r->shutdown) {
+		io->phase = PHASE_FROZEN;
+		list_push(&r->frozen, io);
+		return;
+	}
+	if (r->meta->alone || (is_flush(io) && !r->meta->has_peer)) {
+		io_finish(r, io, 0);
+		return;
+	}
+	want_bump(r, io, PHASE_BUMP_DONE);
+}
+
+static bool active_target(const struct repl *r)
+{
+	return repl_serving(r->meta, false) == SERVING_VIEW;
+}
+
+static bool committing_state(const struct repl_meta *m)
+{
+	return m->state == STATE_FAILOVER || m->state == STATE_FAILOVER_FAILED;
+}
+
+static void io_local(struct repl *r, struct repl_io *io);
+
+static void io_granted(struct repl *r, struct repl_io *io)
+{
+	if (active_target(r)) {
+		if (committing_state(r->meta))
+			io_intent(r, io);
+		else
+			io_local(r, io);
+		return;
+	}
+	if (!primary_live(r) && !r->meta->alone) {
+		want_bump(r, io, PHASE_BUMP);
+		return;
+	}
+	io_intent(r, io);
+}
+
+/* First and number of intent bits of a range. */
+static struct range intent_bits(const struct repl_io *io)
+{
+	uint64_t first = io->off >> INTENT_SHIFT, last = (io->off + io->len - 1) >> INTENT_SHIFT;
+	return (struct range){first, last - first + 1};
+}
+
+static void io_intent(struct repl *r, struct repl_io *io)
+{
+	if (!r->meta->has_peer) {
+		io_local(r, io);
+		return;
+	}
+	struct repl_volume_state *v = &r->vol[io->volume];
+	struct range b = intent_bits(io);
+	if (r->clear_busy && bitmap_any(&v->clearing, b.off, b.len)) {
+		/* The clear may reach the file after the set: wait for it. */
+		io->phase = PHASE_CLEAR_WAIT;
+		list_push(&r->clear_wait, io);
+		return;
+	}
+	bitmap_set_range(&v->hot, b.off, b.len);
+	if (bitmap_next_clear(&v->intent, b.off) < range_end(b)) {
+		io->phase = PHASE_INTENT;
+		repl_submit(r, io, TARGET_INTENT);
+		return;
+	}
+	io_local(r, io);
+}
+
+/* Its regions may differ from the peer from now on [BITFIRST in memory; the durable bit is the intent's]. */
+void repl_mark_written(struct repl *r, const struct repl_io *io)
+{
+	struct repl_volume_state *v = &r->vol[io->volume];
+	uint64_t first = io->off >> REGION_SHIFT, last = (io->off + io->len - 1) >> REGION_SHIFT;
+	bitmap_set_range(&v->dirty, first, last - first + 1);
+	bitmap_set_range(&v->touched, first, last - first + 1);
+}
+
+static void io_local(struct repl *r, struct repl_io *io)
+{
+	io->phase = PHASE_IO;
+	if (active_target(r)) {
+		if (committing_state(r->meta)) {
+			repl_mark_written(r, io);
+			r->active_writes++;
+		}
+		repl_submit(r, io, TARGET_ACTIVE);
+		return;
+	}
+	if (r->meta->has_peer)
+		repl_mark_written(r, io);
+	repl_submit(r, io, TARGET_DISK);
+}
+
+static void guest_io_done(struct repl *r, struct repl_io *io, int error)
+{
+	if (io->phase == PHASE_INTENT) {
+		if (error) {
+			repl_set_error(r, error, "intent", (int)io->volume, io->off, io->len,
+			               "the write-intent map could not be written: %s", err_short(error));
+			r->writes_in_flight--;
+			io_finish(r, io, error);
+			primary_stop_check(r);
+			return;
+		}
+		struct range b = intent_bits(io);
+		bitmap_set_range(&r->vol[io->volume].intent, b.off, b.len);
+		io_local(r, io);
+		return;
+	}
+	if (is_flush(io)) {
+		io->error = error;
+		primary_flush_done(r, io);
+		return;
+	}
+	INVARIANT(io->phase == PHASE_IO);
+	io->error = error;
+	r->writes_in_flight--;
+	if (io->target == TARGET_ACTIVE) {
+		if (committing_state(r->meta)) {
+			r->active_writes--;
+			if (!error)
+				bitmap_set_range(&r->vol[io->volume].todo, io->off >> REGION_SHIFT,
+				                 ((io->off + io->len - 1) >> REGION_SHIFT) - (io->off >> REGION_SHIFT) + 1);
+		}
+		io_finish(r, io, error);
+		secondary_commit_pump(r);
+		return;
+	}
+	if (error && io->save_failed && r->meta->role != ROLE_SECONDARY && r->meta->n_ckpts) {
+		/* Room for history never fails a guest's write (SPEC 3): unpinned checkpoints go first, then pinned ones. */
+		io->phase = PHASE_BUMP;
+		r->writes_in_flight++;
+		struct tx *t = repl_tx(r, TX_DROP);
+		t->io = io;
+		repl_tx_run(r);
+		return;
+	}
+	primary_local_done(r, io);
+	primary_stop_check(r);
+}
+
+static void ev_io_done(struct repl *r, struct repl_io *io, int error)
+{
+	if (io == &r->cycle_io)
+		primary_cycle_done(r, error);
+	else if (io == &r->clear_io) {
+		primary_clear_done(r, error);
+		struct repl_list waiting = r->clear_wait;
+		r->clear_wait = (struct repl_list){0};
+		for (struct repl_io *w = waiting.head, *next; w; w = next) {
+			next = w->next;
+			w->next = w->prev = NULL;
+			w->list = NULL;
+			io_intent(r, w);
+		}
+	} else if (io == &r->union_io)
+		session_union_done(r, error);
+	else if (io->kind == REPL_RESYNC_SCAN || io->kind == REPL_RESYNC_READ)
+		primary_resync_io_done(r, io, error);
+	else if (io->internal)
+		secondary_internal_done(r, io, error);
+	else if (io->list == &r->window || io == r->barrier)
+		secondary_apply_done(r, io, error);
+	else
+		guest_io_done(r, io, error);
+	repl_gate_run(r);
+}
+
+/* ---- events ---- */
+
+static void fail_list(struct repl *r, struct repl_list *l, int error)
+{
+	struct repl_io *io;
+	while ((io = list_pop(l)) != NULL) {
+		repl_release_claim(r, io);
+		repl_complete(r, io, error);
+	}
+}
+
+static void ev_shutdown(struct repl *r)
+{
+	r->shutdown = true;
+	fail_list(r, &r->gated, -ERR_IO);
+	fail_list(r, &r->frozen, -ERR_IO);
+	if (r->link != LINK_DOWN) {
+		session_send(r, WIRE_GOODBYE, 0, WIRE_BYE_SHUTDOWN, 0, 0, NULL, 0);
+		session_close(r, true);
+	}
+}
+
+static void command(struct repl *r, struct repl_command *c);
+
+static void ev_tick(struct repl *r, const struct repl_event *ev)
+{
+	r->heard_ns = max_u64(r->heard_ns, ev->heard_ns);
+	session_tick(r);
+	primary_tick(r);
+	secondary_tick(r);
+	repl_gate_run(r);
+}
+
+void repl_step(struct repl *r, const struct repl_event *ev)
+{
+	r->now_ns = ev->now_ns;
+	if (ev->wall_ns)
+		r->wall_ns = ev->wall_ns;
+	switch (ev->type) {
+	case EV_TICK:
+		ev_tick(r, ev);
+		break;
+	case EV_IO:
+		ev_io(r, ev->io);
+		break;
+	case EV_IO_DONE:
+		ev_io_done(r, ev->io, ev->error);
+		break;
+	case EV_META_SAVED:
+		meta_saved(r, ev);
+		break;
+	case EV_LINK_UP:
+		session_link_up(r, ev);
+		break;
+	case EV_LINK_DOWN:
+		if (ev->session ? ev->session == r->session : r->dialing)
+			session_link_down(r, ev->error, ev->text);
+		break;
+	case EV_FRAME:
+		if (ev->session == r->session && r->link != LINK_DOWN && !r->closing)
+			session_frame(r, ev);
+		else if (ev->io)
+			repl_complete(r, ev->io, -ERR_CANCELED);
+		break;
+	case EV_BATCH:
+		if (r->is_target)
+			secondary_ack(r, false);
+		break;
+	case EV_SENT:
+		if (ev->session == r->session) {
+			r->counters.sent_bytes += ev->bytes;
+			r->queue_bytes -= min_u64(r->queue_bytes, ev->bytes);
+			primary_resync_pump(r);
+			repl_gate_run(r);
+		}
+		break;
+	case EV_COMMAND:
+		command(r, ev->command);
+		repl_gate_run(r);
+		break;
+	case EV_SHUTDOWN:
+		ev_shutdown(r);
+		break;
+	}
+	secondary_settle(r);
+	repl_tx_run(r);
+}
+
+/* ---- commands ---- */
+
+static bool is_primary(const struct repl *r)
+{
+	return r->meta->role == ROLE_PRIMARY;
+}
+
+static const char *peer_text(const struct repl *r)
+{
+	return r->meta->peer[0] ? r->meta->peer : "the peer";
+}
+
+static void cmd_protect(struct repl *r, struct repl_command *c)
+{
+	const struct repl_meta *m = r->meta;
+	if (m->role != ROLE_STANDALONE)
+		repl_command_done(r, c, -ERR_STATE, "this host is %s for it already; %s", role_name(m->role),
+		                  is_primary(r) ? "see `status`" : "run it on the host that has the VM");
+	else if (m->state == STATE_FAILOVER || m->state == STATE_FAILOVER_FAILED)
+		repl_command_done(r, c, -ERR_STATE, "a failover is being committed (%s); wait with `wait --for=done`",
+		                  state_name(m->state));
+	else if (r->protect || r->link != LINK_DOWN)
+		repl_command_done(r, c, -ERR_BUSY, "another protect is under way");
+	else if (m->n_volumes == 0)
+		repl_command_done(r, c, -ERR_STATE, "the group has no volumes; `create` one first");
+	else {
+		r->protect = c;
+		(void)snprintf(r->dial_addr, sizeof(r->dial_addr), "%s", c->text);
+		session_dial(r);
+	}
+}
+
+static void cmd_start(struct repl *r, struct repl_command *c)
+{
+	const struct repl_meta *m = r->meta;
+	if (m->role == ROLE_STANDALONE)
+		repl_command_done(r, c, -ERR_STATE, "it has no peer; `protect` it first");
+	else if (m->split_brain)
+		repl_command_done(r, c, -ERR_SPLIT, "split brain: both hosts wrote alone; see `diverged`, then `resolve`");
+	else if (m->state == STATE_RUNNING)
+		repl_command_done(r, c, -ERR_STATE, "it runs already");
+	else if (m->role == ROLE_SECONDARY)
+		repl_command_done(r, c, -ERR_STATE, "this host is secondary for it; run it on the primary");
+	else if (r->start || r->link != LINK_DOWN)
+		repl_command_done(r, c, -ERR_BUSY, "another start is under way");
+	else {
+		r->start = c;
+		(void)snprintf(r->dial_addr, sizeof(r->dial_addr), "%s", m->peer);
+		session_dial(r);
+	}
+}
+
+static void cmd_stop(struct repl *r, struct repl_command *c)
+{
+	const struct repl_meta *m = r->meta;
+	if (m->role == ROLE_STANDALONE || m->state != STATE_RUNNING) {
+		repl_command_done(r, c, -ERR_STATE, "it does not run (%s, %s)", role_name(m->role), state_name(m->state));
+		return;
+	}
+	if (r->stop) {
+		repl_command_done(r, c, -ERR_BUSY, "another stop is under way");
+		return;
+	}
+	if (is_primary(r) && r->link == LINK_DOWN) {
+		struct tx *t = repl_tx(r, TX_STOPPED);
+		t->command = c;
+	} else if (r->link != LINK_SYNCED) {
+		repl_command_done(r, c, -ERR_STATE, "the link is %s, not SYNCED; %s", link_state_name(r->link),
+		                  is_primary(r) ? "`wait --for=in-sync` first" : "use `failover` if the primary is lost");
+	} else if (is_primary(r)) {
+		r->stop = c;
+		c->phase = 0;
+		r->stopping = true;
+		primary_stop_check(r);
+	} else {
+		r->stop = c;
+		session_send(r, WIRE_STOP_WANT, 0, 0, 0, 0, NULL, 0);
+	}
+}
+
+static void cmd_checkpoint(struct repl *r, struct repl_command *c)
+{
+	const struct repl_meta *m = r->meta;
+	if (m->role == ROLE_STANDALONE || m->state != STATE_RUNNING)
+		repl_command_done(r, c, -ERR_STATE, "it does not run (%s, %s); `protect` or `start` it first", role_name(m->role),
+		                  state_name(m->state));
+	else if (r->link == LINK_DOWN || r->link == LINK_HANDSHAKE)
+		repl_command_done(r, c, -ERR_PEER, "%s is not connected; a checkpoint needs it in sync", peer_text(r));
+	else if (r->link != LINK_SYNCED)
+		repl_command_done(r, c, -ERR_STATE, "the link is %s, not SYNCED; `wait --for=in-sync` first",
+		                  link_state_name(r->link));
+	else if (r->stopping)
+		repl_command_done(r, c, -ERR_STATE, "it is being stopped");
+	else if (is_primary(r))
+		primary_checkpoint(r, c, WIRE_CKPT_COMMAND | c->flags);
+	else if (r->want_ckpt)
+		repl_command_done(r, c, -ERR_BUSY, "another checkpoint asked for here is under way");
+	else {
+		r->want_ckpt = c;
+		session_send(r, WIRE_CHECKPOINT_WANT, 0, c->flags | WIRE_CKPT_COMMAND, 0, 0, NULL, 0);
+	}
+}
+
+static void cmd_discard(struct repl *r, struct repl_command *c)
+{
+	if (r->meta->role != ROLE_SECONDARY || r->meta->state != STATE_RUNNING)
+		repl_command_done(r, c, -ERR_STATE, "only a running secondary has an active overlay to discard (%s, %s)",
+		                  role_name(r->meta->role), state_name(r->meta->state));
+	else
+		repl_tx(r, TX_DISCARD)->command = c;
+}
+
+static void cmd_drop(struct repl *r, struct repl_command *c)
+{
+	const struct repl_meta *m = r->meta;
+	int i = repl_meta_find_ckpt(m, c->number);
+	if (i < 0)
+		repl_command_done(r, c, -ERR_NOENT, "no such checkpoint; see `checkpoints`");
+	else if (c->number == m->base || c->number == m->last_stream || c->number == m->kept ||
+	         (uint32_t)i == m->n_ckpts - 1 ||
+	         ((m->state == STATE_FAILOVER || m->state == STATE_FAILOVER_FAILED)))
+		repl_command_done(r, c, -ERR_STATE,
+		                  "it is in use (the base of the view, the last one, or one that a resync or failover needs)");
+	else if (r->merge_busy || r->dropping)
+		repl_command_done(r, c, -ERR_BUSY, "another checkpoint is being dropped");
+	else {
+		r->dropping = c;
+		r->merge_busy = true;
+		r->merge_io.kind = REPL_MERGE;
+		r->merge_io.arg = c->number;
+		repl_submit(r, &r->merge_io, TARGET_OWN);
+	}
+}
+
+static void cmd_settings(struct repl *r, struct repl_command *c)
+{
+	if (r->setting || repl_tx_pending(r, TX_SETTINGS)) {
+		repl_command_done(r, c, -ERR_BUSY, "another change of settings is under way");
+		return;
+	}
+	struct tx *t = repl_tx(r, TX_SETTINGS);
+	t->command = c;
+	t->settings = c->settings;
+}
+
+static void command(struct repl *r, struct repl_command *c)
+{
+	if (r->shutdown) {
+		repl_command_done(r, c, -ERR_CANCELED, "the daemon is shutting down");
+		return;
+	}
+	switch (c->cmd) {
+	case CMD_PROTECT:
+		cmd_protect(r, c);
+		break;
+	case CMD_START:
+		cmd_start(r, c);
+		break;
+	case CMD_STOP:
+		cmd_stop(r, c);
+		break;
+	case CMD_CHECKPOINT:
+		cmd_checkpoint(r, c);
+		break;
+	case CMD_FAILOVER:
+		secondary_failover(r, c);
+		break;
+	case CMD_DISCARD:
+		cmd_discard(r, c);
+		break;
+	case CMD_SETTINGS:
+		cmd_settings(r, c);
+		break;
+	case CMD_DROP:
+		cmd_drop(r, c);
+		break;
+	case CMD_VOLUMES:
+		repl_command_done(r, c, -ERR_NOTSUP, "not a command of the core");
+		break;
+	}
+}
+
+/* ---- setting up, looking ---- */
+
+size_t repl_size(void)
+{
+	return sizeof(struct repl);
+}
+
+size_t repl_volume_bytes(uint64_t size)
+{
+	return 4 * bitmap_bytes(units_of(size, REGION_SHIFT)) + 3 * bitmap_bytes(units_of(size, INTENT_SHIFT));
+}
+
+static void volume_maps_init(struct repl_volume_state *v, uint64_t size, void *mem)
+{
+	uint64_t regions = units_of(size, REGION_SHIFT), intents = units_of(size, INTENT_SHIFT);
+	uint8_t *p = mem;
+	struct bitmap *fine[] = {&v->dirty, &v->touched, &v->cycle, &v->todo};
+	struct bitmap *coarse[] = {&v->intent, &v->hot, &v->clearing};
+	for (unsigned i = 0; i < ARRAY_LEN(fine); i++, p += bitmap_bytes(regions))
+		bitmap_init(fine[i], regions, p);
+	for (unsigned i = 0; i < ARRAY_LEN(coarse); i++, p += bitmap_bytes(intents))
+		bitmap_init(coarse[i], intents, p);
+}
+
+void repl_init(struct repl *r, const struct repl_init_args *a)
+{
+	memset(r, 0, sizeof(*r));
+	r->meta = a->meta;
+	r->next = a->next;
+	memcpy(r->store, a->store, sizeof(r->store));
+	r->emit = a->emit;
+	r->emit_arg = a->emit_arg;
+	r->random = a->random_seed;
+	r->now_ns = r->durable_ns = a->now_ns;
+	r->ckpt_used = r->meta->ckpt_max;
+	reqset_init(&r->claims);
+	for (uint32_t i = 0; i < r->meta->n_volumes; i++)
+		volume_maps_init(&r->vol[i], r->meta->volumes[i].size, a->volume_memory[i]);
+	struct repl_io *own[] = {&r->cycle_io, &r->clear_io, &r->union_io, &r->mark_io, &r->sync_io, &r->merge_io};
+	for (unsigned i = 0; i < ARRAY_LEN(own); i++)
+		own[i]->internal = true;
+	for (unsigned i = 0; i < RESYNC_READS_MAX; i++)
+		r->rs[i].internal = true;
+	for (unsigned i = 0; i < COMMITS_MAX; i++)
+		r->commit[i].internal = true;
+	/* After a restart a group that was RUNNING as primary holds its I/O until the handshake, at most peer_timeout:
+	 * its peer may have failed over meanwhile (SPEC 8). */
+	if (r->meta->role == ROLE_PRIMARY && r->meta->state == STATE_RUNNING && !r->meta->split_brain) {
+		r->holding = true;
+		r->hold_until_ns = a->now_ns + r->meta->settings.peer_timeout_ms * UINT64_C(1000000);
+	}
+	r->redial_wait_ns = REDIAL_MIN_NS;
+	if (r->meta->state == STATE_FAILOVER)
+		secondary_commit_start(r);
+}
+
+void repl_load_intent(struct repl *r, uint32_t volume, const struct bitmap *intent)
+{
+	struct repl_volume_state *v = &r->vol[volume];
+	const unsigned per = INTENT_SHIFT - REGION_SHIFT;
+	bitmap_copy(&v->intent, intent);
+	for (uint64_t i = bitmap_next_set(intent, 0); i != BITMAP_NONE; i = bitmap_next_set(intent, i + 1)) {
+		uint64_t first = i << per;
+		bitmap_set_range(&v->dirty, first, min_u64(UINT64_C(1) << per, v->dirty.nbits - first));
+	}
+}
+
+void repl_mark(struct repl *r, uint32_t volume, uint64_t off, uint64_t len)
+{
+	struct repl_volume_state *v = &r->vol[volume];
+	uint64_t first = off >> REGION_SHIFT, last = (off + len - 1) >> REGION_SHIFT;
+	bitmap_set_range(&v->dirty, first, last - first + 1);
+	bitmap_set_range(&v->todo, first, last - first + 1);
+	first = off >> INTENT_SHIFT;
+	last = (off + len - 1) >> INTENT_SHIFT;
+	bitmap_set_range(&v->intent, first, last - first + 1);
+}
+
+const struct repl_meta *repl_meta(const struct repl *r)
+{
+	return r->meta;
+}
+
+struct repl_volume_state *repl_volume_state(struct repl *r, uint32_t volume)
+{
+	return &r->vol[volume];
+}
+
+bool repl_holding(const struct repl *r)
+{
+	return r->holding;
+}
+
+bool repl_forwarding(const struct repl *r)
+{
+	return primary_live(r);
+}
+
+void repl_check(const struct repl *r)
+{
+	reqset_check(&r->claims);
+	INVARIANT(r->tx_count <= TX_MAX);
+	INVARIANT(r->ckpt_used >= r->meta->ckpt_max);
+	INVARIANT(r->applied <= r->received && r->flushed <= r->applied && r->received <= r->seq);
+	INVARIANT(r->in_flushed <= r->in_applied && r->in_applied <= r->in_seq);
+	INVARIANT(!(r->is_source && r->is_target));
+	INVARIANT(r->link == LINK_DOWN || r->session != 0);
+	for (uint32_t i = 0; i < r->meta->n_volumes; i++) {
+		const struct repl_volume_state *v = &r->vol[i];
+		bitmap_check(&v->dirty);
+		if (!r->meta->has_peer)
+			continue;
+		/* Every dirty region has its intent bit. */
+		for (uint64_t b = bitmap_next_set(&v->dirty, 0); b != BITMAP_NONE; b = bitmap_next_set(&v->dirty, b + 1))
+			INVARIANT(bitmap_test(&v->intent, b >> (INTENT_SHIFT - REGION_SHIFT)));
+	}
+}
+
+static void reason(struct repl_status *s, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
+static void reason(struct repl_status *s, const char *fmt, ...)
+{
+	if (s->n_reasons == ARRAY_LEN(s->reasons))
+		return;
+	va_list ap;
+	va_start(ap, fmt);
+	(void)vsnprintf(s->reasons[s->n_reasons++], sizeof(s->reasons[0]), fmt, ap);
+	va_end(ap);
+	s->degraded = true;
+}
+
+void repl_status(const struct repl *r, uint64_t now_ns, struct repl_status *s)
+{
+	const struct repl_meta *m = r->meta;
+	memset(s, 0, sizeof(*s));
+	s->link = r->link;
+	for (uint32_t i = 0; i < m->n_volumes; i++) {
+		uint64_t bytes = r->vol[i].dirty.count << REGION_SHIFT;
+		s->dirty_bytes += min_u64(bytes, m->volumes[i].size);
+	}
+	if (!m->has_peer)
+		s->dirty_bytes = 0;
+	s->queue_bytes = r->queue_bytes;
+	s->resync = r->is_source && r->link == LINK_RESYNC;
+	if (s->resync) {
+		uint64_t left = 0;
+		for (uint32_t i = 0; i < m->n_volumes; i++)
+			left += r->vol[i].todo.count << REGION_SHIFT;
+		s->resync_total = r->rs_total;
+		s->resync_done = r->rs_total - min_u64(left, r->rs_total);
+		uint64_t elapsed = now_ns - min_u64(now_ns, r->rs_started_ns);
+		if (elapsed > UINT64_C(1000000))
+			s->resync_rate = s->resync_done * 1000 / (elapsed / UINT64_C(1000000));
+	}
+	s->commit = m->state == STATE_FAILOVER || m->state == STATE_FAILOVER_FAILED;
+	s->commit_done = r->commit_done;
+	s->commit_total = r->commit_total;
+	if (m->role == ROLE_PRIMARY) {
+		bool any = false;
+		for (uint32_t i = 0; i < m->n_volumes; i++)
+			any = any || r->vol[i].dirty.count != 0;
+		s->rpo_known = true;
+		s->rpo_ns = any ? now_ns - min_u64(now_ns, r->durable_ns) : 0;
+	}
+	s->checkpoint = m->last_stream;
+	int i = repl_meta_find_ckpt(m, m->last_stream);
+	s->checkpoint_time_ns = i >= 0 ? m->ckpts[i].time_ns : r->last_ckpt_wall_ns;
+	s->error = r->error;
+	s->counters = r->counters;
+	if (m->split_brain)
+		reason(s, "split brain: both hosts wrote alone; replication is halted");
+	if (m->role == ROLE_PRIMARY && m->state == STATE_RUNNING && r->link != LINK_SYNCED && !m->split_brain)
+		reason(s, "%s is not in sync: the link is %s", peer_text(r), link_state_name(r->link));
+	if (m->role == ROLE_PRIMARY && m->state == STATE_DONE)
+		reason(s, "replication is stopped");
+	if (m->shut_out)
+		reason(s, "the peer has failed over; this copy waits for a failback");
+	if (m->state == STATE_FAILOVER_FAILED)
+		reason(s, "the commit of the failover met an error; run `failover` again when it is mended");
+	if (r->error.code)
+		reason(s, "%s", r->error.text);
+	if (m->role == ROLE_PRIMARY && m->state == STATE_DONE)
+		s->degraded = r->error.code != 0 || m->split_brain || r->link != LINK_SYNCED;
+}

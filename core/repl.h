@@ -1,0 +1,275 @@
+/* The replication core of one group: a finite state machine without I/O, threads or clock (docs/ARCHITECTURE.md).
+ *
+ * Events go in through repl_step, each with the time; actions come out through the shell's `emit`, in order, during
+ * the step. The shell (fs/repl_shell.c, or the simulator) carries them out and reports back with further events. It calls
+ * repl_step from one thread at a time. Payload never enters the core: it sees ranges, sequence numbers, generations.
+ *
+ * Rules of carrying out (the shell's side of the contract):
+ *   - ACT_SEND: frames leave in the order emitted, on the session they were emitted for, or not at all.
+ *   - ACT_SAVE_META is the one barrier: encode the record pointed to before repl_step returns, make it durable, make the
+ *     switch that it names in memory, then report EV_META_SAVED. The core emits no second one before that.
+ *   - ACT_SUBMIT: carry out the I/O of `io`, in any order against others, report EV_IO_DONE once.
+ *   - ACT_COMPLETE: the io is the owner's again; the core does not touch it any more.
+ *   - emit must not call repl_step.
+ *
+ * Invariants are numbered in docs/INVARIANTS.md; the comments in core/repl_*.c name them.
+ */
+#ifndef REPFS_CORE_REPL_H
+#define REPFS_CORE_REPL_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "core/bitmap.h"
+#include "core/err.h"
+#include "core/lineage.h"
+#include "core/range.h"
+#include "core/repl_meta.h"
+#include "core/reqset.h"
+#include "core/wire.h"
+
+/* Largest single request: FUSE's 1 MiB; zeroes and discards are split by the owner above this. */
+#define REPL_DATA_MAX (1U << 20)
+#define REPL_ZERO_MAX (UINT64_C(1) << 30)
+
+enum repl_kind {
+	/* of a guest, of the peer's stream */
+	REPL_WRITE,
+	REPL_ZERO,
+	REPL_DISCARD,
+	REPL_FLUSH,
+	/* of the peer's stream only */
+	REPL_CHECKPOINT,
+	REPL_RESYNC_DONE,
+	/* the core's own; see enum repl_target for what the shell does */
+	REPL_RESYNC_SCAN,  /* find the extent at off: shell sets hole, ext_len (<= len) */
+	REPL_RESYNC_READ,  /* read [off, off + len) into a buffer that the following ACT_SEND of this io sends */
+	REPL_MARK,         /* repl_mark every block in undo(base) .. live and active as dirty; then intent_write, sync */
+	REPL_COMMIT,       /* volume_commit over [off, off + len) */
+	REPL_INTENT_CLEAR, /* clear the intent bits in the volumes' `clearing` maps */
+	REPL_INTENT_ALL,   /* write every set bit of the volumes' `intent` maps durably (union, full sync) */
+	REPL_MERGE,        /* volume_merge_into_older(arg) on all volumes */
+};
+
+/* What ACT_SUBMIT asks for. */
+enum repl_target {
+	TARGET_DISK,   /* WRITE ZERO DISCARD: volume_write; FLUSH: volume_sync of all volumes of the group */
+	TARGET_ACTIVE, /* WRITE ZERO DISCARD: volume_write_active; FLUSH: volume_sync_active of all, and the disks */
+	TARGET_INTENT, /* set the intent bits that cover the range, durably */
+	TARGET_CKPT,   /* FLUSH before a checkpoint: volume_sync of all in `power`, nothing in `process` */
+	TARGET_OWN,    /* the kinds that are the core's own */
+};
+
+/* One request in the core's hands. The owner (the shell) zero-fills it, sets the first part, and gets it back with
+ * ACT_COMPLETE. */
+struct repl_io {
+	enum repl_kind kind;
+	uint32_t volume; /* index in the group */
+	uint64_t off, len;
+	bool resync;     /* of the peer's stream: RESYNC_WRITE, RESYNC_ZERO */
+	bool internal;   /* the core's own object */
+	uint64_t seq;    /* of the peer's stream: the frame's. Of a primary: the core's, when it was sent */
+	uint64_t arg;    /* CHECKPOINT: number. MERGE: number */
+	uint32_t flags;  /* CHECKPOINT: enum wire_ckpt_flags */
+	struct lineage lineage; /* RESYNC_DONE: the source's. */
+	enum repl_target target; /* with ACT_SUBMIT */
+	/* results the shell sets before EV_IO_DONE */
+	bool hole;        /* RESYNC_SCAN */
+	uint64_t ext_len; /* RESYNC_SCAN */
+	bool save_failed; /* old content could not be saved: the disk was not touched */
+	void *payload;    /* the shell's own: bytes of a RESYNC_READ or of a stream's WRITE */
+	uint8_t owner;    /* the shell's own */
+	struct repl_io *next_apply; /* the shell's own */
+	/* the core's */
+	uint8_t phase;
+	bool barrier_sent, local_done, wants_bump;
+	int error;
+	uint64_t session;
+	uint64_t start_ns;
+	struct reqset_claim claim;
+	struct repl_io *next, *prev;
+	struct repl_list *list;
+};
+
+struct repl_list {
+	struct repl_io *head, *tail;
+	uint64_t count;
+};
+
+enum link_state { LINK_DOWN, LINK_HANDSHAKE, LINK_RESYNC, LINK_SYNCED };
+const char *link_state_name(unsigned s);
+
+enum repl_cmd {
+	CMD_PROTECT, /* text: peer; flags: WIRE_JOIN_ADOPT; ids set in the record by the shell before */
+	CMD_START,
+	CMD_STOP,
+	CMD_CHECKPOINT, /* flags: WIRE_CKPT_PIN; result number */
+	CMD_FAILOVER,   /* number: FAILOVER_DEFAULT, FAILOVER_LATEST, or a checkpoint; flags: enum repl_failover_flags */
+	CMD_DISCARD,
+	CMD_SETTINGS, /* settings: the new ones */
+	CMD_DROP,     /* number: a checkpoint */
+	CMD_VOLUMES,  /* the shell added or removed volumes: record replaced through `volumes` */
+};
+#define FAILOVER_DEFAULT 0
+#define FAILOVER_LATEST UINT64_MAX
+enum repl_failover_flags { FAILOVER_FORCE = 1, FAILOVER_DISCARD_ACTIVE = 2 };
+
+/* A command under way; owned by the shell until ACT_CMD_DONE. */
+struct repl_command {
+	enum repl_cmd cmd;
+	char text[ADDR_SIZE];
+	uint32_t flags;
+	uint64_t number;
+	struct settings settings;
+	/* results */
+	uint64_t result, result2, result3;
+	uint64_t result_time_ns;
+	struct err err;
+	/* the core's */
+	uint8_t phase;
+	uint64_t seq;
+	struct repl_command *next;
+};
+
+enum repl_event_type {
+	EV_TICK,       /* every 50 to 200 ms; heard_ns: when the link last heard, 0: no link */
+	EV_IO,         /* io: a guest's WRITE, ZERO, DISCARD, FLUSH */
+	EV_IO_DONE,    /* io, error: an ACT_SUBMIT is done */
+	EV_META_SAVED, /* error: 0, or the record on disk is the old one */
+	EV_LINK_UP,    /* session, dialer: a framed connection for this group stands; peer_store */
+	EV_LINK_DOWN,  /* session (0: a dial that failed), error, text */
+	EV_FRAME,      /* session; frame; io (WRITE ... RESYNC_DONE: owned by the shell until ACT_COMPLETE); payload */
+	EV_BATCH,      /* session: the frames of one read have all been given */
+	EV_SENT,       /* session, bytes: left the queue */
+	EV_COMMAND,    /* command */
+	EV_SHUTDOWN,   /* answer what waits: frozen I/O gets EIO; say goodbye */
+};
+
+struct repl_event {
+	enum repl_event_type type;
+	uint64_t now_ns;  /* monotonic */
+	uint64_t wall_ns; /* since 1970 */
+	struct repl_io *io;
+	int error; /* 0 or -ERR_x */
+	uint64_t session;
+	bool dialer;
+	const uint8_t *peer_store;
+	const char *text;
+	const struct wire_frame *frame;
+	const void *payload;
+	uint64_t bytes, heard_ns;
+	struct repl_command *command;
+};
+
+enum repl_action_type {
+	ACT_SUBMIT,    /* io */
+	ACT_COMPLETE,  /* io, error */
+	ACT_SEND,      /* frame; io: its payload is the frame's (WRITE, RESYNC_READ), or data/data_len to copy */
+	ACT_SAVE_META, /* meta; ckpt: epoch to open (0: none); active_id; drop: number to leave the chain (0: none) */
+	ACT_DIAL,      /* text: address */
+	ACT_CLOSE,     /* drain: send what is queued first, bounded; flags: 1 = keep what was received (failover) */
+	ACT_CMD_DONE,  /* command, error */
+	ACT_LOG,       /* level 0..2 (error, warning, info), text */
+	ACT_SERVING,   /* the way I/O is served changed: role, state, hold (repl_serving) */
+};
+
+struct repl_action {
+	enum repl_action_type type;
+	struct repl_io *io;
+	int error;
+	struct wire_frame frame;
+	const void *data;
+	uint32_t data_len;
+	const struct repl_meta *meta;
+	uint64_t ckpt, active_id, drop;
+	bool drain;
+	struct repl_command *command;
+	int level;
+	const char *text;
+};
+
+typedef void (*repl_emit_fn)(void *arg, const struct repl_action *a);
+
+/* How volumes of the group are served now: the table of SPEC 5. */
+enum repl_serving {
+	SERVING_DISK, /* the disk */
+	SERVING_VIEW, /* active over image(base) */
+	SERVING_EIO,
+	SERVING_HOLD, /* wait: a restarted primary before its handshake */
+};
+enum repl_serving repl_serving(const struct repl_meta *m, bool holding);
+
+/* Dirty tracking of one volume; maps over regions (REGION_SIZE), intent ones over INTENT_SIZE. */
+struct repl_volume_state {
+	struct bitmap dirty;     /* may differ from the peer */
+	struct bitmap touched;   /* written since the running clear cycle began */
+	struct bitmap cycle;     /* touched before it: cleared when both hosts have it durable */
+	struct bitmap todo;      /* resync: to be sent. FAILOVER: to be committed */
+	struct bitmap intent;    /* as durable in the intent map */
+	struct bitmap hot;       /* intent regions used since the last look */
+	struct bitmap clearing;  /* intent regions being cleared by REPL_INTENT_CLEAR */
+};
+size_t repl_volume_bytes(uint64_t size); /* zeroed memory for one volume's maps */
+
+struct repl_error {
+	int code; /* positive; 0: none */
+	char operation[24];
+	char volume[NAME_SIZE];
+	char text[ERR_TEXT_MAX];
+	uint64_t off, len, time_ns; /* wall clock */
+};
+
+struct repl_counters {
+	uint64_t writes, write_bytes, flushes, sent_bytes, received_bytes, resync_bytes, checkpoints, reconnects;
+};
+
+struct repl; /* core/repl_internal.h */
+
+struct repl_init_args {
+	struct repl_meta *meta; /* taken over (the shell allocates; freed by the shell after the core's end) */
+	struct repl_meta *next; /* scratch of the same type, taken over */
+	void *volume_memory[GROUP_VOLUMES_MAX]; /* zeroed, repl_volume_bytes each, borrowed */
+	const uint8_t *store;                   /* this host's uuid, borrowed */
+	uint64_t random_seed;                   /* generations and jitter come from it: a seed per start */
+	uint64_t now_ns;
+	repl_emit_fn emit;
+	void *emit_arg;
+};
+size_t repl_size(void);
+/* into memory of repl_size() bytes. The shell loads `intent` and `dirty` (repl_load_intent) before the first step. */
+void repl_init(struct repl *r, const struct repl_init_args *a);
+void repl_load_intent(struct repl *r, uint32_t volume, const struct bitmap *intent);
+void repl_step(struct repl *r, const struct repl_event *ev);
+/* The shell's answer to REPL_MARK, within the submit and under the same exclusion as repl_step. */
+void repl_mark(struct repl *r, uint32_t volume, uint64_t off, uint64_t len);
+void repl_check(const struct repl *r); /* every invariant that can be seen from here */
+
+/* ---- what the shell and status read, under the same exclusion as repl_step ---- */
+const struct repl_meta *repl_meta(const struct repl *r);
+struct repl_volume_state *repl_volume_state(struct repl *r, uint32_t volume);
+bool repl_holding(const struct repl *r);
+bool repl_forwarding(const struct repl *r); /* a primary with a live session: payload will be sent */
+/* Builds the JOIN of this host into *j. */
+void repl_join(const struct repl *r, struct wire_join *j);
+
+struct repl_status {
+	enum link_state link;
+	bool paused;
+	uint64_t dirty_bytes, queue_bytes;
+	bool resync;
+	uint64_t resync_done, resync_total, resync_rate; /* bytes, bytes a second */
+	bool commit;
+	uint64_t commit_done, commit_total;
+	bool rpo_known;
+	uint64_t rpo_ns;
+	uint64_t checkpoint;         /* newest completed from the stream; 0: none */
+	uint64_t checkpoint_time_ns; /* wall clock; 0: not known */
+	struct repl_error error;
+	struct repl_counters counters;
+	bool degraded;
+	char reasons[4][160];
+	unsigned n_reasons;
+};
+void repl_status(const struct repl *r, uint64_t now_ns, struct repl_status *ret);
+
+#endif

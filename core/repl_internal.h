@@ -1,0 +1,253 @@
+/* The private side of the replication core: shared by repl.c (dispatch, metadata, guest I/O), repl_session.c
+ * (handshake), repl_primary.c (forwarding, acknowledgements, resync source, clear cycle) and repl_secondary.c (applying,
+ * barriers, failover, commit). */
+#ifndef REPFS_CORE_REPL_INTERNAL_H
+#define REPFS_CORE_REPL_INTERNAL_H
+
+#include "core/repl.h"
+
+#define TX_MAX 32
+#define RESYNC_READS_MAX 4
+#define RESYNC_READ_MAX (512U << 10)
+#define RESYNC_SCAN_MAX (UINT64_C(1) << 30)
+#define RESYNC_ZERO_FRAME_MAX (UINT64_C(64) << 20)
+#define RESYNC_QUEUE_MAX (UINT64_C(8) << 20)   /* bytes queued to the peer above which resync waits */
+#define RESYNC_WINDOW_MAX (UINT64_C(64) << 20) /* resync bytes sent and not applied */
+#define COMMITS_MAX 2
+#define COMMIT_MAX (512U << 10)
+#define CYCLE_NS UINT64_C(1000000000)          /* clear cycle */
+#define INTENT_LOOK_NS UINT64_C(10000000000)
+#define ACK_LAZY_NS UINT64_C(100000000)
+#define REDIAL_MIN_NS UINT64_C(50000000)
+#define REDIAL_MAX_NS UINT64_C(2000000000)
+#define REFUSED_REDIAL_NS UINT64_C(2000000000)
+
+enum phase {
+	PHASE_NONE,
+	PHASE_GATED,      /* list gated */
+	PHASE_CLAIM,      /* in the claims, waiting */
+	PHASE_BUMP,       /* list bumping: a generation is being begun before it starts */
+	PHASE_CLEAR_WAIT, /* list clear_wait: its intent bits are being cleared */
+	PHASE_INTENT,     /* its intent bits are being set */
+	PHASE_IO,         /* local I/O */
+	PHASE_ACK,        /* list acks: the peer has to say something */
+	PHASE_BUMP_DONE,  /* list bumping: all done but the generation */
+	PHASE_FROZEN,     /* list frozen: on_disconnect=freeze */
+	PHASE_HELD,       /* list held: of the stream, not looked at yet */
+	PHASE_BARRIER,    /* of the stream: a barrier being carried out */
+};
+
+/* Metadata changes: each one save. Ordered, one under way at a time. */
+enum tx_kind {
+	TX_BUMP,        /* begin a generation: writing without the peer */
+	TX_SECONDARY,   /* a standalone group becomes a fresh recovery copy (or, arg 1, an adopted one) */
+	TX_RESTART,     /* a stopped secondary: DONE → NONE */
+	TX_ACTIVATE,    /* source: the session begins; role primary, RUNNING */
+	TX_IN_SYNC,     /* source: the target adopted */
+	TX_SHUT_OUT,    /* a primary steps down: its peer failed over */
+	TX_SPLIT,       /* both wrote alone */
+	TX_KEEP,        /* target: local checkpoint, inconsistent, sync_from */
+	TX_ADOPT,       /* target: resync done */
+	TX_SWITCH,      /* secondary: a checkpoint from the stream */
+	TX_CKPT,        /* primary: a checkpoint completed over there */
+	TX_STOPPED,     /* primary: clean stop, or a stop of this side only */
+	TX_FAILOVER,
+	TX_COMMITTED,
+	TX_COMMIT_FAILED,
+	TX_COMMIT_RETRY,
+	TX_DISCARD,
+	TX_SETTINGS,
+	TX_DROP,
+};
+
+struct tx {
+	enum tx_kind kind;
+	uint64_t number, arg;
+	uint32_t flags;
+	struct repl_io *io;
+	struct repl_command *command;
+	struct lineage lineage;
+	struct settings settings;
+	uint64_t session;
+	uint64_t opened, active_id, dropped; /* what the save switches */
+};
+
+struct repl {
+	struct repl_meta *meta, *next;
+	uint8_t store[16];
+	repl_emit_fn emit;
+	void *emit_arg;
+	uint64_t random;
+	uint64_t now_ns, wall_ns;
+
+	/* metadata */
+	struct tx txq[TX_MAX];
+	unsigned tx_head, tx_count;
+	bool saving;
+	struct tx tx; /* under way */
+	uint64_t ckpt_used; /* highest number used or heard of, may be ahead of the record */
+
+	/* requests */
+	struct reqset claims;
+	struct repl_list gated, bumping, clear_wait, acks, frozen, held, window;
+	struct repl_volume_state vol[GROUP_VOLUMES_MAX];
+	uint64_t writes_in_flight; /* guests' writes past the gate and not locally done */
+	bool holding;              /* restarted primary: nothing served before the handshake */
+	uint64_t hold_until_ns;
+	bool activating, stopping, failing_over, finalising, shutdown;
+
+	/* session */
+	enum link_state link;
+	uint64_t session;
+	bool dialer, join_sent, join_got, dialing, closing;
+	struct wire_join theirs;
+	bool join_waits; /* their JOIN is here, but the old session's work has not ended */
+	bool is_source, is_target;
+	enum lineage_decision decision;
+	uint64_t link_since_ns, heard_ns, pinged_ns, redial_ns, redial_wait_ns, progress_ns;
+	bool was_connected;
+	uint8_t scratch[64 << 10]; /* payloads being encoded */
+	struct repl_command *protect, *start, *stop;
+	char dial_addr[ADDR_SIZE];
+
+	/* primary */
+	uint64_t seq; /* last sent */
+	bool last_was_flush;
+	uint64_t received, applied, flushed; /* the peer's word */
+	uint64_t queue_bytes;
+	struct repl_command *ckpts; /* waiting for CHECKPOINT_ACK */
+	uint64_t auto_ckpt, last_auto_ns, stop_number;
+	bool ckpt_wanted;
+	uint32_t ckpt_wanted_flags;
+	struct repl_command *setting;
+	uint64_t setting_token;
+	/* clear cycle */
+	struct repl_io cycle_io;
+	bool cycle_on, cycle_local;
+	bool cycle_io_busy;
+	uint64_t cycle_seq, cycle_session, cycle_started_ns, cycle_ended_ns, durable_ns;
+	struct repl_io clear_io;
+	bool clear_busy;
+	uint64_t intent_looked_ns;
+	/* resync source */
+	struct repl_io rs[RESYNC_READS_MAX];
+	bool rs_busy[RESYNC_READS_MAX];
+	bool rs_ready, rs_done_sent, union_busy, union_started, dirty_ended;
+	struct repl_io union_io;
+	uint32_t rs_vol;
+	uint64_t rs_off;
+	uint32_t rs_data_vol;
+	uint64_t rs_data_off, rs_data_end;
+	uint64_t rs_total, rs_done, rs_sent_bytes, rs_acked_bytes, rs_started_ns, rs_allow_ns;
+	uint64_t rs_mark_seq, rs_mark_bytes; /* window accounting */
+
+	/* secondary */
+	uint64_t in_seq;     /* last received */
+	uint64_t in_applied; /* all up to it applied */
+	uint64_t in_flushed;
+	struct wire_ack acked; /* as last told */
+	uint64_t acked_ns;
+	struct repl_io *barrier;
+	bool apply_stopped;
+	bool keeping;         /* RESYNC_BEGIN came; nothing of the stream is applied before TX_KEEP is durable */
+	bool barrier_waits;   /* a checkpoint waits for the view's writes under way */
+	struct repl_command *want_ckpt;
+	/* failover, commit */
+	struct repl_command *failover;
+	uint64_t failover_outcome;
+	struct repl_io mark_io, sync_io, merge_io;
+	bool mark_busy, marked, sync_busy, merge_busy;
+	struct repl_io commit[COMMITS_MAX];
+	bool commit_busy[COMMITS_MAX];
+	uint32_t commit_vol;
+	uint64_t commit_off, commit_total, commit_done;
+	bool committing, commit_stopped;
+	uint64_t active_writes; /* in flight to active in FAILOVER */
+	struct repl_command *dropping;
+
+	uint64_t last_ckpt_wall_ns;
+	struct repl_error error;
+	struct repl_counters counters;
+};
+
+/* repl.c */
+void list_push(struct repl_list *l, struct repl_io *io);
+void list_remove(struct repl_io *io);
+struct repl_io *list_pop(struct repl_list *l);
+void repl_emit(struct repl *r, struct repl_action *a);
+void repl_log(struct repl *r, int level, const char *fmt, ...) __attribute__((format(printf, 3, 4)));
+void repl_set_error(struct repl *r, int code, const char *operation, int volume, uint64_t off, uint64_t len, const char *fmt,
+                    ...) __attribute__((format(printf, 7, 8)));
+uint64_t repl_random(struct repl *r);
+void repl_submit(struct repl *r, struct repl_io *io, enum repl_target target);
+void repl_complete(struct repl *r, struct repl_io *io, int error);
+void repl_command_done(struct repl *r, struct repl_command *c, int error, const char *fmt, ...)
+        __attribute__((format(printf, 4, 5)));
+struct tx *repl_tx(struct repl *r, enum tx_kind kind); /* queues one and returns it; repl_tx_run starts it */
+void repl_tx_run(struct repl *r);
+bool repl_tx_pending(const struct repl *r, enum tx_kind kind);
+void repl_gate_run(struct repl *r);
+void repl_release_claim(struct repl *r, struct repl_io *io);
+void repl_alone(struct repl *r, struct repl_io *io); /* complete it without the peer's word */
+void repl_ready_claims(struct repl *r, struct reqset_claim *ready);
+void repl_mark_written(struct repl *r, const struct repl_io *io);
+extern const struct sm_table repl_states;
+void repl_state_move(struct repl_meta *m, unsigned to);
+
+/* repl_session.c */
+void session_link_up(struct repl *r, const struct repl_event *ev);
+void session_link_down(struct repl *r, int code, const char *text);
+void session_close(struct repl *r, bool drain);
+void session_refuse(struct repl *r, int code, const char *text);
+void session_frame(struct repl *r, const struct repl_event *ev);
+void session_tick(struct repl *r);
+void session_join_ready(struct repl *r);
+void session_dial(struct repl *r);
+void session_tx_done(struct repl *r, struct tx *tx, int error);
+void session_union_done(struct repl *r, int error);
+void session_send(struct repl *r, unsigned type, uint64_t seq, uint64_t offset, uint64_t length, uint16_t flags, const void *data,
+                  uint32_t len);
+void session_protocol_error(struct repl *r, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
+
+/* repl_primary.c */
+bool primary_live(const struct repl *r); /* this host forwards: a session as source stands */
+void primary_local_done(struct repl *r, struct repl_io *io);
+void primary_flush_start(struct repl *r, struct repl_io *io);
+void primary_flush_done(struct repl *r, struct repl_io *io);
+void primary_frame(struct repl *r, const struct repl_event *ev);
+void primary_activate(struct repl *r);
+void primary_session_lost(struct repl *r);
+void primary_tick(struct repl *r);
+void primary_resync_pump(struct repl *r);
+void primary_resync_granted(struct repl *r, struct repl_io *io);
+void primary_resync_io_done(struct repl *r, struct repl_io *io, int error);
+void primary_cycle_done(struct repl *r, int error);
+void primary_clear_done(struct repl *r, int error);
+void primary_stop_check(struct repl *r);
+void primary_checkpoint(struct repl *r, struct repl_command *c, uint32_t flags);
+void primary_tx_done(struct repl *r, struct tx *tx, int error);
+void primary_settings_changed(struct repl *r);
+
+/* repl_secondary.c */
+void secondary_stream(struct repl *r, struct repl_io *io);
+void secondary_granted(struct repl *r, struct repl_io *io);
+void secondary_apply_done(struct repl *r, struct repl_io *io, int error);
+void secondary_run(struct repl *r);
+bool secondary_quiet(const struct repl *r);
+void secondary_ack(struct repl *r, bool now);
+void secondary_tick(struct repl *r);
+void secondary_tx_done(struct repl *r, struct tx *tx, int error);
+void secondary_internal_done(struct repl *r, struct repl_io *io, int error);
+void secondary_begin(struct repl *r, const struct wire_frame *f);
+void secondary_failover(struct repl *r, struct repl_command *c);
+void secondary_failover_go(struct repl *r);
+void secondary_commit_start(struct repl *r);
+void secondary_commit_pump(struct repl *r);
+void secondary_commit_granted(struct repl *r, struct repl_io *io);
+void secondary_retention(struct repl *r);
+void secondary_session_lost(struct repl *r);
+void secondary_settle(struct repl *r); /* at the end of each step: what waits for quiet */
+bool secondary_switching(const struct repl *r);
+void secondary_prepare(struct repl *r, struct tx *tx, struct repl_meta *m);
+
+#endif

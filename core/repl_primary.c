@@ -1,0 +1,729 @@
+/* The sending side: forwarding, acknowledgements, the clear cycle, resync as source, checkpoints asked of the peer.
+ *
+ * Sequence numbers count from 1 in a session. A write gets its number and is sent while its claim is held.
+ *
+ * The clear cycle: dirty bits clear lazily. Once a second, what was touched so far becomes `cycle`, `touched` starts
+ * empty, a barrier goes to the peer and a local flush begins. When the peer has flushed the barrier and the local flush
+ * has succeeded, regions in `cycle` that nothing touched since, and that no resync has still to send, become clean
+ * [LOCALDUR, NEWER]. A write touches its regions when it starts and again when it is sent, so a write in flight over the
+ * cut counts as newer.
+ *
+ * Resync: `todo` is the dirty set at the start of the session. Regions are read and sent under an exclusive claim
+ * [RSLOCK]; a guest's write to a region still in `todo` is not forwarded, it will be read later. One pass converges.
+ */
+#include "core/repl_internal.h"
+
+#include <string.h>
+
+#include "core/check.h"
+
+bool primary_live(const struct repl *r)
+{
+	return r->is_source && !r->closing && (r->link == LINK_RESYNC || r->link == LINK_SYNCED);
+}
+
+static void send_io(struct repl *r, struct repl_io *io, unsigned type)
+{
+	struct repl_action a = {.type = ACT_SEND, .io = io};
+	io->seq = ++r->seq;
+	a.frame.type = (uint16_t)type;
+	a.frame.seq = io->seq;
+	a.frame.volume = r->meta->volumes[io->volume].id;
+	a.frame.offset = io->off;
+	a.frame.length = io->len;
+	a.frame.length_payload = type == WIRE_WRITE || type == WIRE_RESYNC_WRITE ? (uint32_t)io->len : 0;
+	r->last_was_flush = false;
+	r->queue_bytes += WIRE_HEADER_SIZE + a.frame.length_payload;
+	repl_emit(r, &a);
+}
+
+/* A barrier after all that was sent; two in a row are one. Returns its number. */
+static uint64_t send_barrier(struct repl *r)
+{
+	if (!r->last_was_flush) {
+		session_send(r, WIRE_FLUSH, ++r->seq, 0, 0, 0, NULL, 0);
+		r->queue_bytes += WIRE_HEADER_SIZE;
+		r->last_was_flush = true;
+	}
+	return r->seq;
+}
+
+static bool all_in_todo(const struct repl_volume_state *v, const struct repl_io *io)
+{
+	uint64_t first = io->off >> REGION_SHIFT, last = (io->off + io->len - 1) >> REGION_SHIFT;
+	uint64_t clear = bitmap_next_clear(&v->todo, first);
+	return clear == BITMAP_NONE || clear > last;
+}
+
+/* Does what this io waits for from the peer stand? */
+static bool acknowledged(const struct repl *r, const struct repl_io *io)
+{
+	if (io->kind == REPL_FLUSH)
+		return (r->meta->settings.protocol == PROTOCOL_B ? r->received : r->flushed) >= io->seq;
+	return (r->meta->settings.protocol == PROTOCOL_B ? r->received : r->applied) >= io->seq;
+}
+
+static void wait_ack(struct repl *r, struct repl_io *io)
+{
+	if (acknowledged(r, io)) {
+		repl_complete(r, io, 0);
+		return;
+	}
+	io->phase = PHASE_ACK;
+	list_push(&r->acks, io);
+}
+
+void primary_local_done(struct repl *r, struct repl_io *io)
+{
+	if (io->error) {
+		/* The range stays dirty; the guest is told. */
+		repl_set_error(r, io->error, "write", (int)io->volume, io->off, io->len, "a local write to %s failed: %s",
+		               r->meta->volumes[io->volume].name, err_short(io->error));
+		int error = io->error;
+		repl_release_claim(r, io);
+		repl_complete(r, io, error);
+		return;
+	}
+	if (!primary_live(r)) {
+		repl_release_claim(r, io);
+		repl_alone(r, io);
+		return;
+	}
+	repl_mark_written(r, io);
+	io->session = r->session;
+	if (r->link == LINK_RESYNC && all_in_todo(&r->vol[io->volume], io)) {
+		repl_release_claim(r, io);
+		repl_complete(r, io, 0);
+		return;
+	}
+	send_io(r, io, io->kind == REPL_WRITE ? WIRE_WRITE : io->kind == REPL_ZERO ? WIRE_ZERO : WIRE_DISCARD);
+	repl_release_claim(r, io);
+	uint64_t p = r->meta->settings.protocol;
+	if (r->link == LINK_SYNCED && (p == PROTOCOL_B || p == PROTOCOL_C))
+		wait_ack(r, io);
+	else
+		repl_complete(r, io, 0);
+}
+
+void primary_flush_start(struct repl *r, struct repl_io *io)
+{
+	io->phase = PHASE_IO;
+	io->barrier_sent = false;
+	if (repl_serving(r->meta, false) == SERVING_VIEW) {
+		repl_submit(r, io, TARGET_ACTIVE);
+		return;
+	}
+	if (primary_live(r)) {
+		io->seq = send_barrier(r);
+		io->session = r->session;
+		io->barrier_sent = r->link == LINK_SYNCED;
+	} else {
+		io->session = 0;
+	}
+	repl_submit(r, io, TARGET_DISK);
+}
+
+void primary_flush_done(struct repl *r, struct repl_io *io)
+{
+	if (io->error) {
+		repl_set_error(r, io->error, "flush", -1, 0, 0, "a local flush failed: %s", err_short(io->error));
+		repl_complete(r, io, io->error);
+		return;
+	}
+	if (io->target == TARGET_ACTIVE) {
+		repl_complete(r, io, 0);
+		return;
+	}
+	bool session = io->session != 0 && io->session == r->session && primary_live(r);
+	if (!session && primary_live(r)) {
+		/* A session began while the local flush ran: what it covers is in that resync. */
+		repl_complete(r, io, 0);
+		return;
+	}
+	if (!session) {
+		repl_alone(r, io);
+		return;
+	}
+	if (io->barrier_sent && r->meta->settings.protocol != PROTOCOL_A)
+		wait_ack(r, io);
+	else
+		repl_complete(r, io, 0);
+}
+
+/* ---- what the peer says ---- */
+
+static void scan_acks(struct repl *r)
+{
+	for (struct repl_io *io = r->acks.head, *next; io; io = next) {
+		next = io->next;
+		if (!acknowledged(r, io))
+			continue;
+		list_remove(io);
+		repl_complete(r, io, 0);
+	}
+}
+
+static void cycle_check(struct repl *r);
+
+static void on_ack(struct repl *r, const struct repl_event *ev)
+{
+	struct wire_ack a;
+	struct err e;
+	if (wire_ack_decode(&a, ev->payload, ev->frame->length_payload, &e) < 0) {
+		session_protocol_error(r, "%s", e.text);
+		return;
+	}
+	if (a.received < r->received || a.applied < r->applied || a.flushed < r->flushed || a.received > r->seq ||
+	    a.applied > a.received || a.flushed > a.applied) {
+		session_protocol_error(r, "an ACK that goes back, or names what was never sent");
+		return;
+	}
+	r->received = a.received;
+	r->applied = a.applied;
+	r->flushed = a.flushed;
+	r->progress_ns = r->now_ns;
+	scan_acks(r);
+	cycle_check(r);
+	primary_resync_pump(r);
+}
+
+static void on_checkpoint_ack(struct repl *r, const struct wire_frame *f)
+{
+	uint64_t number = f->offset;
+	r->progress_ns = r->now_ns;
+	if (number == 0 || number > r->ckpt_used) {
+		session_protocol_error(r, "CHECKPOINT_ACK for %llu, which was never asked", (unsigned long long)number);
+		return;
+	}
+	if (number == r->auto_ckpt)
+		r->auto_ckpt = 0;
+	struct repl_command *c = NULL;
+	for (struct repl_command **p = &r->ckpts; *p; p = &(*p)->next)
+		if ((*p)->result == number) {
+			c = *p;
+			*p = c->next;
+			break;
+		}
+	bool stopping = r->stopping && number == r->stop_number;
+	if (f->length != WIRE_VOID_NONE) {
+		if (f->length == WIRE_VOID_ACTIVE)
+			repl_log(r, 2, "checkpoint %llu not taken: the secondary's active overlay is not empty", (unsigned long long)number);
+		if (stopping) {
+			c = r->stop;
+			r->stop = NULL;
+			r->stopping = false;
+			r->stop_number = 0;
+		}
+		repl_command_done(r, c, -ERR_STATE, "the secondary did not take checkpoint %llu", (unsigned long long)number);
+		return;
+	}
+	r->counters.checkpoints++;
+	struct tx *t = repl_tx(r, stopping ? TX_STOPPED : TX_CKPT);
+	t->number = number;
+	t->command = stopping ? r->stop : c;
+	if (stopping && r->stop)
+		r->stop->result2 = f->seq;
+}
+
+static void on_resync_ack(struct repl *r)
+{
+	if (r->link != LINK_RESYNC || !r->rs_done_sent) {
+		session_protocol_error(r, "RESYNC_ACK out of order");
+		return;
+	}
+	r->link = LINK_SYNCED;
+	r->progress_ns = r->now_ns;
+	r->error.code = 0;
+	repl_tx(r, TX_IN_SYNC);
+	repl_log(r, 2, "in sync");
+	/* The checkpoint that ends a resync: the secondary's view stands on it. */
+	primary_checkpoint(r, NULL, 0);
+}
+
+static void on_io_error(struct repl *r, const struct repl_event *ev)
+{
+	struct wire_refuse x;
+	struct err e;
+	if (wire_refuse_decode(&x, ev->payload, ev->frame->length_payload, &e) < 0) {
+		session_protocol_error(r, "%s", e.text);
+		return;
+	}
+	int vi = -1;
+	for (uint32_t i = 0; i < r->meta->n_volumes; i++)
+		if (r->meta->volumes[i].id == ev->frame->volume)
+			vi = (int)i;
+	repl_set_error(r, x.code, "peer", vi, ev->frame->offset, ev->frame->length, "the peer stopped applying: %.*s", WIRE_TEXT_MAX,
+	               x.text);
+	r->redial_wait_ns = REDIAL_MAX_NS;
+	session_close(r, false);
+	session_link_down(r, -ERR_BUSY, "the peer stopped applying");
+	r->session = 0;
+}
+
+void primary_frame(struct repl *r, const struct repl_event *ev)
+{
+	const struct wire_frame *f = ev->frame;
+	switch (f->type) {
+	case WIRE_ACK:
+		on_ack(r, ev);
+		break;
+	case WIRE_CHECKPOINT_ACK:
+		on_checkpoint_ack(r, f);
+		break;
+	case WIRE_RESYNC_READY:
+		r->ckpt_used = max_u64(r->ckpt_used, f->offset); /* [NUMMAX] */
+		r->rs_ready = true;
+		r->progress_ns = r->now_ns;
+		primary_resync_pump(r);
+		break;
+	case WIRE_RESYNC_ACK:
+		on_resync_ack(r);
+		break;
+	case WIRE_IO_ERROR:
+		on_io_error(r, ev);
+		break;
+	case WIRE_CHECKPOINT_WANT:
+		r->ckpt_wanted = true;
+		r->ckpt_wanted_flags |= (uint32_t)(f->offset & (WIRE_CKPT_COMMAND | WIRE_CKPT_PIN));
+		break;
+	case WIRE_SETTINGS_ACK:
+		if (r->setting && f->seq == r->setting_token) {
+			struct repl_command *c = r->setting;
+			r->setting = NULL;
+			repl_command_done(r, c, 0, " ");
+		}
+		break;
+	case WIRE_STOP_WANT:
+		if (r->link == LINK_SYNCED && !r->stopping) {
+			r->stopping = true;
+			primary_stop_check(r);
+		}
+		break;
+	default:
+		session_protocol_error(r, "%s out of order", wire_type_name(f->type));
+		if (ev->io)
+			repl_complete(r, ev->io, -ERR_CANCELED);
+	}
+}
+
+void primary_settings_changed(struct repl *r)
+{
+	struct wbuf w = {.data = r->scratch, .size = sizeof(r->scratch)};
+	settings_encode(&r->meta->settings, &w);
+	INVARIANT(!w.failed);
+	session_send(r, WIRE_SETTINGS, ++r->setting_token, 0, 0, 0, w.data, (uint32_t)w.len);
+	scan_acks(r); /* a weaker protocol may release what waits */
+	if (r->meta->settings.protocol == PROTOCOL_A) {
+		struct repl_io *io;
+		while ((io = list_pop(&r->acks)) != NULL)
+			repl_complete(r, io, 0);
+	}
+}
+
+/* ---- checkpoints, stop ---- */
+
+static void send_checkpoint(struct repl *r, uint64_t number, uint32_t flags)
+{
+	session_send(r, WIRE_CHECKPOINT, ++r->seq, number, r->wall_ns, (uint16_t)flags, NULL, 0);
+	r->queue_bytes += WIRE_HEADER_SIZE;
+	r->last_was_flush = false;
+}
+
+void primary_checkpoint(struct repl *r, struct repl_command *c, uint32_t flags)
+{
+	uint64_t number = ++r->ckpt_used;
+	r->last_auto_ns = r->now_ns;
+	if (c) {
+		c->result = number;
+		c->next = r->ckpts;
+		r->ckpts = c;
+	} else {
+		r->auto_ckpt = number;
+	}
+	send_checkpoint(r, number, flags);
+}
+
+/* A clean stop: requests are held, those under way end, the last checkpoint goes out, its answer ends replication. */
+void primary_stop_check(struct repl *r)
+{
+	if (!r->stopping || r->writes_in_flight || r->link != LINK_SYNCED || !r->is_source)
+		return;
+	if (r->stop_number)
+		return;
+	r->stop_number = ++r->ckpt_used;
+	send_checkpoint(r, r->stop_number, WIRE_CKPT_COMMAND | WIRE_CKPT_STOP);
+}
+
+void primary_tx_done(struct repl *r, struct tx *t, int error)
+{
+	switch (t->kind) {
+	case TX_IN_SYNC:
+		return;
+	case TX_CKPT:
+		r->last_ckpt_wall_ns = r->wall_ns;
+		repl_command_done(r, t->command, error, "checkpoint %llu was taken, but its number could not be saved here: %s",
+		                  (unsigned long long)t->number, err_short(error));
+		return;
+	case TX_STOPPED:
+		r->stopping = false;
+		r->stop_number = 0;
+		if (t->command == r->stop)
+			r->stop = NULL;
+		if (!error && r->link != LINK_DOWN) {
+			session_send(r, WIRE_GOODBYE, 0, WIRE_BYE_STOP, 0, 0, NULL, 0);
+			session_close(r, true);
+		}
+		if (!error)
+			r->error.code = 0;
+		repl_command_done(r, t->command, error, "the stop could not be saved: %s", err_short(error));
+		return;
+	default:
+		UNREACHABLE();
+	}
+}
+
+/* ---- the clear cycle ---- */
+
+static void cycle_start(struct repl *r)
+{
+	bool any = false;
+	for (uint32_t i = 0; i < r->meta->n_volumes; i++)
+		any = any || r->vol[i].touched.count;
+	if (!any)
+		return;
+	for (uint32_t i = 0; i < r->meta->n_volumes; i++)
+		bitmap_swap(&r->vol[i].touched, &r->vol[i].cycle);
+	r->cycle_on = true;
+	r->cycle_local = false;
+	r->cycle_io_busy = true;
+	r->cycle_session = r->session;
+	r->cycle_started_ns = r->now_ns;
+	r->cycle_seq = send_barrier(r);
+	r->cycle_io.kind = REPL_FLUSH;
+	repl_submit(r, &r->cycle_io, TARGET_DISK);
+}
+
+static void cycle_check(struct repl *r)
+{
+	if (!r->cycle_on || !r->cycle_local || r->flushed < r->cycle_seq)
+		return;
+	for (uint32_t i = 0; i < r->meta->n_volumes; i++) {
+		struct repl_volume_state *v = &r->vol[i];
+		for (uint64_t b = bitmap_next_set(&v->cycle, 0); b != BITMAP_NONE; b = bitmap_next_set(&v->cycle, b + 1))
+			if (!bitmap_test(&v->touched, b) && !bitmap_test(&v->todo, b))
+				bitmap_clear(&v->dirty, b);
+		bitmap_clear_all(&v->cycle);
+	}
+	r->cycle_on = false;
+	r->cycle_ended_ns = r->now_ns;
+	r->durable_ns = r->cycle_started_ns;
+}
+
+void primary_cycle_done(struct repl *r, int error)
+{
+	r->cycle_io_busy = false;
+	if (!r->cycle_on || r->cycle_session != r->session)
+		return;
+	if (error) {
+		r->cycle_on = false; /* its regions stay dirty [I10] */
+		for (uint32_t i = 0; i < r->meta->n_volumes; i++)
+			bitmap_clear_all(&r->vol[i].cycle);
+		repl_set_error(r, error, "flush", -1, 0, 0, "a local flush failed: %s", err_short(error));
+		return;
+	}
+	r->cycle_local = true;
+	cycle_check(r);
+}
+
+/* Intent bits of regions that are clean and were not used since the last look go, lazily. */
+static void intent_look(struct repl *r)
+{
+	if (r->clear_busy || r->union_busy || r->mark_busy)
+		return;
+	r->intent_looked_ns = r->now_ns;
+	const unsigned per = INTENT_SHIFT - REGION_SHIFT;
+	bool any = false;
+	for (uint32_t i = 0; i < r->meta->n_volumes; i++) {
+		struct repl_volume_state *v = &r->vol[i];
+		for (uint64_t b = bitmap_next_set(&v->intent, 0); b != BITMAP_NONE; b = bitmap_next_set(&v->intent, b + 1)) {
+			uint64_t first = b << per, n = min_u64(UINT64_C(1) << per, v->dirty.nbits - first);
+			if (bitmap_test(&v->hot, b) || bitmap_any(&v->dirty, first, n))
+				continue;
+			bitmap_clear(&v->intent, b);
+			bitmap_set(&v->clearing, b);
+			any = true;
+		}
+		bitmap_clear_all(&v->hot);
+	}
+	if (!any)
+		return;
+	r->clear_busy = true;
+	r->clear_io.kind = REPL_INTENT_CLEAR;
+	repl_submit(r, &r->clear_io, TARGET_OWN);
+}
+
+void primary_clear_done(struct repl *r, int error)
+{
+	(void)error; /* a clear that failed leaves a bit set: it costs a resync of that region, never data */
+	r->clear_busy = false;
+	for (uint32_t i = 0; i < r->meta->n_volumes; i++)
+		bitmap_clear_all(&r->vol[i].clearing);
+}
+
+/* ---- the session's start and end ---- */
+
+void primary_activate(struct repl *r)
+{
+	bool any = false;
+	r->link = LINK_RESYNC;
+	r->rs_ready = r->rs_done_sent = false;
+	r->rs_vol = 0;
+	r->rs_off = 0;
+	r->rs_data_end = r->rs_data_off = 0;
+	r->rs_total = 0;
+	r->rs_started_ns = r->progress_ns = r->now_ns;
+	r->cycle_on = false;
+	r->auto_ckpt = 0;
+	for (uint32_t i = 0; i < r->meta->n_volumes; i++) {
+		struct repl_volume_state *v = &r->vol[i];
+		bitmap_clear_all(&v->touched);
+		bitmap_clear_all(&v->cycle);
+		bitmap_copy(&v->todo, &v->dirty);
+		r->rs_total += v->todo.count << REGION_SHIFT;
+		any = any || v->todo.count;
+	}
+	bool whole = (r->theirs.flags & (WIRE_JOIN_INCONSISTENT | WIRE_JOIN_FRESH)) == 0;
+	if (!any && r->decision == LINEAGE_EQUAL && whole)
+		r->rs_ready = true; /* nothing differs: adopt and go on */
+	else
+		session_send(r, WIRE_RESYNC_BEGIN, 0, r->meta->lineage.current, r->rs_total, 0, NULL, 0);
+	struct repl_io *io;
+	while ((io = list_pop(&r->frozen)) != NULL) /* what waited for the peer is in this resync */
+		repl_complete(r, io, 0);
+	primary_resync_pump(r);
+}
+
+void primary_session_lost(struct repl *r)
+{
+	for (uint32_t i = 0; i < r->meta->n_volumes; i++) {
+		struct repl_volume_state *v = &r->vol[i];
+		bitmap_clear_all(&v->touched);
+		bitmap_clear_all(&v->cycle);
+		bitmap_clear_all(&v->todo);
+	}
+	r->cycle_on = false;
+	r->auto_ckpt = 0;
+	r->ckpt_wanted = false;
+	if (!repl_tx_pending(r, TX_STOPPED)) {
+		r->stopping = false;
+		r->stop_number = 0;
+	}
+	while (r->ckpts) {
+		struct repl_command *c = r->ckpts;
+		r->ckpts = c->next;
+		repl_command_done(r, c, -ERR_PEER, "the connection was lost before the checkpoint completed");
+	}
+	struct repl_list waiting = r->acks;
+	r->acks = (struct repl_list){0};
+	for (struct repl_io *io = waiting.head, *next; io; io = next) {
+		next = io->next;
+		io->next = io->prev = NULL;
+		io->list = NULL;
+		repl_alone(r, io);
+	}
+}
+
+/* ---- time ---- */
+
+void primary_tick(struct repl *r)
+{
+	const struct settings *s = &r->meta->settings;
+	if (r->now_ns - r->intent_looked_ns >= INTENT_LOOK_NS && r->meta->has_peer)
+		intent_look(r);
+	if (s->on_disconnect == ON_DISCONNECT_CONTINUE && r->frozen.head) {
+		struct repl_io *io = list_pop(&r->frozen);
+		repl_alone(r, io);
+	}
+	if (!primary_live(r))
+		return;
+	/* Something outstanding made no progress for four times peer_timeout: a hung disk behind a live daemon. */
+	if (r->seq > r->applied && r->now_ns - r->progress_ns > 4 * s->peer_timeout_ms * UINT64_C(1000000)) {
+		repl_set_error(r, ERR_TIMEOUT, "peer", -1, 0, 0, "the peer made no progress for four times peer_timeout");
+		session_close(r, false);
+		session_link_down(r, -ERR_PEER, "the peer made no progress");
+		r->session = 0;
+		return;
+	}
+	if (r->seq == r->applied)
+		r->progress_ns = r->now_ns;
+	if (!r->cycle_on && !r->cycle_io_busy && r->now_ns - r->cycle_ended_ns >= CYCLE_NS)
+		cycle_start(r);
+	primary_resync_pump(r);
+	if (r->link != LINK_SYNCED || r->stopping)
+		return;
+	if (r->ckpt_wanted && !r->auto_ckpt) {
+		uint32_t flags = r->ckpt_wanted_flags;
+		r->ckpt_wanted = false;
+		r->ckpt_wanted_flags = 0;
+		primary_checkpoint(r, NULL, flags);
+		return;
+	}
+	if (s->checkpoint_interval_ms && !r->auto_ckpt &&
+	    r->now_ns - r->last_auto_ns >= s->checkpoint_interval_ms * UINT64_C(1000000))
+		primary_checkpoint(r, NULL, 0);
+}
+
+/* ---- resync as source ---- */
+
+/* The next run of regions to do, from the cursor on: false if there is none. */
+static bool resync_next(struct repl *r, uint32_t *vol, struct range *run)
+{
+	for (; r->rs_vol < r->meta->n_volumes; r->rs_vol++, r->rs_off = 0) {
+		const struct repl_volume_state *v = &r->vol[r->rs_vol];
+		uint64_t first = bitmap_next_set(&v->todo, r->rs_off >> REGION_SHIFT);
+		if (first == BITMAP_NONE)
+			continue;
+		uint64_t end = bitmap_next_clear(&v->todo, first);
+		if (end == BITMAP_NONE)
+			end = v->todo.nbits;
+		*vol = r->rs_vol;
+		run->off = first << REGION_SHIFT;
+		run->len = min_u64(end << REGION_SHIFT, r->meta->volumes[r->rs_vol].size) - run->off;
+		return true;
+	}
+	return false;
+}
+
+static bool resync_may_go(struct repl *r)
+{
+	if (r->link != LINK_RESYNC || !r->is_source || !r->rs_ready || r->closing || r->rs_done_sent)
+		return false;
+	if (r->queue_bytes > RESYNC_QUEUE_MAX || r->seq - r->applied > RESYNC_WINDOW_MAX / RESYNC_READ_MAX * 4)
+		return false;
+	uint64_t rate = r->meta->settings.resync_rate;
+	return rate == 0 || r->now_ns >= r->rs_allow_ns;
+}
+
+void primary_resync_pump(struct repl *r)
+{
+	for (unsigned i = 0; i < RESYNC_READS_MAX; i++)
+		if (r->rs_busy[i] && r->rs[i].kind == REPL_RESYNC_SCAN)
+			return;
+	for (unsigned i = 0; i < RESYNC_READS_MAX && resync_may_go(r); i++) {
+		if (r->rs_busy[i])
+			continue;
+		uint32_t vol = 0;
+		struct range run;
+		if (!resync_next(r, &vol, &run))
+			break;
+		struct repl_io *io = &r->rs[i];
+		bool data = r->rs_data_vol == vol && run.off >= r->rs_data_off && run.off < r->rs_data_end;
+		io->kind = data ? REPL_RESYNC_READ : REPL_RESYNC_SCAN;
+		io->volume = vol;
+		io->off = run.off;
+		io->len = min_u64(run.len, data ? RESYNC_READ_MAX : RESYNC_SCAN_MAX);
+		io->session = r->session;
+		io->claim.volume = vol;
+		io->claim.shared = false;
+		io->claim.off = io->off;
+		io->claim.end = round_up_u64(io->off + io->len, BLOCK_SIZE);
+		r->rs_busy[i] = true;
+		/* A scan decides where to go on: nothing else is started before it has ended. */
+		r->rs_off = io->off + io->len;
+		bool scan = !data;
+		if (reqset_add(&r->claims, &io->claim))
+			repl_submit(r, io, TARGET_OWN);
+		if (scan)
+			break;
+	}
+	if (r->link != LINK_RESYNC || !r->is_source || !r->rs_ready || r->rs_done_sent || r->closing)
+		return;
+	for (unsigned i = 0; i < RESYNC_READS_MAX; i++)
+		if (r->rs_busy[i])
+			return;
+	for (uint32_t i = 0; i < r->meta->n_volumes; i++)
+		if (r->vol[i].todo.count) {
+			if (r->rs_vol >= r->meta->n_volumes) /* a region that failed or was passed over: go round again */
+				r->rs_vol = 0, r->rs_off = 0;
+			return;
+		}
+	r->rs_done_sent = true;
+	struct wbuf w = {.data = r->scratch, .size = sizeof(r->scratch)};
+	wire_lineage_encode(&r->meta->lineage, &w);
+	session_send(r, WIRE_RESYNC_DONE, ++r->seq, 0, 0, 0, w.data, (uint32_t)w.len);
+	r->last_was_flush = false;
+}
+
+void primary_resync_granted(struct repl *r, struct repl_io *io)
+{
+	if (io->session != r->session || !primary_live(r)) {
+		r->rs_busy[io - r->rs] = false;
+		repl_release_claim(r, io);
+		return;
+	}
+	repl_submit(r, io, TARGET_OWN);
+}
+
+/* It is sent: its regions are done for this session. */
+static void resync_sent(struct repl *r, struct repl_io *io, uint64_t len)
+{
+	struct repl_volume_state *v = &r->vol[io->volume];
+	uint64_t first = io->off >> REGION_SHIFT, n = units_of(len, REGION_SHIFT);
+	bitmap_clear_range(&v->todo, first, n);
+	bitmap_set_range(&v->touched, first, n);
+}
+
+static void scan_done(struct repl *r, struct repl_io *io)
+{
+	uint64_t size = r->meta->volumes[io->volume].size;
+	bool to_end = io->off + io->ext_len >= size;
+	if (io->hole) {
+		uint64_t len = to_end ? io->ext_len : round_down_u64(io->ext_len, REGION_SIZE);
+		if (len) {
+			struct repl_io z = {.kind = REPL_ZERO, .volume = io->volume, .off = io->off, .len = 0};
+			for (uint64_t done = 0; done < len; done += z.len) {
+				z.off = io->off + done;
+				z.len = min_u64(len - done, RESYNC_ZERO_FRAME_MAX);
+				send_io(r, &z, WIRE_RESYNC_ZERO);
+			}
+			resync_sent(r, io, len);
+			r->rs_off = io->off + len;
+			return;
+		}
+		io->ext_len = REGION_SIZE; /* a hole smaller than a region: read the region as data */
+	}
+	r->rs_data_vol = io->volume;
+	r->rs_data_off = io->off;
+	r->rs_data_end = io->off + io->ext_len;
+	r->rs_vol = io->volume;
+	r->rs_off = io->off;
+}
+
+void primary_resync_io_done(struct repl *r, struct repl_io *io, int error)
+{
+	r->rs_busy[io - r->rs] = false;
+	if (io->session != r->session || !primary_live(r)) {
+		repl_release_claim(r, io);
+		return;
+	}
+	if (error) {
+		repl_release_claim(r, io);
+		repl_set_error(r, error, "resync", (int)io->volume, io->off, io->len, "reading %s for the resync failed: %s",
+		               r->meta->volumes[io->volume].name, err_short(error));
+		r->redial_wait_ns = REDIAL_MAX_NS;
+		session_close(r, false);
+		return;
+	}
+	if (io->kind == REPL_RESYNC_SCAN) {
+		scan_done(r, io);
+	} else {
+		send_io(r, io, WIRE_RESYNC_WRITE);
+		resync_sent(r, io, io->len);
+		r->counters.resync_bytes += io->len;
+		uint64_t rate = r->meta->settings.resync_rate;
+		if (rate)
+			r->rs_allow_ns = max_u64(r->rs_allow_ns, r->now_ns) + io->len * UINT64_C(1000000000) / rate;
+	}
+	repl_release_claim(r, io);
+	primary_resync_pump(r);
+}

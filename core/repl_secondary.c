@@ -1,0 +1,1028 @@
+/* The receiving side: applying the stream, barriers, checkpoints, resync as target; and failover with its commit.
+ *
+ * The stream: requests come in order into `held`; up to the next barrier they move to `window`, claim their blocks and
+ * are applied in any order that the claims allow (overlapping ones in the order of the stream, I6). A barrier waits until
+ * the window is empty; nothing behind it starts before it is done (I12) [FLBARRIER, CKBARRIER, RSBARRIER].
+ *
+ *   FLUSH          disks synced → flushed = its number [FLACK]
+ *   CHECKPOINT     disks synced (in `power`) [CKFLUSH] → one metadata write switches the epoch of all volumes (I7)
+ *                  [CKATOMIC] → acknowledged [CKACKAFTER]
+ *   RESYNC_DONE    disks synced [RDFLUSH] → one metadata write adopts the source's generations and drops the mark
+ *                  [ADOPTEND] → acknowledged
+ *
+ * What changes a block on the disk saves the old content first; that is the image module's doing (volume V1).
+ *
+ * Failover: end of the stream → what was received is applied → every block of undo(base) .. live and active is durably
+ * dirty [FOBITS] → one metadata write: generation [FOGEN], target, state, local checkpoint of the disk as received
+ * [FOTARGET, FOKEEP] → answered. The way back is written in the background, as ordinary writes of the new epoch, region
+ * by region under exclusive claims; a guest's write to active puts its regions back into `todo`. When `todo` is empty
+ * and nothing is under way, requests wait for one metadata write: DONE.
+ */
+#include "core/repl_internal.h"
+
+#include <string.h>
+
+#include "core/check.h"
+
+static bool is_barrier(const struct repl_io *io)
+{
+	return io->kind == REPL_FLUSH || io->kind == REPL_CHECKPOINT || io->kind == REPL_RESYNC_DONE;
+}
+
+bool secondary_quiet(const struct repl *r)
+{
+	return r->held.head == NULL && r->window.head == NULL && r->barrier == NULL;
+}
+
+static uint64_t active_id_next(const struct repl_meta *m)
+{
+	return m->active_id + 1;
+}
+
+/* ---- the stream ---- */
+
+void secondary_stream(struct repl *r, struct repl_io *io)
+{
+	if (io->seq != r->in_seq + 1) {
+		repl_complete(r, io, -ERR_CANCELED);
+		session_protocol_error(r, "sequence number %llu after %llu", (unsigned long long)io->seq,
+		                       (unsigned long long)r->in_seq);
+		return;
+	}
+	bool done = io->kind == REPL_RESYNC_DONE;
+	/* The first of a session comes after RESYNC_BEGIN, or ends at once a resync that has nothing to do. */
+	bool begun = r->keeping || r->meta->inconsistent;
+	if (r->in_seq == 0 && !begun && !(done && r->decision == LINEAGE_EQUAL)) {
+		repl_complete(r, io, -ERR_CANCELED);
+		session_protocol_error(r, "data before RESYNC_BEGIN");
+		return;
+	}
+	if ((done || io->resync) && r->link != LINK_RESYNC) {
+		repl_complete(r, io, -ERR_CANCELED);
+		session_protocol_error(r, "resync data outside a resync");
+		return;
+	}
+	r->in_seq = io->seq;
+	io->phase = PHASE_HELD;
+	io->session = r->session;
+	list_push(&r->held, io);
+	secondary_run(r);
+}
+
+static void claim_blocks(struct repl_io *io)
+{
+	struct range b = range_align_out((struct range){io->off, io->len}, BLOCK_SIZE);
+	io->claim.volume = io->volume;
+	io->claim.shared = false;
+	io->claim.off = b.off;
+	io->claim.end = range_end(b);
+}
+
+static void barrier_start(struct repl *r, struct repl_io *io)
+{
+	r->barrier = io;
+	io->phase = PHASE_BARRIER;
+	if (io->kind != REPL_CHECKPOINT) {
+		repl_submit(r, io, TARGET_DISK);
+		return;
+	}
+	/* Whether active is empty is decided at the switch: writes to the view wait, those under way end first. */
+	r->barrier_waits = true;
+	secondary_settle(r);
+}
+
+bool secondary_switching(const struct repl *r)
+{
+	return r->barrier && r->barrier->kind == REPL_CHECKPOINT && r->meta->role == ROLE_SECONDARY;
+}
+
+void secondary_settle(struct repl *r)
+{
+	if (r->barrier_waits && r->writes_in_flight == 0) {
+		r->barrier_waits = false;
+		repl_submit(r, r->barrier, TARGET_CKPT);
+	}
+	session_join_ready(r);
+	if (r->failing_over)
+		secondary_failover_go(r);
+}
+
+void secondary_run(struct repl *r)
+{
+	while (r->held.head && !r->barrier && !r->keeping) {
+		struct repl_io *io = r->held.head;
+		if (r->apply_stopped) {
+			list_remove(io);
+			repl_complete(r, io, -ERR_CANCELED);
+			continue;
+		}
+		if (is_barrier(io)) {
+			if (r->window.head)
+				break;
+			list_remove(io);
+			barrier_start(r, io);
+			break;
+		}
+		list_remove(io);
+		io->phase = PHASE_CLAIM;
+		list_push(&r->window, io);
+		claim_blocks(io);
+		if (reqset_add(&r->claims, &io->claim))
+			secondary_granted(r, io);
+	}
+}
+
+void secondary_granted(struct repl *r, struct repl_io *io)
+{
+	io->phase = PHASE_IO;
+	repl_submit(r, io, TARGET_DISK);
+}
+
+/* on_cow_error=stop, and any other failure to apply: nothing more is applied in this session, the last checkpoint stays
+ * good, the primary is told and goes to dirty tracking. */
+static void stop_applying(struct repl *r, const struct repl_io *io, int error, const char *what)
+{
+	if (r->apply_stopped)
+		return;
+	r->apply_stopped = true;
+	const char *name = r->meta->volumes[io->volume].name;
+	repl_set_error(r, error, "apply", (int)io->volume, io->off, io->len, "%s: %s of %s: %s; applying stopped", r->meta->group, what,
+	               name, err_short(error));
+	if (r->link == LINK_DOWN || r->closing)
+		return;
+	struct wire_refuse x = {.code = (uint16_t)-error};
+	(void)memcpy(x.text, r->error.text, min_u64(sizeof(x.text) - 1, strlen(r->error.text)));
+	int n = wire_refuse_encode(&x, r->scratch, sizeof(r->scratch));
+	struct repl_action a = {.type = ACT_SEND, .data = r->scratch, .data_len = n > 0 ? (uint32_t)n : 0};
+	a.frame.type = WIRE_IO_ERROR;
+	a.frame.seq = io->seq;
+	a.frame.volume = r->meta->volumes[io->volume].id;
+	a.frame.offset = io->off;
+	a.frame.length = io->len;
+	a.frame.length_payload = a.data_len;
+	repl_emit(r, &a);
+	session_close(r, true);
+}
+
+static void applied_up_to(struct repl *r, uint64_t seq)
+{
+	if (r->window.head)
+		r->in_applied = max_u64(r->in_applied, r->window.head->seq - 1);
+	else
+		r->in_applied = max_u64(r->in_applied, seq);
+}
+
+static void barrier_done(struct repl *r, struct repl_io *io, int error);
+
+void secondary_apply_done(struct repl *r, struct repl_io *io, int error)
+{
+	if (io == r->barrier) {
+		barrier_done(r, io, error);
+		return;
+	}
+	uint64_t last = r->window.tail->seq;
+	list_remove(io);
+	repl_release_claim(r, io);
+	if (error)
+		stop_applying(r, io, error, io->save_failed ? "saving the old content" : "writing a block");
+	bool current = io->session == r->session && !r->apply_stopped;
+	repl_complete(r, io, error);
+	if (current)
+		applied_up_to(r, last);
+	secondary_run(r);
+}
+
+static void barrier_end(struct repl *r, struct repl_io *io)
+{
+	r->barrier = NULL;
+	if (io->session == r->session)
+		r->in_applied = max_u64(r->in_applied, io->seq);
+	repl_complete(r, io, 0);
+	secondary_run(r);
+}
+
+static void flushed_up_to(struct repl *r, const struct repl_io *io)
+{
+	if (io->session != r->session)
+		return;
+	r->in_applied = max_u64(r->in_applied, io->seq);
+	r->in_flushed = max_u64(r->in_flushed, io->seq);
+	secondary_ack(r, true);
+}
+
+static void checkpoint_void(struct repl *r, struct repl_io *io, enum wire_void why)
+{
+	if (io->session == r->session)
+		session_send(r, WIRE_CHECKPOINT_ACK, 0, io->arg, why, 0, NULL, 0);
+	if (why == WIRE_VOID_ACTIVE)
+		repl_log(r, 2, "checkpoint %llu not taken: the active overlay is not empty", (unsigned long long)io->arg);
+}
+
+static void barrier_done(struct repl *r, struct repl_io *io, int error)
+{
+	if (error || r->apply_stopped) {
+		if (error)
+			stop_applying(r, io, error, "a flush");
+		r->barrier = NULL;
+		repl_complete(r, io, -ERR_CANCELED);
+		secondary_run(r);
+		return;
+	}
+	if (io->kind == REPL_FLUSH) {
+		flushed_up_to(r, io);
+		/* Barriers that follow with nothing between them are covered by the same sync. */
+		while (r->held.head && r->held.head->kind == REPL_FLUSH && r->held.head->session == io->session) {
+			struct repl_io *more = list_pop(&r->held);
+			flushed_up_to(r, more);
+			repl_complete(r, more, 0);
+		}
+		barrier_end(r, io);
+		return;
+	}
+	if (io->kind == REPL_CHECKPOINT) {
+		/* The shell says with hole=false, ext_len > 0 how many bytes active holds. */
+		if (r->meta->inconsistent) {
+			checkpoint_void(r, io, WIRE_VOID_ERROR);
+			barrier_end(r, io);
+			return;
+		}
+		if (io->ext_len && !(io->flags & (WIRE_CKPT_COMMAND | WIRE_CKPT_STOP))) {
+			checkpoint_void(r, io, WIRE_VOID_ACTIVE);
+			barrier_end(r, io);
+			return;
+		}
+	}
+	struct tx *t = repl_tx(r, io->kind == REPL_CHECKPOINT ? TX_SWITCH : TX_ADOPT);
+	t->io = io;
+	t->number = io->arg;
+	t->flags = io->flags;
+	t->arg = io->ext_len;
+	t->lineage = io->lineage;
+	t->session = io->session;
+}
+
+void secondary_ack(struct repl *r, bool now)
+{
+	if (!r->is_target || r->closing)
+		return;
+	struct wire_ack a = {r->in_seq, r->in_applied, r->in_flushed};
+	if (memcmp(&a, &r->acked, sizeof(a)) == 0)
+		return;
+	uint64_t p = r->meta->settings.protocol;
+	bool due = now || r->now_ns - r->acked_ns >= ACK_LAZY_NS || (p == PROTOCOL_B && a.received != r->acked.received) ||
+	           (p == PROTOCOL_C && a.applied != r->acked.applied);
+	if (!due)
+		return;
+	r->acked = a;
+	r->acked_ns = r->now_ns;
+	int n = wire_ack_encode(&a, r->scratch, sizeof(r->scratch));
+	session_send(r, WIRE_ACK, 0, 0, 0, 0, r->scratch, (uint32_t)n);
+}
+
+void secondary_session_lost(struct repl *r)
+{
+	struct repl_io *io;
+	/* Before the kept checkpoint is durable nothing may be applied: what waits for it goes. */
+	while (r->keeping && (io = list_pop(&r->held)) != NULL)
+		repl_complete(r, io, -ERR_CANCELED);
+	r->keeping = false;
+	/* Otherwise what was received is still applied: protocol B promised it (I2). */
+	secondary_run(r);
+}
+
+void secondary_tick(struct repl *r)
+{
+	if (r->is_target)
+		secondary_ack(r, false);
+	if (r->committing)
+		secondary_commit_pump(r);
+	secondary_retention(r);
+}
+
+/* ---- resync as target ---- */
+
+void secondary_begin(struct repl *r, const struct wire_frame *f)
+{
+	if (f->offset == 0) {
+		session_protocol_error(r, "RESYNC_BEGIN without a generation");
+		return;
+	}
+	/* A consistent target syncs its disk and takes a local checkpoint before the first resync write [PREKEEP,
+	 * PREFLUSH]; one already inconsistent takes none [PREONCE]. */
+	if (r->keeping || r->sync_busy) {
+		session_protocol_error(r, "a second RESYNC_BEGIN");
+		return;
+	}
+	r->keeping = r->sync_busy = true;
+	r->sync_io.kind = REPL_FLUSH;
+	r->sync_io.arg = f->offset;
+	r->sync_io.session = r->session;
+	repl_submit(r, &r->sync_io, TARGET_CKPT);
+}
+
+static bool any_dirty(const struct repl *r)
+{
+	for (uint32_t i = 0; i < r->meta->n_volumes; i++)
+		if (r->vol[i].dirty.count)
+			return true;
+	return false;
+}
+
+/* Appends a checkpoint to the record. */
+static void add_ckpt(struct repl *r, struct repl_meta *m, uint64_t number, enum ckpt_kind kind, unsigned flags)
+{
+	INVARIANT(m->n_ckpts < GROUP_CKPTS_MAX);
+	INVARIANT(m->n_ckpts == 0 || m->ckpts[m->n_ckpts - 1].number < number);
+	m->ckpts[m->n_ckpts++] = (struct repl_ckpt){.number = number,
+	                                            .generation = m->lineage.current,
+	                                            .time_ns = r->wall_ns,
+	                                            .kind = (uint8_t)kind,
+	                                            .flags = (uint8_t)flags};
+	m->ckpt_max = max_u64(m->ckpt_max, number);
+}
+
+static void pin(struct repl_meta *m, uint64_t number, bool on)
+{
+	int i = repl_meta_find_ckpt(m, number);
+	if (i < 0)
+		return;
+	if (on)
+		m->ckpts[i].flags |= CKPT_PINNED;
+	else
+		m->ckpts[i].flags &= (uint8_t)~CKPT_PINNED;
+}
+
+static void prepare_keep(struct repl *r, struct tx *t, struct repl_meta *m)
+{
+	if (!m->inconsistent && m->n_ckpts < GROUP_CKPTS_MAX) {
+		t->opened = m->ckpt_max + 1;
+		add_ckpt(r, m, t->opened, CKPT_LOCAL, CKPT_PINNED);
+		m->kept = t->opened;
+		/* Kept for good where it holds what the source never had. */
+		uint64_t cur = m->lineage.current;
+		const struct lineage *s = &r->theirs.lineage;
+		bool related = cur == 0 || cur == s->current || cur == s->bitmap || lineage_has(s, cur);
+		m->own_dirty = any_dirty(r) || !related;
+	}
+	m->inconsistent = true;
+	m->sync_from = t->number;
+	m->has_peer = true;
+}
+
+static void prepare_adopt(struct tx *t, struct repl_meta *m)
+{
+	uint64_t old = m->lineage.current;
+	bool related = old == 0 || old == t->lineage.current || old == t->lineage.bitmap || lineage_has(&t->lineage, old);
+	lineage_adopt(&m->lineage, &t->lineage);
+	/* [LASTLIN] what the followed lineage has discarded is no default target any more */
+	if (!related || m->own_dirty) {
+		for (uint32_t i = 0; i < m->n_ckpts; i++)
+			m->ckpts[i].flags |= CKPT_FOREIGN;
+		m->last_stream = 0;
+	}
+	if (m->kept && !m->own_dirty)
+		pin(m, m->kept, false);
+	m->kept = 0;
+	m->own_dirty = m->inconsistent = m->alone = m->shut_out = m->split_brain = false;
+	m->sync_from = 0;
+	m->has_peer = true;
+}
+
+/* ---- retention ---- */
+
+static bool never_dropped(const struct repl_meta *m, uint32_t i)
+{
+	uint64_t n = m->ckpts[i].number;
+	return i == m->n_ckpts - 1 || n == m->base || n == m->last_stream || n == m->kept || n == m->target ||
+	       ((m->state == STATE_FAILOVER || m->state == STATE_FAILOVER_FAILED) && n == m->received);
+}
+
+/* keep_last: the oldest unpinned one above the count goes. Merging into an older neighbour is I/O and comes first. */
+void secondary_retention(struct repl *r)
+{
+	const struct repl_meta *m = r->meta;
+	if (r->merge_busy || r->dropping || r->saving || r->failing_over || m->state == STATE_FAILOVER ||
+	    m->state == STATE_FAILOVER_FAILED)
+		return;
+	uint64_t unpinned = 0;
+	uint32_t oldest = UINT32_MAX;
+	for (uint32_t i = 0; i < m->n_ckpts; i++) {
+		if (m->ckpts[i].flags & CKPT_PINNED)
+			continue;
+		unpinned++;
+		if (oldest == UINT32_MAX && !never_dropped(m, i))
+			oldest = i;
+	}
+	if (unpinned <= m->settings.keep_last || oldest == UINT32_MAX)
+		return;
+	r->merge_busy = true;
+	r->merge_io.kind = REPL_MERGE;
+	r->merge_io.arg = m->ckpts[oldest].number;
+	repl_submit(r, &r->merge_io, TARGET_OWN);
+}
+
+/* For room (a guest's write cannot be saved): the oldest unpinned one, then the oldest pinned one. 0: none may go. */
+static uint64_t pick_for_room(const struct repl_meta *m)
+{
+	for (unsigned pinned = 0; pinned < 2; pinned++)
+		for (uint32_t i = 0; i < m->n_ckpts; i++)
+			if (((m->ckpts[i].flags & CKPT_PINNED) != 0) == pinned)
+				return m->ckpts[i].number;
+	return 0;
+}
+
+static void remove_ckpt(struct repl_meta *m, uint64_t number)
+{
+	int i = repl_meta_find_ckpt(m, number);
+	if (i < 0)
+		return;
+	memmove(&m->ckpts[i], &m->ckpts[i + 1], (m->n_ckpts - (uint32_t)i - 1) * sizeof(m->ckpts[0]));
+	m->n_ckpts--;
+	memset(&m->ckpts[m->n_ckpts], 0, sizeof(m->ckpts[0]));
+	uint64_t *refs[] = {&m->base, &m->last_stream, &m->kept};
+	for (unsigned k = 0; k < ARRAY_LEN(refs); k++)
+		if (*refs[k] == number)
+			*refs[k] = 0;
+	if (m->target == number && (m->state == STATE_FAILOVER || m->state == STATE_FAILOVER_FAILED))
+		m->target = 0;
+}
+
+/* ---- metadata changes ---- */
+
+static void prepare_failover(struct repl *r, struct tx *t, struct repl_meta *m)
+{
+	uint64_t to = r->failover_outcome;
+	bool latest = to == FAILOVER_LATEST;
+	t->opened = 0;
+	if (m->n_ckpts && m->n_ckpts < GROUP_CKPTS_MAX) {
+		t->opened = m->ckpt_max + 1;
+		add_ckpt(r, m, t->opened, m->inconsistent ? CKPT_PARTIAL : CKPT_LOCAL, CKPT_PINNED);
+	}
+	m->received = t->opened;
+	m->received_bytes = t->arg;
+	m->role = ROLE_STANDALONE;
+	if (m->state == STATE_DONE)
+		repl_state_move(m, STATE_NONE);
+	repl_state_move(m, STATE_FAILOVER);
+	if (latest) {
+		repl_state_move(m, STATE_DONE);
+		m->target = m->base = 0;
+	} else {
+		m->target = m->base = to;
+	}
+	if (latest || (r->failover && (r->failover->flags & FAILOVER_DISCARD_ACTIVE))) {
+		t->active_id = active_id_next(m);
+		m->active_id = t->active_id;
+	}
+	lineage_begin(&m->lineage, repl_random(r));
+	m->failover_generation = m->lineage.current;
+	m->alone = true;
+	m->has_peer = true;
+	m->inconsistent = m->fresh = m->shut_out = m->broken = m->own_dirty = false;
+	m->sync_from = 0;
+	m->kept = 0;
+	m->peer[0] = 0;
+}
+
+void secondary_prepare(struct repl *r, struct tx *t, struct repl_meta *m)
+{
+	switch (t->kind) {
+	case TX_SECONDARY:
+		m->role = ROLE_SECONDARY;
+		if (m->state == STATE_DONE)
+			repl_state_move(m, STATE_NONE);
+		if (!t->arg) {
+			m->inconsistent = m->fresh = true;
+			m->lineage = (struct lineage){0};
+		}
+		for (uint32_t i = 0; i < m->n_volumes; i++) /* the hub's ids rule */
+			for (uint32_t k = 0; k < r->theirs.n_volumes; k++)
+				if (strcmp(m->volumes[i].name, r->theirs.volumes[k].name) == 0)
+					m->volumes[i].id = r->theirs.volumes[k].id;
+		m->peer[0] = 0;
+		m->failover_generation = m->target = m->received = m->received_bytes = 0;
+		return;
+	case TX_RESTART:
+		repl_state_move(m, STATE_NONE);
+		return;
+	case TX_KEEP:
+		prepare_keep(r, t, m);
+		return;
+	case TX_ADOPT:
+		prepare_adopt(t, m);
+		return;
+	case TX_SWITCH:
+		if (m->n_ckpts == GROUP_CKPTS_MAX) /* retention is behind: the oldest goes now; it needs no merge */
+			t->dropped = m->ckpts[0].number, remove_ckpt(m, t->dropped);
+		t->opened = t->number;
+		add_ckpt(r, m, t->number, CKPT_STREAM, t->flags & WIRE_CKPT_PIN ? CKPT_PINNED : 0);
+		m->base = m->last_stream = t->number;
+		m->fresh = m->broken = false;
+		if (t->arg || m->active_id == 0) {
+			t->active_id = active_id_next(m);
+			m->active_id = t->active_id;
+		}
+		repl_state_move(m, STATE_RUNNING);
+		if (t->flags & WIRE_CKPT_STOP)
+			repl_state_move(m, STATE_DONE);
+		return;
+	case TX_FAILOVER:
+		prepare_failover(r, t, m);
+		return;
+	case TX_COMMITTED:
+		repl_state_move(m, STATE_DONE);
+		m->base = 0;
+		t->active_id = active_id_next(m);
+		m->active_id = t->active_id;
+		return;
+	case TX_COMMIT_FAILED:
+		repl_state_move(m, STATE_FAILOVER_FAILED);
+		return;
+	case TX_COMMIT_RETRY:
+		repl_state_move(m, STATE_FAILOVER);
+		return;
+	case TX_DISCARD:
+		t->active_id = active_id_next(m);
+		m->active_id = t->active_id;
+		return;
+	case TX_DROP:
+		t->dropped = t->number ? t->number : pick_for_room(m);
+		remove_ckpt(m, t->dropped);
+		return;
+	default:
+		UNREACHABLE();
+	}
+}
+
+static void switched(struct repl *r, struct tx *t, int error)
+{
+	struct repl_io *io = t->io;
+	if (error) {
+		checkpoint_void(r, io, WIRE_VOID_ERROR);
+		if (r->want_ckpt) {
+			repl_command_done(r, r->want_ckpt, error, "the checkpoint could not be saved: %s", err_short(error));
+			r->want_ckpt = NULL;
+		}
+		barrier_end(r, io);
+		return;
+	}
+	r->counters.checkpoints++;
+	r->error.code = 0;
+	if (io->session == r->session) {
+		session_send(r, WIRE_CHECKPOINT_ACK, t->arg, t->number, WIRE_VOID_NONE, 0, NULL, 0);
+	}
+	if (r->want_ckpt && (t->flags & WIRE_CKPT_COMMAND)) {
+		r->want_ckpt->result = t->number;
+		repl_command_done(r, r->want_ckpt, 0, " ");
+		r->want_ckpt = NULL;
+	}
+	if (t->flags & WIRE_CKPT_STOP) {
+		struct repl_command *c = r->stop;
+		r->stop = NULL;
+		if (c) {
+			c->result2 = t->arg;
+			repl_command_done(r, c, 0, " ");
+		}
+		if (io->session == r->session)
+			session_close(r, true);
+	}
+	barrier_end(r, io);
+}
+
+static void adopted(struct repl *r, struct tx *t, int error)
+{
+	struct repl_io *io = t->io;
+	if (error) {
+		stop_applying(r, io, error, "the group's record");
+		r->barrier = NULL;
+		repl_complete(r, io, error);
+		secondary_run(r);
+		return;
+	}
+	for (uint32_t i = 0; i < r->meta->n_volumes; i++) { /* the end of the resync is durable: its own bits go [TGTBITS] */
+		bitmap_clear_all(&r->vol[i].dirty);
+		bitmap_clear_all(&r->vol[i].touched);
+	}
+	if (io->session == r->session) {
+		r->link = LINK_SYNCED;
+		r->error.code = 0;
+		r->in_applied = r->in_flushed = max_u64(r->in_flushed, io->seq);
+		session_send(r, WIRE_RESYNC_ACK, io->seq, 0, 0, 0, NULL, 0);
+		secondary_ack(r, true);
+	}
+	barrier_end(r, io);
+}
+
+static void failed_over(struct repl *r, struct tx *t, int error)
+{
+	struct repl_command *c = r->failover;
+	r->failover = NULL;
+	r->failing_over = false;
+	r->marked = !error;
+	if (error) {
+		repl_command_done(r, c, error, "the failover could not be saved: %s; nothing was changed", err_short(error));
+		return;
+	}
+	const struct repl_meta *m = r->meta;
+	repl_log(r, 1, "failed over to %s", m->target ? "a checkpoint" : "latest");
+	if (c) {
+		c->result = m->target;
+		c->result2 = m->received;
+		c->result3 = m->received_bytes;
+		int i = repl_meta_find_ckpt(m, m->target);
+		c->result_time_ns = i >= 0 ? m->ckpts[i].time_ns : 0;
+		repl_command_done(r, c, 0, " ");
+	}
+	r->error.code = 0;
+	(void)t;
+	if (m->state == STATE_FAILOVER) {
+		secondary_commit_start(r);
+		return;
+	}
+	for (uint32_t i = 0; i < m->n_volumes; i++)
+		bitmap_clear_all(&r->vol[i].todo);
+}
+
+void secondary_tx_done(struct repl *r, struct tx *t, int error)
+{
+	switch (t->kind) {
+	case TX_KEEP:
+		if (t->session != r->session || r->closing)
+			return;
+		if (error) {
+			session_refuse(r, ERR_IO, "the target could not save the start of the resync");
+			return;
+		}
+		r->keeping = false;
+		session_send(r, WIRE_RESYNC_READY, 0, r->ckpt_used, 0, 0, NULL, 0);
+		secondary_run(r);
+		return;
+	case TX_ADOPT:
+		adopted(r, t, error);
+		return;
+	case TX_SWITCH:
+		switched(r, t, error);
+		return;
+	case TX_FAILOVER:
+		failed_over(r, t, error);
+		return;
+	case TX_COMMITTED:
+		r->finalising = false;
+		if (!error) {
+			r->committing = false;
+			repl_log(r, 2, "the failover is committed");
+		}
+		return;
+	case TX_COMMIT_FAILED:
+	case TX_COMMIT_RETRY:
+		if (t->kind == TX_COMMIT_RETRY && !error) {
+			r->error.code = 0;
+			secondary_commit_start(r);
+		}
+		repl_command_done(r, t->command, error, "the group's record could not be saved: %s", err_short(error));
+		return;
+	case TX_DISCARD:
+		if (t->command)
+			t->command->result2 = t->arg;
+		repl_command_done(r, t->command, error, "the discard could not be saved: %s", err_short(error));
+		return;
+	case TX_DROP:
+		if (t->io) { /* for room: try the write again */
+			t->io->claim.next_ready = NULL;
+			repl_log(r, 0, "no room to keep checkpoint %llu: it was dropped so that the guest's write succeeds",
+			         (unsigned long long)t->dropped);
+			t->io->phase = PHASE_IO;
+			if (error) {
+				r->writes_in_flight--;
+				t->io->error = -ERR_NOSPC;
+				primary_local_done(r, t->io);
+			} else {
+				repl_submit(r, t->io, TARGET_DISK);
+			}
+			return;
+		}
+		if (t->command == r->dropping)
+			r->dropping = NULL;
+		r->merge_busy = false;
+		repl_command_done(r, t->command, error, "the group's record could not be saved: %s", err_short(error));
+		return;
+	default:
+		UNREACHABLE();
+	}
+}
+
+/* ---- failover ---- */
+
+static bool same_outcome(const struct repl_meta *m, uint64_t to)
+{
+	return to == FAILOVER_DEFAULT || to == (m->target ? m->target : FAILOVER_LATEST);
+}
+
+/* What `to` means now: a checkpoint's number or FAILOVER_LATEST; -ERR_x with the reason in the command. */
+static int outcome(struct repl *r, struct repl_command *c, uint64_t *ret)
+{
+	const struct repl_meta *m = r->meta;
+	uint64_t to = c->number;
+	bool force = (c->flags & FAILOVER_FORCE) != 0;
+	if (to == FAILOVER_DEFAULT && m->settings.failover_to == FAILOVER_TO_LATEST)
+		to = FAILOVER_LATEST;
+	if (to == FAILOVER_DEFAULT) {
+		to = m->last_stream;
+		if (to == 0 && !force) {
+			repl_command_done(r, c, -ERR_STATE,
+			                  "there is no checkpoint from the stream to go back to%s; `--to latest` takes the disk as received, "
+			                  "`--force` what there is",
+			                  m->inconsistent ? " and the first sync has not ended" : "");
+			return -ERR_STATE;
+		}
+		if (to == 0)
+			to = FAILOVER_LATEST;
+	}
+	if (to == FAILOVER_LATEST && m->inconsistent) { /* [LATESTINC] */
+		if (m->kept) {
+			to = m->kept;
+		} else if (m->n_ckpts && m->last_stream) {
+			to = m->last_stream;
+		} else if (!force) {
+			repl_command_done(r, c, -ERR_STATE,
+			                  "the first sync has not ended: the disk is incomplete; `--force` takes it as it is");
+			return -ERR_STATE;
+		}
+	}
+	if (to != FAILOVER_LATEST && repl_meta_find_ckpt(m, to) < 0) {
+		repl_command_done(r, c, -ERR_NOENT, "no checkpoint %llu here; see `checkpoints`", (unsigned long long)to);
+		return -ERR_NOENT;
+	}
+	*ret = to;
+	return 0;
+}
+
+void secondary_failover(struct repl *r, struct repl_command *c)
+{
+	const struct repl_meta *m = r->meta;
+	if (m->role == ROLE_PRIMARY) {
+		repl_command_done(r, c, -ERR_STATE, "this host is primary for it; run it on the peer (%s)",
+		                  m->peer[0] ? m->peer : "unknown");
+		return;
+	}
+	if (r->failing_over) {
+		repl_command_done(r, c, -ERR_BUSY, "another failover is under way");
+		return;
+	}
+	if (m->role == ROLE_STANDALONE) {
+		if (m->failover_generation == 0) {
+			repl_command_done(r, c, -ERR_STATE, "it is standalone on this host: there is nothing to fail over from");
+			return;
+		}
+		if (!same_outcome(m, c->number)) {
+			repl_command_done(r, c, -ERR_STATE, "it has failed over to %s%llu already",
+			                  m->target ? "checkpoint " : "latest, checkpoint ",
+			                  (unsigned long long)(m->target ? m->target : m->received));
+			return;
+		}
+		c->result = m->target;
+		c->result2 = m->received;
+		c->result3 = m->received_bytes;
+		int i = repl_meta_find_ckpt(m, m->target);
+		c->result_time_ns = i >= 0 ? m->ckpts[i].time_ns : 0;
+		if (m->state == STATE_FAILOVER_FAILED) {
+			repl_tx(r, TX_COMMIT_RETRY)->command = c;
+			return;
+		}
+		repl_command_done(r, c, 0, " ");
+		return;
+	}
+	if (m->state == STATE_DONE) {
+		repl_command_done(r, c, -ERR_STATE, "replication is stopped: this host owns its disk already; `unprotect` frees it");
+		return;
+	}
+	if (m->shut_out && !(c->flags & FAILOVER_FORCE)) {
+		repl_command_done(r, c, -ERR_STATE, "the peer has failed over; run `failback` there, or `--force` to make two lineages");
+		return;
+	}
+	uint64_t to;
+	if (outcome(r, c, &to) < 0)
+		return;
+	/* The shell puts the number of blocks in active into result3. */
+	if (c->result3 && !(c->flags & FAILOVER_DISCARD_ACTIVE) && to != m->base) {
+		repl_command_done(r, c, -ERR_STATE,
+		                  "the active overlay holds this side's own writes, which belong to checkpoint %llu; `--discard-active` "
+		                  "gives them up",
+		                  (unsigned long long)m->base);
+		return;
+	}
+	r->failover = c;
+	r->failover_outcome = to;
+	r->failing_over = true;
+	r->marked = false;
+	if (r->link != LINK_DOWN) {
+		/* End of the stream. What follows of this session is fenced by its number. */
+		if (!r->closing)
+			session_send(r, WIRE_GOODBYE, 0, WIRE_BYE_FAILOVER, 0, 0, NULL, 0);
+		session_close(r, true);
+		session_link_down(r, -ERR_PEER, "this host fails over");
+		r->session = 0;
+	}
+	secondary_failover_go(r);
+}
+
+/* Goes on when all that was received is applied and no write to active is under way. */
+void secondary_failover_go(struct repl *r)
+{
+	if (!r->failing_over || !secondary_quiet(r) || r->writes_in_flight || r->mark_busy || r->marked || r->clear_busy ||
+	    r->merge_busy || r->sync_busy || r->union_busy || r->saving || r->tx_count)
+		return;
+	/* From the older of the target and the base: what differs from the primary, and what has to go back. */
+	uint64_t to = r->failover_outcome, base = r->meta->base;
+	r->mark_busy = true;
+	r->mark_io.kind = REPL_MARK;
+	r->mark_io.arg = to == FAILOVER_LATEST ? base : base && base < to ? base : to;
+	repl_submit(r, &r->mark_io, TARGET_OWN);
+}
+
+void secondary_commit_start(struct repl *r)
+{
+	if (!r->marked && !r->mark_busy) { /* after a restart: what is to do is found again */
+		r->mark_busy = true;
+		r->mark_io.kind = REPL_MARK;
+		r->mark_io.arg = r->meta->base;
+		repl_submit(r, &r->mark_io, TARGET_OWN);
+		return;
+	}
+	r->committing = true;
+	r->commit_stopped = false;
+	r->commit_vol = 0;
+	r->commit_off = 0;
+	r->commit_total = r->commit_done = 0;
+	for (uint32_t i = 0; i < r->meta->n_volumes; i++)
+		r->commit_total += r->vol[i].todo.count << REGION_SHIFT;
+	secondary_commit_pump(r);
+}
+
+static struct repl_io *commit_slot(struct repl *r)
+{
+	for (unsigned i = 0; i < COMMITS_MAX; i++)
+		if (!r->commit_busy[i])
+			return &r->commit[i];
+	return NULL;
+}
+
+static bool commit_next(struct repl *r, struct repl_io *io)
+{
+	for (unsigned turn = 0; turn < 2; turn++) {
+		for (; r->commit_vol < r->meta->n_volumes; r->commit_vol++, r->commit_off = 0) {
+			struct repl_volume_state *v = &r->vol[r->commit_vol];
+			uint64_t first = bitmap_next_set(&v->todo, r->commit_off >> REGION_SHIFT);
+			if (first == BITMAP_NONE)
+				continue;
+			uint64_t end = bitmap_next_clear(&v->todo, first);
+			if (end == BITMAP_NONE)
+				end = v->todo.nbits;
+			uint64_t off = first << REGION_SHIFT;
+			io->volume = r->commit_vol;
+			io->off = off;
+			io->len = min_u64(min_u64(end << REGION_SHIFT, r->meta->volumes[r->commit_vol].size) - off, COMMIT_MAX);
+			r->commit_off = off + io->len;
+			return true;
+		}
+		r->commit_vol = 0;
+		r->commit_off = 0;
+	}
+	return false;
+}
+
+void secondary_commit_pump(struct repl *r)
+{
+	if (!r->committing || r->commit_stopped || r->finalising || r->meta->state != STATE_FAILOVER)
+		return;
+	struct repl_io *io;
+	while ((io = commit_slot(r)) != NULL && commit_next(r, io)) {
+		io->kind = REPL_COMMIT;
+		io->claim.volume = io->volume;
+		io->claim.shared = false;
+		io->claim.off = io->off;
+		io->claim.end = round_up_u64(io->off + io->len, BLOCK_SIZE);
+		/* Cleared before the commit reads: a write to active that comes later sets it again. */
+		bitmap_clear_range(&r->vol[io->volume].todo, io->off >> REGION_SHIFT, units_of(io->len, REGION_SHIFT));
+		r->commit_busy[io - r->commit] = true;
+		if (reqset_add(&r->claims, &io->claim))
+			repl_submit(r, io, TARGET_OWN);
+	}
+	for (unsigned i = 0; i < COMMITS_MAX; i++)
+		if (r->commit_busy[i])
+			return;
+	for (uint32_t i = 0; i < r->meta->n_volumes; i++)
+		if (r->vol[i].todo.count)
+			return;
+	/* All is written. New requests wait; those under way end; the disks are synced; one metadata write. */
+	r->finalising = true;
+	if (r->active_writes || r->writes_in_flight) {
+		r->finalising = false;
+		return; /* the last of them calls again */
+	}
+	r->sync_busy = true;
+	r->sync_io.kind = REPL_FLUSH;
+	r->sync_io.session = 0;
+	repl_submit(r, &r->sync_io, TARGET_DISK);
+}
+
+void secondary_commit_granted(struct repl *r, struct repl_io *io)
+{
+	repl_submit(r, io, TARGET_OWN);
+}
+
+static void commit_failed(struct repl *r, const struct repl_io *io, int error)
+{
+	if (r->commit_stopped)
+		return;
+	r->commit_stopped = true;
+	r->finalising = false;
+	repl_set_error(r, error, "commit", io ? (int)io->volume : -1, io ? io->off : 0, io ? io->len : 0,
+	               "the commit of the failover met an error: %s; run `failover` again when it is mended", err_short(error));
+	repl_tx(r, TX_COMMIT_FAILED);
+}
+
+static void commit_done(struct repl *r, struct repl_io *io, int error)
+{
+	r->commit_busy[io - r->commit] = false;
+	repl_release_claim(r, io);
+	if (error) {
+		bitmap_set_range(&r->vol[io->volume].todo, io->off >> REGION_SHIFT, units_of(io->len, REGION_SHIFT));
+		commit_failed(r, io, error);
+		return;
+	}
+	r->commit_done += io->len;
+	secondary_commit_pump(r);
+}
+
+static void mark_done(struct repl *r, int error)
+{
+	r->mark_busy = false;
+	if (error) {
+		repl_set_error(r, error, "failover", -1, 0, 0, "the dirty map could not be written: %s", err_short(error));
+		if (r->failing_over) {
+			struct repl_command *c = r->failover;
+			r->failover = NULL;
+			r->failing_over = false;
+			repl_command_done(r, c, error, "the dirty map could not be written: %s; nothing was changed", err_short(error));
+		} else {
+			commit_failed(r, NULL, error);
+		}
+		return;
+	}
+	r->marked = true;
+	if (!r->failing_over) {
+		secondary_commit_start(r);
+		return;
+	}
+	struct tx *t = repl_tx(r, TX_FAILOVER);
+	/* What was received since the target: the shell counted it while marking. */
+	t->arg = r->mark_io.ext_len;
+}
+
+static void synced(struct repl *r, int error)
+{
+	r->sync_busy = false;
+	if (r->finalising) {
+		if (error)
+			commit_failed(r, NULL, error);
+		else
+			repl_tx(r, TX_COMMITTED);
+		return;
+	}
+	if (r->sync_io.session != r->session || r->closing || !r->is_target)
+		return;
+	if (error) {
+		session_refuse(r, ERR_IO, "the target could not flush its disk before the resync");
+		return;
+	}
+	struct tx *t = repl_tx(r, TX_KEEP);
+	t->number = r->sync_io.arg;
+}
+
+static void merged(struct repl *r, int error)
+{
+	if (error) {
+		repl_log(r, 0, "merging checkpoint %llu failed: %s", (unsigned long long)r->merge_io.arg, err_short(error));
+		r->merge_busy = false;
+		repl_command_done(r, r->dropping, error, "its blocks could not be merged into the older one: %s", err_short(error));
+		r->dropping = NULL;
+		return;
+	}
+	struct tx *t = repl_tx(r, TX_DROP);
+	t->number = r->merge_io.arg;
+	t->command = r->dropping;
+}
+
+void secondary_internal_done(struct repl *r, struct repl_io *io, int error)
+{
+	if (io == &r->mark_io)
+		mark_done(r, error);
+	else if (io == &r->sync_io)
+		synced(r, error);
+	else if (io == &r->merge_io)
+		merged(r, error);
+	else
+		commit_done(r, io, error);
+	repl_tx_run(r);
+}

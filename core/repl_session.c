@@ -1,0 +1,641 @@
+/* Sessions: dialling, the exchange of JOINs, the decision who syncs to whom, keep-alive, the end.
+ *
+ *   link up → JOIN each way → decision (core/lineage.h, the same on both) →
+ *     target: sends its dirty ranges (DIRTY*, DIRTY_END)
+ *     source: adds them to its own, durably [UNION, UNIONDUR] → saves the start of the session (TX_ACTIVATE) →
+ *             RESYNC_BEGIN ... or, with nothing dirty and an equal, whole target, RESYNC_DONE at once
+ *
+ * Fencing: a session number is given by the shell with EV_LINK_UP; frames of another are dropped. What an old session
+ * delivered is still applied (protocol B promised it), but the answer to a new JOIN waits until that has ended, so
+ * nothing of an old connection is applied after it (I12) [FENCE].
+ */
+#include "core/repl_internal.h"
+
+#include <stdio.h>
+#include <string.h>
+
+#include "core/check.h"
+
+void session_send(struct repl *r, unsigned type, uint64_t seq, uint64_t offset, uint64_t length, uint16_t flags, const void *data,
+                  uint32_t len)
+{
+	struct repl_action a = {.type = ACT_SEND, .data = data, .data_len = len};
+	a.frame.type = (uint16_t)type;
+	a.frame.flags = flags;
+	a.frame.seq = seq;
+	a.frame.offset = offset;
+	a.frame.length = length;
+	a.frame.length_payload = len;
+	repl_emit(r, &a);
+}
+
+void session_close(struct repl *r, bool drain)
+{
+	if (r->closing)
+		return;
+	r->closing = true;
+	repl_emit(r, &(struct repl_action){.type = ACT_CLOSE, .drain = drain});
+}
+
+void session_refuse(struct repl *r, int code, const char *text)
+{
+	struct wire_refuse x = {.code = (uint16_t)(code < 0 ? -code : code)};
+	(void)snprintf(x.text, sizeof(x.text), "%s", text);
+	int n = wire_refuse_encode(&x, r->scratch, sizeof(r->scratch));
+	if (n > 0)
+		session_send(r, WIRE_REFUSE, 0, 0, 0, 0, r->scratch, (uint32_t)n);
+	session_close(r, true);
+}
+
+void session_protocol_error(struct repl *r, const char *fmt, ...)
+{
+	char text[WIRE_TEXT_MAX];
+	va_list ap;
+	va_start(ap, fmt);
+	(void)vsnprintf(text, sizeof(text), fmt, ap);
+	va_end(ap);
+	repl_set_error(r, ERR_PROTO, "protocol", -1, 0, 0, "the peer broke the protocol: %s", text);
+	session_refuse(r, ERR_PROTO, text);
+}
+
+void session_dial(struct repl *r)
+{
+	r->dialing = true;
+	repl_emit(r, &(struct repl_action){.type = ACT_DIAL, .text = r->dial_addr});
+}
+
+void repl_join(const struct repl *r, struct wire_join *j)
+{
+	const struct repl_meta *m = r->meta;
+	memset(j, 0, sizeof(*j));
+	memcpy(j->group, m->group, sizeof(j->group));
+	memcpy(j->group_uuid, m->uuid, sizeof(j->group_uuid));
+	j->role = r->protect ? ROLE_PRIMARY : m->role;
+	j->state = m->state;
+	j->lineage = m->lineage;
+	j->sync_from = m->sync_from;
+	j->ckpt_max = max_u64(m->ckpt_max, r->ckpt_used);
+	j->last_stream = m->last_stream;
+	j->failover_generation = m->failover_generation;
+	j->settings = m->settings;
+	j->n_volumes = m->n_volumes;
+	memcpy(j->volumes, m->volumes, m->n_volumes * sizeof(m->volumes[0]));
+	j->flags = (m->alone ? WIRE_JOIN_ALONE : 0U) | (m->inconsistent ? WIRE_JOIN_INCONSISTENT : 0U) |
+	           (m->split_brain ? WIRE_JOIN_SPLIT : 0U) | (r->holding ? WIRE_JOIN_HOLDING : 0U) |
+	           (r->start ? WIRE_JOIN_START : 0U) | (r->protect ? WIRE_JOIN_PROTECT : 0U);
+	if (r->protect && (r->protect->flags & WIRE_JOIN_ADOPT))
+		j->flags |= WIRE_JOIN_ADOPT;
+	if (m->fresh || (m->role == ROLE_SECONDARY && m->lineage.current == 0 && m->sync_from == 0))
+		j->flags |= WIRE_JOIN_FRESH;
+}
+
+static void send_join(struct repl *r)
+{
+	struct wire_join j;
+	repl_join(r, &j);
+	int n = wire_join_encode(&j, r->scratch, sizeof(r->scratch));
+	INVARIANT(n > 0);
+	r->join_sent = true;
+	session_send(r, WIRE_JOIN, 0, 0, 0, 0, r->scratch, (uint32_t)n);
+}
+
+static void session_reset(struct repl *r)
+{
+	r->join_sent = r->join_got = r->join_waits = r->closing = false;
+	r->is_source = r->is_target = r->dirty_ended = r->union_started = false;
+	r->decision = LINEAGE_NO_SOURCE;
+	r->seq = r->received = r->applied = r->flushed = 0;
+	r->last_was_flush = false;
+	r->queue_bytes = 0;
+}
+
+void session_link_up(struct repl *r, const struct repl_event *ev)
+{
+	PRE(ev->session != 0 && ev->session != r->session);
+	if (r->link != LINK_DOWN) /* the peer came again before we noticed that the old connection was dead */
+		session_link_down(r, -ERR_PEER, "replaced by a new connection");
+	session_reset(r);
+	r->session = ev->session;
+	r->dialer = ev->dialer;
+	r->dialing = false;
+	r->link = LINK_HANDSHAKE;
+	r->link_since_ns = r->heard_ns = r->pinged_ns = r->progress_ns = r->now_ns;
+	if (r->was_connected)
+		r->counters.reconnects++;
+	if (r->shutdown)
+		session_close(r, false);
+	else if (r->dialer)
+		send_join(r);
+}
+
+/* Dial again: at once after a session that stood, else backing off to 2 s with jitter. */
+static void redial_plan(struct repl *r, bool had_session)
+{
+	if (had_session)
+		r->redial_wait_ns = REDIAL_MIN_NS;
+	r->redial_ns = r->now_ns + (had_session ? 0 : r->redial_wait_ns + repl_random(r) % (r->redial_wait_ns / 2 + 1));
+	r->redial_wait_ns = min_u64(r->redial_wait_ns * 2, REDIAL_MAX_NS);
+}
+
+static void fail_pending(struct repl *r, struct repl_command **c, int code, const char *text)
+{
+	struct repl_command *x = *c;
+	*c = NULL;
+	if (x)
+		repl_command_done(r, x, code, "%s", text);
+}
+
+void session_link_down(struct repl *r, int code, const char *text)
+{
+	bool had = r->link == LINK_RESYNC || r->link == LINK_SYNCED;
+	int fail = code == 0 || code == -ERR_IO ? -ERR_PEER : code;
+	char why[ERR_TEXT_MAX];
+	(void)snprintf(why, sizeof(why), "%s", text && text[0] ? text : "the connection to the peer ended");
+	if (r->link != LINK_DOWN || r->dialing)
+		repl_log(r, had ? 1 : 2, "link down: %s", why);
+	r->link = LINK_DOWN;
+	r->dialing = false;
+	r->join_waits = false;
+	r->activating = false;
+	redial_plan(r, had);
+	if (code == -ERR_STATE || code == -ERR_SPLIT || code == -ERR_BUSY || code == -ERR_VERSION || code == -ERR_PERM)
+		r->redial_ns = max_u64(r->redial_ns, r->now_ns + REFUSED_REDIAL_NS);
+	fail_pending(r, &r->protect, fail, why);
+	fail_pending(r, &r->start, fail, why);
+	fail_pending(r, &r->want_ckpt, -ERR_PEER, why);
+	if (r->setting) /* saved here; the peer gets it with the next JOIN */
+		repl_command_done(r, r->setting, 0, " ");
+	r->setting = NULL;
+	if (r->stop && r->meta->state == STATE_RUNNING && !repl_tx_pending(r, TX_STOPPED)) {
+		fail_pending(r, &r->stop, -ERR_PEER, why);
+	}
+	bool source = r->is_source, target = r->is_target;
+	r->is_source = r->is_target = false;
+	r->queue_bytes = 0;
+	if (source)
+		primary_session_lost(r);
+	if (target)
+		secondary_session_lost(r);
+	repl_gate_run(r);
+}
+
+/* ---- JOIN ---- */
+
+static bool volumes_match(struct repl *r, const struct wire_join *j, char *why, size_t size)
+{
+	const struct repl_meta *m = r->meta;
+	if (j->n_volumes != m->n_volumes) {
+		(void)snprintf(why, size, "group %s has %u volumes here and %u there", m->group, m->n_volumes, j->n_volumes);
+		return false;
+	}
+	for (uint32_t i = 0; i < j->n_volumes; i++) {
+		int k = repl_meta_find_volume(m, j->volumes[i].name);
+		if (k < 0) {
+			(void)snprintf(why, size, "group %s has no volume %s here", m->group, j->volumes[i].name);
+			return false;
+		}
+		if (m->volumes[k].size != j->volumes[i].size) {
+			(void)snprintf(why, size, "volume %s has %llu bytes here and %llu there; make the sizes equal",
+			               j->volumes[i].name, (unsigned long long)m->volumes[k].size,
+			               (unsigned long long)j->volumes[i].size);
+			return false;
+		}
+	}
+	return true;
+}
+
+static void decide(struct repl *r);
+
+/* The listener's side of a JOIN: what has to change here before the answer. */
+static void listener_answer(struct repl *r)
+{
+	const struct repl_meta *m = r->meta;
+	const struct wire_join *j = &r->theirs;
+	bool protect = (j->flags & WIRE_JOIN_PROTECT) != 0;
+	if (m->state == STATE_FAILOVER || m->state == STATE_FAILOVER_FAILED) { /* [FODEFER] */
+		session_refuse(r, ERR_BUSY, "this host has failed over and is still committing; it answers when that has ended");
+		return;
+	}
+	if (protect && m->role == ROLE_STANDALONE) {
+		bool written = m->lineage.current != 0;
+		if (written && !(j->flags & WIRE_JOIN_ADOPT)) {
+			session_refuse(r, ERR_STATE,
+			               "the peer has a volume of that name that was written already; `protect --adopt` takes it over "
+			               "(its content is kept as a checkpoint)");
+			return;
+		}
+		struct tx *t = repl_tx(r, TX_SECONDARY);
+		t->arg = written;
+		return;
+	}
+	if (protect && m->role == ROLE_PRIMARY) {
+		session_refuse(r, ERR_STATE, "the peer is primary for that group itself");
+		return;
+	}
+	if (m->role == ROLE_SECONDARY && m->state == STATE_DONE && !m->split_brain) {
+		if (!(j->flags & (WIRE_JOIN_START | WIRE_JOIN_PROTECT)) || j->role != ROLE_PRIMARY) {
+			session_refuse(r, ERR_STATE, "replication of that group is stopped; `start` it on the primary");
+			return;
+		}
+		if (!m->alone) {
+			repl_tx(r, TX_RESTART);
+			return;
+		}
+	}
+	send_join(r);
+	decide(r);
+}
+
+/* Both JOINs can be looked at: the old session's work has ended. */
+void session_join_ready(struct repl *r)
+{
+	if (!r->join_waits || !secondary_quiet(r) || r->saving || r->tx_count || r->failing_over)
+		return;
+	r->join_waits = false;
+	char why[WIRE_TEXT_MAX];
+	if (strcmp(r->theirs.group, r->meta->group) != 0) {
+		session_refuse(r, ERR_PROTO, "the answer is about another group");
+		return;
+	}
+	if (!volumes_match(r, &r->theirs, why, sizeof(why))) {
+		repl_set_error(r, ERR_STATE, "handshake", -1, 0, 0, "%s", why);
+		session_refuse(r, ERR_STATE, why);
+		return;
+	}
+	if (r->dialer)
+		decide(r);
+	else
+		listener_answer(r);
+}
+
+static void on_join(struct repl *r, const struct repl_event *ev)
+{
+	struct err e = {0};
+	if (r->join_got) {
+		session_protocol_error(r, "a second JOIN");
+		return;
+	}
+	if (wire_join_decode(&r->theirs, ev->payload, ev->frame->length_payload, &e) < 0) {
+		session_protocol_error(r, "%s", e.text);
+		return;
+	}
+	r->join_got = r->join_waits = true;
+	session_join_ready(r);
+}
+
+static void set_all_dirty(struct repl *r)
+{
+	for (uint32_t i = 0; i < r->meta->n_volumes; i++) {
+		struct repl_volume_state *v = &r->vol[i];
+		bitmap_set_range(&v->dirty, 0, v->dirty.nbits);
+	}
+}
+
+static void send_dirty(struct repl *r)
+{
+	for (uint32_t i = 0; i < r->meta->n_volumes; i++) {
+		struct bitmap *b = &r->vol[i].dirty;
+		struct wbuf w = {.data = r->scratch, .size = sizeof(r->scratch)};
+		for (uint64_t at = bitmap_next_set(b, 0); at != BITMAP_NONE;) {
+			uint64_t end = bitmap_next_clear(b, at);
+			if (end == BITMAP_NONE)
+				end = b->nbits;
+			uint64_t off = at << REGION_SHIFT;
+			wbuf_u64(&w, off);
+			wbuf_u64(&w, min_u64(end << REGION_SHIFT, r->meta->volumes[i].size) - off);
+			at = end < b->nbits ? bitmap_next_set(b, end) : BITMAP_NONE;
+			if (w.len + 16 > w.size || at == BITMAP_NONE) {
+				struct repl_action a = {.type = ACT_SEND, .data = w.data, .data_len = (uint32_t)w.len};
+				a.frame.type = WIRE_DIRTY;
+				a.frame.volume = r->meta->volumes[i].id;
+				a.frame.length_payload = (uint32_t)w.len;
+				repl_emit(r, &a);
+				w.len = 0;
+			}
+		}
+	}
+	session_send(r, WIRE_DIRTY_END, 0, 0, 0, 0, NULL, 0);
+}
+
+static void decide(struct repl *r)
+{
+	struct wire_join mine;
+	repl_join(r, &mine);
+	int source = 0;
+	enum lineage_decision d =
+	        r->dialer ? lineage_decide(&mine, &r->theirs, &source) : lineage_decide(&r->theirs, &mine, &source);
+	bool me = (source == 0) == r->dialer;
+	r->decision = d;
+	r->ckpt_used = max_u64(r->ckpt_used, r->theirs.ckpt_max); /* [NUMMAX]; in the record with the next save */
+	repl_log(r, 2, "handshake: %s%s", lineage_decision_name(d),
+	         d <= LINEAGE_FULL ? (me ? ", this host is the source" : ", this host is the target") : "");
+	switch (d) {
+	case LINEAGE_EQUAL:
+	case LINEAGE_PARTIAL:
+	case LINEAGE_FULL:
+		if (me) {
+			if (d == LINEAGE_FULL)
+				set_all_dirty(r);
+			return; /* DIRTY_END goes on */
+		}
+		r->is_target = true;
+		r->link = LINK_RESYNC;
+		r->in_seq = r->in_applied = r->in_flushed = 0;
+		r->acked = (struct wire_ack){0};
+		r->apply_stopped = false;
+		r->was_connected = true;
+		if (memcmp(&r->theirs.settings, &r->meta->settings, sizeof(struct settings)) != 0)
+			repl_tx(r, TX_SETTINGS)->settings = r->theirs.settings;
+		send_dirty(r);
+		return;
+	case LINEAGE_SHUT_OUT:
+		if (!me)
+			repl_tx(r, TX_SHUT_OUT);
+		else
+			session_close(r, true);
+		return;
+	case LINEAGE_SPLIT:
+		repl_tx(r, TX_SPLIT);
+		return;
+	case LINEAGE_UNRELATED:
+		repl_set_error(r, ERR_STATE, "handshake", -1, 0, 0, "the two copies of %s have nothing in common", r->meta->group);
+		session_refuse(r, ERR_STATE, "the two copies have nothing in common; protect afresh, with --adopt to take the other over");
+		return;
+	case LINEAGE_NO_SOURCE:
+		session_refuse(r, ERR_STATE, "neither copy may be the source: no consistent primary among them");
+		return;
+	}
+}
+
+/* ---- source: the union of both dirty sets, then the start ---- */
+
+static void on_dirty(struct repl *r, const struct repl_event *ev)
+{
+	const struct wire_frame *f = ev->frame;
+	int vi = -1;
+	for (uint32_t i = 0; i < r->meta->n_volumes; i++)
+		if (r->meta->volumes[i].id == f->volume)
+			vi = (int)i;
+	if (vi < 0 || f->length_payload % 16) {
+		session_protocol_error(r, "DIRTY names volume %u or has a bad length", f->volume);
+		return;
+	}
+	struct rbuf b = {.data = ev->payload, .size = f->length_payload};
+	uint64_t size = r->meta->volumes[vi].size;
+	while (b.pos < b.size) {
+		uint64_t off = rbuf_u64(&b), len = rbuf_u64(&b);
+		if (len == 0 || off >= size || len > size - off) {
+			session_protocol_error(r, "DIRTY names a range outside volume %s", r->meta->volumes[vi].name);
+			return;
+		}
+		uint64_t first = off >> REGION_SHIFT, last = (off + len - 1) >> REGION_SHIFT;
+		bitmap_set_range(&r->vol[vi].dirty, first, last - first + 1);
+	}
+}
+
+static void intents_from_dirty(struct repl *r)
+{
+	const unsigned shift = INTENT_SHIFT - REGION_SHIFT;
+	for (uint32_t i = 0; i < r->meta->n_volumes; i++) {
+		struct repl_volume_state *v = &r->vol[i];
+		for (uint64_t b = bitmap_next_set(&v->dirty, 0); b != BITMAP_NONE;) {
+			uint64_t unit = b >> shift;
+			bitmap_set(&v->intent, unit);
+			uint64_t next = (unit + 1) << shift;
+			b = next < v->dirty.nbits ? bitmap_next_set(&v->dirty, next) : BITMAP_NONE;
+		}
+	}
+}
+
+static void union_start(struct repl *r)
+{
+	if (r->union_busy || r->union_started || r->clear_busy || !r->dirty_ended)
+		return; /* tried again from the tick */
+	r->union_busy = r->union_started = true;
+	intents_from_dirty(r);
+	r->union_io.kind = REPL_INTENT_ALL;
+	r->union_io.session = r->session;
+	repl_submit(r, &r->union_io, TARGET_OWN);
+}
+
+void session_union_done(struct repl *r, int error)
+{
+	r->union_busy = false;
+	if (r->union_io.session != r->session || r->link != LINK_HANDSHAKE || r->closing)
+		return;
+	if (error) {
+		repl_set_error(r, error, "intent", -1, 0, 0, "the write-intent map could not be written: %s", err_short(error));
+		session_refuse(r, ERR_IO, "the source could not write its dirty map");
+		return;
+	}
+	/* New requests wait for the few milliseconds of the save, so that `todo` and what is forwarded are cut at one
+	 * point. */
+	r->activating = true;
+	repl_tx(r, TX_ACTIVATE);
+}
+
+static void activated(struct repl *r, struct tx *t, int error)
+{
+	r->activating = false;
+	if (t->session != r->session || r->link != LINK_HANDSHAKE || r->closing)
+		return;
+	if (error) {
+		session_refuse(r, ERR_IO, "the source could not save the start of the session");
+		return;
+	}
+	r->is_source = true;
+	r->holding = false;
+	r->was_connected = true;
+	r->redial_wait_ns = REDIAL_MIN_NS;
+	primary_activate(r);
+	if (r->protect) {
+		struct repl_command *c = r->protect;
+		r->protect = NULL;
+		repl_command_done(r, c, 0, " ");
+	}
+	if (r->start) {
+		struct repl_command *c = r->start;
+		r->start = NULL;
+		repl_command_done(r, c, 0, " ");
+	}
+	repl_emit(r, &(struct repl_action){.type = ACT_SERVING, .meta = r->meta});
+}
+
+void session_tx_done(struct repl *r, struct tx *t, int error)
+{
+	switch (t->kind) {
+	case TX_ACTIVATE:
+		activated(r, t, error);
+		return;
+	case TX_SECONDARY:
+	case TX_RESTART:
+		if (t->session != r->session || r->link != LINK_HANDSHAKE)
+			return;
+		if (error) {
+			session_refuse(r, ERR_IO, "the group's record could not be saved there");
+			return;
+		}
+		send_join(r);
+		decide(r);
+		return;
+	case TX_SHUT_OUT: {
+		if (error)
+			return;
+		r->holding = false;
+		repl_set_error(r, ERR_STATE, "handshake", -1, 0, 0,
+		               "the peer has failed over; this host is no longer primary. `failback` on the peer makes this copy follow");
+		session_close(r, true);
+		struct repl_list waiting = r->frozen;
+		r->frozen = (struct repl_list){0};
+		for (struct repl_io *io = waiting.head, *next; io; io = next) {
+			next = io->next;
+			io->next = io->prev = NULL;
+			io->list = NULL;
+			repl_complete(r, io, -ERR_IO);
+		}
+		repl_emit(r, &(struct repl_action){.type = ACT_SERVING, .meta = r->meta});
+		return;
+	}
+	case TX_SPLIT:
+		r->holding = false;
+		repl_set_error(r, ERR_SPLIT, "handshake", -1, 0, 0,
+		               "split brain: both hosts wrote %s alone; replication is halted. See `diverged`, then `resolve`",
+		               r->meta->group);
+		fail_pending(r, &r->protect, -ERR_SPLIT, "split brain: both hosts wrote alone; see `diverged`, then `resolve`");
+		fail_pending(r, &r->start, -ERR_SPLIT, "split brain: both hosts wrote alone; see `diverged`, then `resolve`");
+		session_close(r, true);
+		repl_emit(r, &(struct repl_action){.type = ACT_SERVING, .meta = r->meta});
+		return;
+	default:
+		UNREACHABLE();
+	}
+}
+
+/* ---- frames ---- */
+
+static void on_refuse(struct repl *r, const struct repl_event *ev)
+{
+	struct wire_refuse x;
+	struct err e;
+	if (wire_refuse_decode(&x, ev->payload, ev->frame->length_payload, &e) < 0) {
+		session_protocol_error(r, "%s", e.text);
+		return;
+	}
+	char text[ERR_TEXT_MAX];
+	(void)snprintf(text, sizeof(text), "the peer refused: %.*s", WIRE_TEXT_MAX, x.text);
+	int code = x.code > 0 && x.code < ERR_CODES_END ? -(int)x.code : -ERR_FAILED;
+	if (!r->protect && !r->start && code != -ERR_BUSY)
+		repl_set_error(r, code, "handshake", -1, 0, 0, "%s", text);
+	fail_pending(r, &r->protect, code, text);
+	fail_pending(r, &r->start, code, text);
+	r->redial_wait_ns = REDIAL_MAX_NS;
+	session_close(r, false);
+}
+
+void session_frame(struct repl *r, const struct repl_event *ev)
+{
+	const struct wire_frame *f = ev->frame;
+	r->heard_ns = r->now_ns;
+	r->counters.received_bytes += WIRE_HEADER_SIZE + f->length_payload;
+	switch (f->type) {
+	case WIRE_PING:
+		session_send(r, WIRE_PONG, 0, f->offset, 0, 0, NULL, 0);
+		return;
+	case WIRE_PONG:
+		return;
+	case WIRE_REFUSE:
+		on_refuse(r, ev);
+		return;
+	case WIRE_GOODBYE:
+		repl_log(r, 2, "the peer says goodbye");
+		session_close(r, false);
+		return;
+	case WIRE_REPORT:
+		return;
+	case WIRE_JOIN:
+		on_join(r, ev);
+		return;
+	case WIRE_DIRTY:
+	case WIRE_DIRTY_END:
+		if (r->link != LINK_HANDSHAKE || !r->join_sent || !r->join_got || r->is_target || r->dirty_ended ||
+		    r->decision > LINEAGE_FULL) {
+			session_protocol_error(r, "%s out of order", wire_type_name(f->type));
+			return;
+		}
+		if (f->type == WIRE_DIRTY) {
+			on_dirty(r, ev);
+			return;
+		}
+		r->dirty_ended = true;
+		union_start(r);
+		return;
+	case WIRE_RESYNC_BEGIN:
+		if (!r->is_target || r->link != LINK_RESYNC || r->in_seq != 0) {
+			session_protocol_error(r, "RESYNC_BEGIN out of order");
+			return;
+		}
+		secondary_begin(r, f);
+		return;
+	default:
+		break;
+	}
+	if (r->is_source && (r->link == LINK_RESYNC || r->link == LINK_SYNCED))
+		primary_frame(r, ev);
+	else if (r->is_target && ev->io)
+		secondary_stream(r, ev->io);
+	else if (r->is_target && f->type == WIRE_SETTINGS) {
+		struct settings s = r->meta->settings;
+		struct rbuf b = {.data = ev->payload, .size = f->length_payload};
+		settings_decode(&s, &b);
+		if (b.failed) {
+			session_protocol_error(r, "SETTINGS do not decode");
+			return;
+		}
+		struct tx *t = repl_tx(r, TX_SETTINGS);
+		t->settings = s;
+		t->number = f->seq;
+	} else {
+		session_protocol_error(r, "%s out of order", wire_type_name(f->type));
+		if (ev->io)
+			repl_complete(r, ev->io, -ERR_CANCELED);
+	}
+}
+
+/* ---- time ---- */
+
+static bool should_dial(const struct repl *r)
+{
+	const struct repl_meta *m = r->meta;
+	return r->link == LINK_DOWN && !r->dialing && !r->shutdown && !r->protect && !r->start && m->role == ROLE_PRIMARY &&
+	       m->state == STATE_RUNNING && m->peer[0] && !m->split_brain;
+}
+
+void session_tick(struct repl *r)
+{
+	const uint64_t timeout = r->meta->settings.peer_timeout_ms * UINT64_C(1000000);
+	if (r->holding && r->now_ns >= r->hold_until_ns) {
+		repl_log(r, 1, "the peer did not answer within peer_timeout; serving without it");
+		r->holding = false;
+		repl_emit(r, &(struct repl_action){.type = ACT_SERVING, .meta = r->meta});
+	}
+	if (should_dial(r) && r->now_ns >= r->redial_ns) {
+		(void)snprintf(r->dial_addr, sizeof(r->dial_addr), "%s", r->meta->peer);
+		session_dial(r);
+	}
+	if (r->link == LINK_DOWN)
+		return;
+	session_join_ready(r);
+	if (r->link == LINK_HANDSHAKE)
+		union_start(r);
+	if (r->now_ns - min_u64(r->now_ns, r->heard_ns) > timeout && !r->closing) {
+		repl_log(r, 1, "the peer was silent for peer_timeout");
+		session_close(r, false);
+		session_link_down(r, -ERR_PEER, "the peer was silent for peer_timeout");
+		r->session = 0; /* what still comes of it is fenced */
+		return;
+	}
+	if (r->now_ns - r->pinged_ns >= timeout / 5) {
+		r->pinged_ns = r->now_ns;
+		session_send(r, WIRE_PING, 0, r->now_ns, 0, 0, NULL, 0);
+	}
+}

@@ -1,0 +1,633 @@
+/* The codec of docs/protocol.md: frame headers and message payloads to and from bytes.
+ *
+ * Nothing here trusts its input: a header is judged by one table (what its type may carry), a payload by its parser,
+ * which bounds every count before it loops and names the field that is wrong. What passes can be acted on without
+ * looking again at encodings; what only the session knows (is this volume ours, is the range inside it, is this type
+ * expected now) stays with the session. Outputs are untouched on failure.
+ */
+#include "core/wire.h"
+
+#include <inttypes.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "core/bytes.h"
+#include "core/check.h"
+#include "core/range.h"
+
+/* Header layout; docs/protocol.md has the table. */
+enum header_offset {
+	AT_LENGTH_PAYLOAD = 0,
+	AT_TYPE = 4,
+	AT_FLAGS = 6,
+	AT_NUMBER = 8,
+	AT_SEQ = 16,
+	AT_OFFSET = 24,
+	AT_LENGTH = 32,
+	AT_VOLUME = 40,
+	AT_CRC_PAYLOAD = 44,
+	AT_RESERVED = 48,
+	AT_CRC = 52,
+};
+
+#define ACK_SIZE 24U
+#define DIRTY_ENTRY_SIZE 16U
+#define LINEAGE_SIZE (8U * (2U + GENERATIONS_MAX))
+#define REFUSE_MIN 4U
+#define REFUSE_MAX (REFUSE_MIN + WIRE_TEXT_MAX - 1)
+#define JOIN_FLAGS_ALL 0xffU
+#define CKPT_FLAGS_KNOWN (WIRE_CKPT_COMMAND | WIRE_CKPT_PIN | WIRE_CKPT_STOP)
+
+/* The numbers of enum err_code go over the wire and are frozen in docs/protocol.md: a new code goes to the end. */
+#define CODE_IS(name, number) _Static_assert((name) == (number), "frozen on the wire")
+CODE_IS(ERR_FAILED, 1);
+CODE_IS(ERR_IO, 2);
+CODE_IS(ERR_NOSPC, 3);
+CODE_IS(ERR_NOMEM, 4);
+CODE_IS(ERR_CORRUPT, 5);
+CODE_IS(ERR_VERSION, 6);
+CODE_IS(ERR_EXIST, 7);
+CODE_IS(ERR_BUSY, 8);
+CODE_IS(ERR_PERM, 9);
+CODE_IS(ERR_CANCELED, 10);
+CODE_IS(ERR_PROTO, 11);
+CODE_IS(ERR_LIMIT, 12);
+CODE_IS(ERR_NOTSUP, 13);
+CODE_IS(ERR_USAGE, 14);
+CODE_IS(ERR_RANGE, 15);
+CODE_IS(ERR_UNREACHABLE_DAEMON, 16);
+CODE_IS(ERR_NOENT, 17);
+CODE_IS(ERR_STATE, 18);
+CODE_IS(ERR_PEER, 19);
+CODE_IS(ERR_DEGRADED, 20);
+CODE_IS(ERR_SPLIT, 21);
+CODE_IS(ERR_DIFFERS, 22);
+CODE_IS(ERR_TIMEOUT, 23);
+CODE_IS(ERR_INTR, 24);
+
+/* ---- what each type may carry ---- */
+
+enum range_rule {
+	RANGE_FREE, /* offset and length are not a range */
+	RANGE_DATA, /* length bytes of payload, at least one */
+	RANGE_SPAN, /* at least one byte, no payload */
+	RANGE_ANY,  /* may be empty */
+};
+
+struct type_rule {
+	bool known;
+	bool sequenced;
+	uint16_t flags; /* those allowed */
+	enum range_rule range;
+	uint32_t payload_min, payload_max;
+	uint32_t payload_entry;			     /* a multiple of this; 0: any length */
+	uint64_t offset_min, offset_max, length_max; /* with RANGE_FREE; a maximum of 0: none */
+};
+
+#define PLAIN .known = true
+#define SEQUENCED .known = true, .sequenced = true
+#define PAYLOAD(min, max) .payload_min = (min), .payload_max = (max)
+
+static const struct type_rule rules[] = {
+    [WIRE_HELLO] = {PLAIN, PAYLOAD(1, WIRE_HELLO_MAX)},
+    [WIRE_REPORT] = {PLAIN, PAYLOAD(4, WIRE_REPORT_ENCODED_MAX), .flags = WIRE_REPORT_LAST},
+    [WIRE_JOIN] = {PLAIN, PAYLOAD(1, WIRE_JOIN_ENCODED_MAX)},
+    [WIRE_REFUSE] = {PLAIN, PAYLOAD(REFUSE_MIN, REFUSE_MAX)},
+    [WIRE_PING] = {PLAIN},
+    [WIRE_PONG] = {PLAIN},
+    [WIRE_GOODBYE] = {PLAIN, .offset_max = WIRE_BYE_FAILOVER},
+    [WIRE_WRITE] = {SEQUENCED, PAYLOAD(1, WIRE_PAYLOAD_MAX), .range = RANGE_DATA},
+    [WIRE_ZERO] = {SEQUENCED, .range = RANGE_SPAN},
+    [WIRE_DISCARD] = {SEQUENCED, .range = RANGE_SPAN},
+    [WIRE_FLUSH] = {SEQUENCED},
+    [WIRE_CHECKPOINT] = {SEQUENCED, .flags = CKPT_FLAGS_KNOWN, .offset_min = 1, .offset_max = WIRE_CKPT_NUMBER_MAX},
+    [WIRE_RESYNC_WRITE] = {SEQUENCED, PAYLOAD(1, WIRE_PAYLOAD_MAX), .range = RANGE_DATA},
+    [WIRE_RESYNC_ZERO] = {SEQUENCED, .range = RANGE_SPAN},
+    [WIRE_RESYNC_DONE] = {SEQUENCED, PAYLOAD(LINEAGE_SIZE, LINEAGE_SIZE)},
+    [WIRE_DIRTY] = {PLAIN, PAYLOAD(0, WIRE_PAYLOAD_MAX), .payload_entry = DIRTY_ENTRY_SIZE},
+    [WIRE_DIRTY_END] = {PLAIN},
+    [WIRE_RESYNC_BEGIN] = {PLAIN},
+    [WIRE_RESYNC_READY] = {PLAIN, .offset_max = WIRE_CKPT_NUMBER_MAX},
+    [WIRE_ACK] = {PLAIN, PAYLOAD(ACK_SIZE, ACK_SIZE)},
+    [WIRE_CHECKPOINT_ACK] = {PLAIN, .offset_min = 1, .offset_max = WIRE_CKPT_NUMBER_MAX, .length_max = WIRE_VOID_ERROR},
+    [WIRE_RESYNC_ACK] = {PLAIN},
+    [WIRE_IO_ERROR] = {PLAIN, PAYLOAD(REFUSE_MIN, REFUSE_MAX), .range = RANGE_ANY},
+    [WIRE_CHECKPOINT_WANT] = {PLAIN, .offset_max = WIRE_CKPT_COMMAND | WIRE_CKPT_PIN},
+    [WIRE_SETTINGS] = {PLAIN, PAYLOAD(2, WIRE_SETTINGS_MAX)},
+    [WIRE_SETTINGS_ACK] = {PLAIN},
+    [WIRE_STOP_WANT] = {PLAIN},
+};
+
+const char *wire_type_name(unsigned type)
+{
+	static const char *const names[] = {
+#define TYPE_NAME(name, value) [value] = #name,
+	    WIRE_TYPES(TYPE_NAME)
+#undef TYPE_NAME
+	};
+	return type < ARRAY_LEN(names) && names[type] != NULL ? names[type] : "UNKNOWN";
+}
+
+/* ---- frame header ---- */
+
+static uint32_t header_crc(uint64_t session, const uint8_t *header)
+{
+	uint8_t seed[8];
+
+	put_u64(seed, session);
+	return crc32c(crc32c(0, seed, sizeof(seed)), header, AT_CRC);
+}
+
+void wire_header_encode(const struct wire_frame *f, uint64_t session, uint8_t out[WIRE_HEADER_SIZE])
+{
+	put_u32(out + AT_LENGTH_PAYLOAD, f->length_payload);
+	put_u16(out + AT_TYPE, f->type);
+	put_u16(out + AT_FLAGS, f->flags);
+	put_u64(out + AT_NUMBER, f->number);
+	put_u64(out + AT_SEQ, f->seq);
+	put_u64(out + AT_OFFSET, f->offset);
+	put_u64(out + AT_LENGTH, f->length);
+	put_u32(out + AT_VOLUME, f->volume);
+	put_u32(out + AT_CRC_PAYLOAD, f->crc_payload);
+	put_u32(out + AT_RESERVED, 0);
+	put_u32(out + AT_CRC, header_crc(session, out));
+}
+
+static int frame_bad(struct err *e, const struct wire_frame *f, const char *field, const char *matter)
+{
+	return err_set(e, ERR_PROTO, "frame %" PRIu64 " (%s), field %s: %s", f->number, wire_type_name(f->type), field,
+		       matter);
+}
+
+static int payload_check(const struct wire_frame *f, const struct type_rule *rule, uint32_t payload_max, struct err *e)
+{
+	if (f->length_payload > payload_max || f->length_payload > rule->payload_max)
+		return frame_bad(e, f, "length_payload", "above the limit");
+	if (f->length_payload < rule->payload_min)
+		return frame_bad(e, f, "length_payload", "too short for its type");
+	if (rule->payload_entry != 0 && f->length_payload % rule->payload_entry != 0)
+		return frame_bad(e, f, "length_payload", "not a whole number of entries");
+	if (f->length_payload == 0 && f->crc_payload != 0)
+		return frame_bad(e, f, "crc_payload", "not 0 without a payload");
+	return 0;
+}
+
+static int range_check(const struct wire_frame *f, const struct type_rule *rule, struct err *e)
+{
+	if (rule->range == RANGE_FREE) {
+		if (f->offset < rule->offset_min || (rule->offset_max != 0 && f->offset > rule->offset_max))
+			return frame_bad(e, f, "offset", "out of bounds");
+		if (rule->length_max != 0 && f->length > rule->length_max)
+			return frame_bad(e, f, "length", "out of bounds");
+		return 0;
+	}
+	if (rule->range == RANGE_DATA && f->length != f->length_payload)
+		return frame_bad(e, f, "length", "not its payload's");
+	if (rule->range == RANGE_SPAN && f->length == 0)
+		return frame_bad(e, f, "length", "is 0");
+	if (f->offset > VOLUME_SIZE_MAX || f->length > VOLUME_SIZE_MAX - f->offset)
+		return frame_bad(e, f, "offset", "the range ends behind the largest volume");
+	return 0;
+}
+
+static int frame_check(const struct wire_frame *f, uint32_t payload_max, struct err *e)
+{
+	int rc;
+
+	if (f->type >= ARRAY_LEN(rules) || !rules[f->type].known)
+		return err_set(e, ERR_PROTO, "frame %" PRIu64 ", field type: %u is not a known one", f->number,
+			       (unsigned)f->type);
+	const struct type_rule *rule = &rules[f->type];
+	if ((f->flags & ~rule->flags) != 0)
+		return frame_bad(e, f, "flags", "holds unknown bits");
+	if (rule->sequenced && f->seq == 0)
+		return frame_bad(e, f, "seq", "is 0");
+	if ((rc = payload_check(f, rule, payload_max, e)) < 0)
+		return rc;
+	return range_check(f, rule, e);
+}
+
+int wire_header_decode(struct wire_frame *f, uint64_t session, const uint8_t in[WIRE_HEADER_SIZE], uint32_t payload_max,
+		       struct err *e)
+{
+	struct wire_frame out = {
+	    .type = get_u16(in + AT_TYPE),
+	    .flags = get_u16(in + AT_FLAGS),
+	    .length_payload = get_u32(in + AT_LENGTH_PAYLOAD),
+	    .number = get_u64(in + AT_NUMBER),
+	    .seq = get_u64(in + AT_SEQ),
+	    .offset = get_u64(in + AT_OFFSET),
+	    .length = get_u64(in + AT_LENGTH),
+	    .volume = get_u32(in + AT_VOLUME),
+	    .crc_payload = get_u32(in + AT_CRC_PAYLOAD),
+	};
+	int rc;
+
+	if (get_u32(in + AT_CRC) != header_crc(session, in))
+		return err_set(e, ERR_PROTO,
+			       "frame header does not check out: damaged on the way, or not of this session");
+	if (get_u32(in + AT_RESERVED) != 0)
+		return frame_bad(e, &out, "reserved", "not 0");
+	if ((rc = frame_check(&out, payload_max, e)) < 0)
+		return rc;
+	*f = out;
+	return 0;
+}
+
+/* ---- payloads: common ---- */
+
+/* A reader of one message that remembers the first field it failed at. */
+struct message_reader {
+	struct rbuf r;
+	const char *message;
+	const char *bad;
+};
+
+static struct message_reader message_open(const char *message, const void *buf, size_t len)
+{
+	return (struct message_reader){.r = {.data = buf, .size = len}, .message = message};
+}
+
+static void field_end(struct message_reader *m, const char *field)
+{
+	if (m->r.failed && m->bad == NULL)
+		m->bad = field;
+}
+
+static int field_bad(const struct message_reader *m, struct err *e, const char *field, const char *matter)
+{
+	return err_set(e, ERR_PROTO, "%s, field %s: %s", m->message, field, matter);
+}
+
+static int message_parsed(const struct message_reader *m, struct err *e)
+{
+	return m->bad == NULL ? 0 : field_bad(m, e, m->bad, "cut short or out of bounds");
+}
+
+/* For messages whose format the negotiated version fixes: nothing may follow the last field. */
+static int message_end(const struct message_reader *m, struct err *e)
+{
+	int rc = message_parsed(m, e);
+
+	if (rc == 0 && m->r.pos != m->r.size)
+		return err_set(e, ERR_PROTO, "%s: %zu bytes too many behind the last field", m->message,
+			       m->r.size - m->r.pos);
+	return rc;
+}
+
+static int encoded(const struct wbuf *w)
+{
+	return w->failed ? -ERR_LIMIT : (int)w->len;
+}
+
+static bool printable(char c)
+{
+	return c >= 0x20 && c < 0x7f;
+}
+
+/* Text of a peer ends in logs, terminals and JSON: everything but printable ASCII becomes '?'. */
+static void text_clean(char *text)
+{
+	for (; *text != '\0'; text++) {
+		if (!printable(*text))
+			*text = '?';
+	}
+}
+
+/* ---- HELLO ---- */
+
+int wire_hello_encode(const struct wire_hello *h, void *buf, size_t size)
+{
+	struct wbuf w = {.data = buf, .size = size};
+
+	wbuf_raw(&w, WIRE_MAGIC, 8);
+	wbuf_u16(&w, h->version_min);
+	wbuf_u16(&w, h->version_max);
+	wbuf_u32(&w, h->features);
+	wbuf_raw(&w, h->store, sizeof(h->store));
+	wbuf_u64(&w, h->nonce);
+	wbuf_str(&w, h->program);
+	return encoded(&w);
+}
+
+/* Bytes behind `program` are allowed: a later version may say more, and must still be read by this one. */
+int wire_hello_decode(struct wire_hello *h, const void *buf, size_t len, struct err *e)
+{
+	struct message_reader m = message_open("HELLO", buf, len);
+	struct wire_hello out;
+	uint8_t magic[8];
+	int rc;
+
+	memset(&out, 0, sizeof(out));
+	rbuf_raw(&m.r, magic, sizeof(magic));
+	if (m.r.failed || memcmp(magic, WIRE_MAGIC, sizeof(magic)) != 0)
+		return field_bad(&m, e, "magic", "this is not a repfs peer");
+	out.version_min = rbuf_u16(&m.r);
+	out.version_max = rbuf_u16(&m.r);
+	field_end(&m, "version");
+	out.features = rbuf_u32(&m.r);
+	field_end(&m, "features");
+	rbuf_raw(&m.r, out.store, sizeof(out.store));
+	field_end(&m, "store");
+	out.nonce = rbuf_u64(&m.r);
+	field_end(&m, "nonce");
+	rbuf_str(&m.r, out.program, sizeof(out.program));
+	field_end(&m, "program");
+	if ((rc = message_parsed(&m, e)) < 0)
+		return rc;
+	if (out.version_min == 0 || out.version_min > out.version_max)
+		return field_bad(&m, e, "version", "the lowest is 0, or above the highest");
+	text_clean(out.program);
+	*h = out;
+	return 0;
+}
+
+int wire_negotiate(const struct wire_hello *mine, const struct wire_hello *theirs, struct err *e)
+{
+	unsigned low = mine->version_min > theirs->version_min ? mine->version_min : theirs->version_min;
+	unsigned high = mine->version_max < theirs->version_max ? mine->version_max : theirs->version_max;
+
+	if (low <= high)
+		return (int)high;
+	return err_set(
+	    e, ERR_VERSION,
+	    "no common protocol version: this host (%.63s) speaks %u to %u, the peer (%.63s) speaks %u to %u; "
+	    "upgrade the older of the two",
+	    mine->program, (unsigned)mine->version_min, (unsigned)mine->version_max, theirs->program,
+	    (unsigned)theirs->version_min, (unsigned)theirs->version_max);
+}
+
+static uint64_t mix64(uint64_t z)
+{
+	z = (z ^ z >> 30) * UINT64_C(0xbf58476d1ce4e5b9);
+	z = (z ^ z >> 27) * UINT64_C(0x94d049bb133111eb);
+	return z ^ z >> 31;
+}
+
+/* With one nonce fixed this is a bijection of the other (0 apart): a fresh nonce on either side always makes a
+ * session that no replay can have been made for. */
+uint64_t wire_session(uint64_t dialer_nonce, uint64_t listener_nonce)
+{
+	const uint64_t step = UINT64_C(0x9e3779b97f4a7c15);
+	uint64_t session = mix64(mix64(dialer_nonce + step) + listener_nonce);
+
+	return session != 0 ? session : step;
+}
+
+/* ---- REFUSE, IO_ERROR ---- */
+
+static uint16_t code_known(uint16_t code)
+{
+	return code > ERR_OK && code < ERR_CODES_END ? code : (uint16_t)ERR_FAILED;
+}
+
+int wire_refuse_encode(const struct wire_refuse *x, void *buf, size_t size)
+{
+	struct wbuf w = {.data = buf, .size = size};
+	char text[WIRE_TEXT_MAX];
+
+	snprintf(text, sizeof(text), "%.*s", WIRE_TEXT_MAX - 1, x->text);
+	text_clean(text);
+	wbuf_u16(&w, code_known(x->code));
+	wbuf_str(&w, text);
+	return encoded(&w);
+}
+
+int wire_refuse_decode(struct wire_refuse *x, const void *buf, size_t len, struct err *e)
+{
+	struct message_reader m = message_open("REFUSE", buf, len);
+	struct wire_refuse out;
+	int rc;
+
+	memset(&out, 0, sizeof(out));
+	out.code = code_known(rbuf_u16(&m.r));
+	field_end(&m, "code");
+	rbuf_str(&m.r, out.text, sizeof(out.text));
+	field_end(&m, "text");
+	if ((rc = message_end(&m, e)) < 0)
+		return rc;
+	text_clean(out.text);
+	*x = out;
+	return 0;
+}
+
+/* ---- ACK ---- */
+
+int wire_ack_encode(const struct wire_ack *a, void *buf, size_t size)
+{
+	struct wbuf w = {.data = buf, .size = size};
+
+	wbuf_u64(&w, a->received);
+	wbuf_u64(&w, a->applied);
+	wbuf_u64(&w, a->flushed);
+	return encoded(&w);
+}
+
+int wire_ack_decode(struct wire_ack *a, const void *buf, size_t len, struct err *e)
+{
+	struct message_reader m = message_open("ACK", buf, len);
+	struct wire_ack out;
+	int rc;
+
+	out.received = rbuf_u64(&m.r);
+	field_end(&m, "received");
+	out.applied = rbuf_u64(&m.r);
+	field_end(&m, "applied");
+	out.flushed = rbuf_u64(&m.r);
+	field_end(&m, "flushed");
+	if ((rc = message_end(&m, e)) < 0)
+		return rc;
+	if (out.applied > out.received)
+		return field_bad(&m, e, "applied", "above received");
+	if (out.flushed > out.applied)
+		return field_bad(&m, e, "flushed", "above applied");
+	*a = out;
+	return 0;
+}
+
+/* ---- JOIN ---- */
+
+void wire_lineage_encode(const struct lineage *l, struct wbuf *w)
+{
+	repl_meta_lineage_encode(l, w);
+}
+
+void wire_lineage_decode(struct lineage *l, struct rbuf *r)
+{
+	repl_meta_lineage_decode(l, r);
+}
+
+int wire_join_encode(const struct wire_join *j, void *buf, size_t size)
+{
+	struct wbuf w = {.data = buf, .size = size};
+
+	PRE(j->n_volumes <= GROUP_VOLUMES_MAX);
+	wbuf_str(&w, j->group);
+	wbuf_raw(&w, j->group_uuid, sizeof(j->group_uuid));
+	wbuf_u32(&w, j->flags);
+	wbuf_u8(&w, j->role);
+	wbuf_u8(&w, j->state);
+	wire_lineage_encode(&j->lineage, &w);
+	wbuf_u64(&w, j->sync_from);
+	wbuf_u64(&w, j->ckpt_max);
+	wbuf_u64(&w, j->last_stream);
+	wbuf_u64(&w, j->failover_generation);
+	settings_encode(&j->settings, &w);
+	wbuf_u32(&w, j->n_volumes);
+	for (uint32_t i = 0; i < j->n_volumes; i++)
+		repl_meta_volume_encode(&j->volumes[i], &w);
+	return encoded(&w);
+}
+
+static int join_parse(struct message_reader *m, struct wire_join *j, struct err *e)
+{
+	rbuf_str(&m->r, j->group, sizeof(j->group));
+	field_end(m, "group");
+	rbuf_raw(&m->r, j->group_uuid, sizeof(j->group_uuid));
+	field_end(m, "group_uuid");
+	j->flags = rbuf_u32(&m->r);
+	field_end(m, "flags");
+	j->role = rbuf_u8(&m->r);
+	field_end(m, "role");
+	j->state = rbuf_u8(&m->r);
+	field_end(m, "state");
+	wire_lineage_decode(&j->lineage, &m->r);
+	field_end(m, "lineage");
+	j->sync_from = rbuf_u64(&m->r);
+	field_end(m, "sync_from");
+	j->ckpt_max = rbuf_u64(&m->r);
+	field_end(m, "ckpt_max");
+	j->last_stream = rbuf_u64(&m->r);
+	field_end(m, "last_stream");
+	j->failover_generation = rbuf_u64(&m->r);
+	field_end(m, "failover_generation");
+	settings_decode(&j->settings, &m->r);
+	field_end(m, "settings");
+	j->n_volumes = rbuf_u32(&m->r);
+	if (j->n_volumes > GROUP_VOLUMES_MAX)
+		m->r.failed = true;
+	field_end(m, "n_volumes");
+	for (uint32_t i = 0; i < j->n_volumes && !m->r.failed; i++)
+		repl_meta_volume_decode(&j->volumes[i], &m->r);
+	field_end(m, "volumes");
+	return message_end(m, e);
+}
+
+static int join_check(const struct message_reader *m, const struct wire_join *j, struct err *e)
+{
+	uint32_t i;
+
+	if (!name_valid(j->group))
+		return field_bad(m, e, "group", "not a valid name");
+	if ((j->flags & ~JOIN_FLAGS_ALL) != 0)
+		return field_bad(m, e, "flags", "holds unknown bits");
+	if (j->role > ROLE_SECONDARY)
+		return field_bad(m, e, "role", "not a known one");
+	if (j->state > STATE_DONE)
+		return field_bad(m, e, "state", "not a known one");
+	if (!repl_meta_role_state_valid(j->role, j->state))
+		return err_set(e, ERR_PROTO, "JOIN, field state: a %s is never in %s", role_name(j->role),
+			       state_name(j->state));
+	if (j->ckpt_max > WIRE_CKPT_NUMBER_MAX)
+		return field_bad(m, e, "ckpt_max", "above the limit");
+	if (j->last_stream > j->ckpt_max)
+		return field_bad(m, e, "last_stream", "above ckpt_max");
+	const char *fault = repl_meta_volumes_fault(j->volumes, j->n_volumes, &i);
+	if (fault != NULL)
+		return err_set(e, ERR_PROTO, "JOIN, field volumes[%" PRIu32 "]: %s", i, fault);
+	return 0;
+}
+
+int wire_join_decode(struct wire_join *j, const void *buf, size_t len, struct err *e)
+{
+	struct message_reader m = message_open("JOIN", buf, len);
+	struct wire_join out;
+	int rc;
+
+	memset(&out, 0, sizeof(out));
+	if ((rc = join_parse(&m, &out, e)) < 0 || (rc = join_check(&m, &out, e)) < 0)
+		return rc;
+	*j = out;
+	return 0;
+}
+
+/* ---- REPORT ---- */
+
+int wire_report_encode(const struct wire_report_volume *v, uint32_t n, void *buf, size_t size)
+{
+	struct wbuf w = {.data = buf, .size = size};
+
+	PRE(n <= WIRE_REPORT_MAX);
+	wbuf_u32(&w, n);
+	for (uint32_t i = 0; i < n; i++) {
+		wbuf_str(&w, v[i].name);
+		wbuf_str(&w, v[i].group);
+		wbuf_raw(&w, v[i].uuid, sizeof(v[i].uuid));
+		wbuf_u32(&w, v[i].id);
+		wbuf_u64(&w, v[i].size);
+		wbuf_u8(&w, v[i].role);
+		wbuf_u8(&w, v[i].state);
+	}
+	return encoded(&w);
+}
+
+static void report_parse(struct message_reader *m, struct wire_report_volume *v)
+{
+	memset(v, 0, sizeof(*v));
+	rbuf_str(&m->r, v->name, sizeof(v->name));
+	field_end(m, "name");
+	rbuf_str(&m->r, v->group, sizeof(v->group));
+	field_end(m, "group");
+	rbuf_raw(&m->r, v->uuid, sizeof(v->uuid));
+	field_end(m, "uuid");
+	v->id = rbuf_u32(&m->r);
+	field_end(m, "id");
+	v->size = rbuf_u64(&m->r);
+	field_end(m, "size");
+	v->role = rbuf_u8(&m->r);
+	field_end(m, "role");
+	v->state = rbuf_u8(&m->r);
+	field_end(m, "state");
+}
+
+static int report_check(const struct message_reader *m, const struct wire_report_volume *v, struct err *e)
+{
+	if (!name_valid(v->name))
+		return field_bad(m, e, "name", "not a valid name");
+	if (!name_valid(v->group))
+		return field_bad(m, e, "group", "not a valid name");
+	if (v->size == 0 || v->size % SECTOR_SIZE != 0 || v->size > VOLUME_SIZE_MAX)
+		return field_bad(m, e, "size", "not a multiple of 512 from 512 to 64 TiB");
+	if (!repl_meta_role_state_valid(v->role, v->state))
+		return field_bad(m, e, "state", "not one that its role can be in");
+	return 0;
+}
+
+/* One pass over the entries; into v unless that is NULL. */
+static int report_walk(struct wire_report_volume *v, uint32_t max, const void *buf, size_t len, struct err *e)
+{
+	struct message_reader m = message_open("REPORT", buf, len);
+	uint32_t n = rbuf_u32(&m.r);
+	int rc;
+
+	field_end(&m, "count");
+	if (n > max || n > WIRE_REPORT_MAX)
+		return field_bad(&m, e, "count", "above the limit");
+	for (uint32_t i = 0; i < n; i++) {
+		struct wire_report_volume one;
+		report_parse(&m, &one);
+		if ((rc = message_parsed(&m, e)) < 0 || (rc = report_check(&m, &one, e)) < 0)
+			return rc;
+		if (v != NULL)
+			v[i] = one;
+	}
+	rc = message_end(&m, e);
+	return rc < 0 ? rc : (int)n;
+}
+
+int wire_report_decode(struct wire_report_volume *v, uint32_t max, const void *buf, size_t len, struct err *e)
+{
+	int n = report_walk(NULL, max, buf, len, e);
+
+	return n < 0 ? n : report_walk(v, max, buf, len, e);
+}

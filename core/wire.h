@@ -1,0 +1,170 @@
+/* The wire protocol's frames and messages (docs/protocol.md, normative). Pure codec: no socket here.
+ *
+ * A frame is a 56-byte header and 0 to WIRE_PAYLOAD_MAX bytes of payload. The header carries the frame's number in
+ * its direction, a CRC-32C of the payload and one of itself, seeded with the session: so a flipped, lost or doubled
+ * bit or chunk is detected before anything is applied, and a frame of another session never checks out (I14).
+ */
+#ifndef REPFS_CORE_WIRE_H
+#define REPFS_CORE_WIRE_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "core/err.h"
+#include "core/repl_meta.h"
+
+#define WIRE_MAGIC "repfs\0\1\0" /* first 8 bytes of a HELLO payload */
+#define WIRE_VERSION_MIN 1
+#define WIRE_VERSION_MAX 1
+#define WIRE_HEADER_SIZE 56
+#define WIRE_PAYLOAD_MAX (2U << 20)
+#define WIRE_HELLO_MAX 4096 /* largest payload before the handshake is complete */
+#define WIRE_TEXT_MAX 480
+#define WIRE_SETTINGS_MAX 4096 /* largest SETTINGS payload */
+/* Largest checkpoint number that a peer may bring: what is left above it is more than can ever be counted, so no peer
+ * can use the numbers up. */
+#define WIRE_CKPT_NUMBER_MAX (UINT64_C(1) << 62)
+
+enum wire_features {
+	WIRE_FEATURE_ZSTD = 1 << 0, /* payload compression; not offered yet */
+};
+
+/* X(name, value, payload kind) */
+#define WIRE_TYPES(X)                                                                                                  \
+	X(HELLO, 1)           /* wire_hello */                                                                         \
+	X(REPORT, 2)          /* wire_report */                                                                        \
+	X(JOIN, 3)            /* wire_join: the sender's view of one group */                                          \
+	X(REFUSE, 4)          /* wire_refuse: fatal for the connection */                                              \
+	X(PING, 5)            /* offset: an opaque token */                                                            \
+	X(PONG, 6)            /* offset: the ping's token */                                                           \
+	X(GOODBYE, 7)         /* offset: enum wire_goodbye; the sender closes after it */                              \
+	X(WRITE, 16)          /* seq volume offset length; payload: length bytes */                                    \
+	X(ZERO, 17)           /* seq volume offset length */                                                           \
+	X(DISCARD, 18)        /* seq volume offset length */                                                           \
+	X(FLUSH, 19)          /* seq: a barrier */                                                                     \
+	X(CHECKPOINT, 20)     /* seq; offset: number; flags: enum wire_ckpt_flags; length: wall clock ns. A barrier */  \
+	X(RESYNC_WRITE, 21)   /* as WRITE */                                                                           \
+	X(RESYNC_ZERO, 22)    /* as ZERO */                                                                            \
+	X(RESYNC_DONE, 23)    /* seq; payload: wire_lineage of the source. A barrier */                                \
+	X(DIRTY, 24)          /* volume; payload: (u64 offset, u64 length)*: the target's dirty ranges */              \
+	X(DIRTY_END, 25)      /* no more of them */                                                                    \
+	X(RESYNC_BEGIN, 26)   /* source → target; offset: source's generation; length: bytes to do */                  \
+	X(RESYNC_READY, 27)   /* target → source: marked inconsistent, durable; offset: target's ckpt_max */           \
+	X(ACK, 32)            /* payload: wire_ack */                                                                  \
+	X(CHECKPOINT_ACK, 33) /* offset: number; length: enum wire_void; seq: bytes of active that taking it emptied */ \
+	X(RESYNC_ACK, 34)     /* seq: adopted */                                                                       \
+	X(IO_ERROR, 35)       /* seq volume offset length; payload: wire_refuse (code and text): applying stopped */   \
+	X(CHECKPOINT_WANT, 36) /* secondary → primary: take one now; offset: enum wire_ckpt_flags, no STOP */          \
+	X(SETTINGS, 37)       /* payload: settings_encode; seq: token */                                               \
+	X(SETTINGS_ACK, 38)   /* seq: token */                                                                         \
+	X(STOP_WANT, 39)      /* secondary → primary: stop the group cleanly */
+
+enum wire_type {
+#define WIRE_ENUM(name, value) WIRE_##name = (value),
+	WIRE_TYPES(WIRE_ENUM)
+#undef WIRE_ENUM
+};
+
+enum wire_ckpt_flags {
+	WIRE_CKPT_COMMAND = 1 << 0, /* asked for by a command: taken even when active is not empty */
+	WIRE_CKPT_PIN = 1 << 1,
+	WIRE_CKPT_STOP = 1 << 2, /* the clean stop's last one: the secondary moves to DONE with it */
+};
+enum wire_void { WIRE_VOID_NONE, WIRE_VOID_ACTIVE = 1, WIRE_VOID_ERROR = 2 };
+enum wire_goodbye { WIRE_BYE_SHUTDOWN, WIRE_BYE_STOP, WIRE_BYE_FAILOVER };
+
+struct wire_frame {
+	uint16_t type, flags;
+	uint32_t length_payload;
+	uint64_t number; /* of this frame in its direction, from 0; HELLO is 0 */
+	uint64_t seq;
+	uint64_t offset, length;
+	uint32_t volume;
+	uint32_t crc_payload;
+};
+
+/* session: 0 for HELLO frames, then wire_session of both nonces. */
+void wire_header_encode(const struct wire_frame *f, uint64_t session, uint8_t out[WIRE_HEADER_SIZE]);
+/* Checks the header's CRC and everything that its type says of its fields; the payload's length against payload_max
+ * too. -ERR_PROTO (also for a type it does not know), *f untouched. What only the session knows (the frame's number,
+ * the volume and its size, the payload's CRC, whether the type is expected now) is the caller's to check. */
+int wire_header_decode(struct wire_frame *f, uint64_t session, const uint8_t in[WIRE_HEADER_SIZE], uint32_t payload_max,
+                       struct err *e);
+const char *wire_type_name(unsigned type);
+
+struct wire_hello {
+	uint16_t version_min, version_max;
+	uint32_t features;
+	uint8_t store[16];
+	uint64_t nonce;
+	char program[64]; /* "repfs 0.1.0": for messages only; decoded as printable ASCII */
+};
+int wire_hello_encode(const struct wire_hello *h, void *buf, size_t size); /* length or -ERR_LIMIT */
+int wire_hello_decode(struct wire_hello *h, const void *buf, size_t len, struct err *e);
+/* The version both speak, or -ERR_VERSION with both versions named in *e. */
+int wire_negotiate(const struct wire_hello *mine, const struct wire_hello *theirs, struct err *e);
+/* Session seed from the dialer's and the listener's nonce; never 0. */
+uint64_t wire_session(uint64_t dialer_nonce, uint64_t listener_nonce);
+
+struct wire_refuse {
+	uint16_t code; /* enum err_code, as a stable number: docs/protocol.md */
+	char text[WIRE_TEXT_MAX]; /* encoded and decoded as printable ASCII, other bytes as '?' */
+};
+int wire_refuse_encode(const struct wire_refuse *x, void *buf, size_t size);
+int wire_refuse_decode(struct wire_refuse *x, const void *buf, size_t len, struct err *e);
+
+struct wire_ack {
+	uint64_t received, applied, flushed; /* cumulative sequence numbers: all up to it */
+};
+int wire_ack_encode(const struct wire_ack *a, void *buf, size_t size);
+int wire_ack_decode(struct wire_ack *a, const void *buf, size_t len, struct err *e);
+
+void wire_lineage_encode(const struct lineage *l, struct wbuf *w);
+void wire_lineage_decode(struct lineage *l, struct rbuf *r);
+
+enum wire_join_flags {
+	WIRE_JOIN_PROTECT = 1 << 0,      /* make (or adopt) the recovery volumes */
+	WIRE_JOIN_ADOPT = 1 << 1,        /* adopt even if it was written */
+	WIRE_JOIN_START = 1 << 2,        /* after a stop: DONE → NONE → RUNNING */
+	WIRE_JOIN_ALONE = 1 << 3,        /* meta.alone */
+	WIRE_JOIN_INCONSISTENT = 1 << 4, /* meta.inconsistent */
+	WIRE_JOIN_HOLDING = 1 << 5,      /* a restarted primary that has served nothing yet */
+	WIRE_JOIN_SPLIT = 1 << 6,        /* the sender stands halted by split brain */
+	WIRE_JOIN_FRESH = 1 << 7,        /* meta.fresh, or never written */
+};
+
+/* What each side says of a group when a connection is made for it. */
+struct wire_join {
+	char group[NAME_SIZE];
+	uint8_t group_uuid[16];
+	uint32_t flags; /* enum wire_join_flags */
+	uint8_t role, state;
+	struct lineage lineage;
+	uint64_t sync_from;
+	uint64_t ckpt_max;
+	uint64_t last_stream;
+	uint64_t failover_generation;
+	struct settings settings;
+	uint32_t n_volumes;
+	struct repl_volume volumes[GROUP_VOLUMES_MAX];
+};
+#define WIRE_JOIN_ENCODED_MAX (32U << 10)
+int wire_join_encode(const struct wire_join *j, void *buf, size_t size);
+int wire_join_decode(struct wire_join *j, const void *buf, size_t len, struct err *e);
+
+/* The volume report of a host. */
+struct wire_report_volume {
+	char name[NAME_SIZE], group[NAME_SIZE];
+	uint8_t uuid[16];
+	uint32_t id;
+	uint64_t size;
+	uint8_t role, state;
+};
+#define WIRE_REPORT_MAX 1024 /* volumes in one frame; more frames follow, the last has flags bit 0 set */
+#define WIRE_REPORT_LAST (1U << 0)
+#define WIRE_REPORT_ENCODED_MAX (4U + WIRE_REPORT_MAX * (2U * (2U + NAME_MAX_LEN) + 30U))
+int wire_report_encode(const struct wire_report_volume *v, uint32_t n, void *buf, size_t size);
+/* Into v[max]; returns n. */
+int wire_report_decode(struct wire_report_volume *v, uint32_t max, const void *buf, size_t len, struct err *e);
+
+#endif

@@ -1,0 +1,1241 @@
+/* Carries out what the replication core asks for: requests on volumes, frames, saves, commands.
+ *
+ * A step runs under group.lock; what it emits is collected in an outbox. Frames are queued to the link at once, under
+ * the lock, so they leave in order; everything else is done after the lock is released. The thread of a guest's request
+ * carries out that request's own I/O itself, so that a write in the common case costs no hand-over; everything else goes
+ * to the pool.
+ *
+ * A guest's data is copied once, before the first step, when a session stands: the copy is written locally and then
+ * belongs to the link. Without a session it is copied only if the request has to wait.
+ *
+ * Requests of the peer's stream are written in batches of one volume, so that syncs follow batches (volume_write).
+ */
+#include "fs/repl_shell.h"
+
+#include <poll.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "core/check.h"
+#include "core/os/cleanup.h"
+#include "core/os/clock.h"
+#include "core/os/log.h"
+
+enum owner { OWNER_GUEST = 1, OWNER_STREAM };
+
+struct outbox {
+	struct repl_list submits, completed;
+	struct shell_command *commands, **commands_tail;
+	char dial[ADDR_SIZE];
+	bool save, wake;
+	struct gio *own; /* the request whose thread runs this step */
+};
+
+struct stream_io {
+	struct repl_io io;
+	struct group *g;
+};
+
+/* A pool job for one of the core's own requests. */
+struct own_job {
+	struct pool_job job;
+	struct group *g;
+	struct repl_io *io;
+};
+
+static void outbox_init(struct outbox *o)
+{
+	memset(o, 0, sizeof(*o));
+	o->commands_tail = &o->commands;
+}
+
+/* Plain list handling; the core's lists are not touched while an io is here. */
+static void ios_push(struct repl_list *l, struct repl_io *io)
+{
+	io->next = NULL;
+	if (l->tail)
+		l->tail->next = io;
+	else
+		l->head = io;
+	l->tail = io;
+	l->count++;
+}
+
+static struct repl_io *ios_pop(struct repl_list *l)
+{
+	struct repl_io *io = l->head;
+	if (!io)
+		return NULL;
+	l->head = io->next;
+	if (!l->head)
+		l->tail = NULL;
+	l->count--;
+	io->next = NULL;
+	return io;
+}
+
+static struct gio *gio_of(struct repl_io *io)
+{
+	return CONTAINER_OF(io, struct gio, io);
+}
+
+/* ---- emitting ---- */
+
+static void emit_send(struct group *g, const struct repl_action *a)
+{
+	struct conn *c = g->conn;
+	if (c == NULL || c->session == 0)
+		return;
+	void *payload = NULL;
+	if (a->frame.length_payload && a->io) {
+		if (a->io->internal) {
+			payload = TAKE_PTR(a->io->payload);
+		} else {
+			struct gio *gio = gio_of(a->io);
+			if (gio->copy == NULL) { /* the session came while it was under way */
+				gio->copy = malloc(gio->len);
+				if (gio->copy)
+					memcpy(gio->copy, gio->data, gio->len);
+			}
+			payload = TAKE_PTR(gio->copy);
+		}
+	} else if (a->frame.length_payload) {
+		payload = malloc(a->data_len);
+		if (payload)
+			memcpy(payload, a->data, a->data_len);
+	}
+	if (a->frame.length_payload && payload == NULL) {
+		link_close(c->link, 0); /* out of memory: the session ends, nothing is lost */
+		return;
+	}
+	(void)link_send(c->link, &a->frame, payload, NULL, NULL);
+}
+
+static void group_log(struct group *g, int level, const char *text)
+{
+	log_line(level == 0 ? LOG_LEVEL_ERROR : level == 1 ? LOG_LEVEL_WARN : LOG_LEVEL_INFO, g->name, "%s", text);
+}
+
+static void emit(void *arg, const struct repl_action *a)
+{
+	struct group *g = arg;
+	struct outbox *o = g->out;
+	switch (a->type) {
+	case ACT_SUBMIT:
+		if (a->io->owner == OWNER_STREAM && a->io->target == TARGET_DISK && a->io->kind != REPL_FLUSH &&
+		    a->io->kind != REPL_RESYNC_DONE) {
+			a->io->next_apply = NULL;
+			if (g->apply.tail)
+				g->apply.tail->next_apply = a->io;
+			else
+				g->apply.head = a->io;
+			g->apply.tail = a->io;
+			g->apply.count++;
+			return;
+		}
+		if (a->io->owner == OWNER_GUEST && gio_of(a->io) == o->own) {
+			o->own->own = true;
+			return;
+		}
+		ios_push(&o->submits, a->io);
+		return;
+	case ACT_COMPLETE:
+		a->io->error = a->error;
+		ios_push(&o->completed, a->io);
+		return;
+	case ACT_SEND:
+		emit_send(g, a);
+		return;
+	case ACT_SAVE_META:
+		*g->saving = *a->meta;
+		g->save_ckpt = a->ckpt;
+		g->save_active_id = a->active_id;
+		g->save_drop = a->drop;
+		o->save = true;
+		return;
+	case ACT_DIAL:
+		(void)snprintf(o->dial, sizeof(o->dial), "%s", a->text);
+		return;
+	case ACT_CLOSE:
+		if (g->conn)
+			link_close(g->conn->link, a->drain ? CLOSE_DRAIN_MS : 0);
+		return;
+	case ACT_CMD_DONE: {
+		struct shell_command *c = CONTAINER_OF(a->command, struct shell_command, c);
+		c->error = a->error;
+		c->next = NULL;
+		*o->commands_tail = c;
+		o->commands_tail = &c->next;
+		return;
+	}
+	case ACT_LOG:
+		group_log(g, a->level, a->text);
+		return;
+	case ACT_SERVING:
+		o->wake = true;
+		return;
+	}
+}
+
+/* ---- carrying out ---- */
+
+static void step(struct group *g, struct repl_event *ev) REQUIRES(g->lock)
+{
+	ev->now_ns = clock_mono_ns();
+	ev->wall_ns = clock_wall_ns();
+	repl_step(g->core, ev);
+}
+
+static void lock_with(struct group *g, struct outbox *o) ACQUIRES(g->lock)
+{
+	mutex_lock(&g->lock);
+	g->out = o;
+}
+
+static void unlock_with(struct group *g) RELEASES(g->lock)
+{
+	atomic_store(&g->forwarding, repl_forwarding(g->core));
+	atomic_store(&g->holding, repl_holding(g->core));
+	g->out = NULL;
+	mutex_unlock(&g->lock);
+}
+
+static void outbox_run(struct group *g, struct outbox *o);
+
+/* One event from a thread that owns no request. */
+static void step_and_run(struct group *g, struct repl_event *ev)
+{
+	struct outbox o;
+	outbox_init(&o);
+	lock_with(g, &o);
+	step(g, ev);
+	unlock_with(g);
+	outbox_run(g, &o);
+}
+
+static void io_done(struct group *g, struct repl_io *io, int error)
+{
+	struct repl_event ev = {.type = EV_IO_DONE, .io = io, .error = error};
+	step_and_run(g, &ev);
+}
+
+static struct volume_req req_of(const struct repl_io *io)
+{
+	struct volume_req q = {.off = io->off, .len = io->len};
+	q.kind = io->kind == REPL_WRITE ? VOLUME_WRITE : io->kind == REPL_ZERO ? VOLUME_ZERO : VOLUME_DISCARD;
+	if (io->kind == REPL_WRITE && io->owner == OWNER_STREAM)
+		q.buf = io->payload;
+	else if (io->kind == REPL_WRITE)
+		q.buf = gio_of((struct repl_io *)io)->copy ? gio_of((struct repl_io *)io)->copy : gio_of((struct repl_io *)io)->data;
+	return q;
+}
+
+static int sync_disks(struct group *g)
+{
+	int first = 0;
+	for (uint32_t i = 0; i < g->n_vols; i++) {
+		int err = volume_sync(g->vols[i]->vol);
+		first = first ? first : err;
+	}
+	return first;
+}
+
+static int sync_actives(struct group *g)
+{
+	int first = sync_disks(g);
+	for (uint32_t i = 0; i < g->n_vols; i++) {
+		int err = volume_sync_active(g->vols[i]->vol);
+		first = first ? first : err;
+	}
+	return first;
+}
+
+static uint64_t active_bytes(struct group *g)
+{
+	uint64_t n = 0;
+	for (uint32_t i = 0; i < g->n_vols; i++)
+		n += volume_active_blocks(g->vols[i]->vol) * BLOCK_SIZE;
+	return n;
+}
+
+static int sync_for_checkpoint(struct group *g, struct repl_io *io)
+{
+	int err = 0;
+	if (store_info(g->d->store)->durability == DURABILITY_POWER)
+		err = sync_disks(g);
+	io->ext_len = active_bytes(g);
+	return err;
+}
+
+static int set_intent(struct group *g, const struct repl_io *io)
+{
+	struct intent *t = g->vols[io->volume]->intent;
+	uint64_t first = io->off >> INTENT_SHIFT, last = (io->off + io->len - 1) >> INTENT_SHIFT;
+	int err = intent_write(t, first, last - first + 1, true);
+	return err ? err : intent_sync(t);
+}
+
+/* Writes all runs of set bits of `b`. */
+static int write_intents(struct group *g, uint32_t vol, const struct bitmap *b, bool set)
+{
+	int err = 0;
+	for (uint64_t at = bitmap_next_set(b, 0); at != BITMAP_NONE && !err;) {
+		uint64_t end = bitmap_next_clear(b, at);
+		if (end == BITMAP_NONE)
+			end = b->nbits;
+		err = intent_write(g->vols[vol]->intent, at, end - at, set);
+		at = end < b->nbits ? bitmap_next_set(b, end) : BITMAP_NONE;
+	}
+	return err || !set ? err : intent_sync(g->vols[vol]->intent);
+}
+
+static int all_intents(struct group *g, bool set)
+{
+	int err = 0;
+	for (uint32_t i = 0; i < g->n_vols && !err; i++) {
+		struct repl_volume_state *v = repl_volume_state(g->core, i);
+		err = write_intents(g, i, set ? &v->intent : &v->clearing, set);
+	}
+	return err;
+}
+
+static int scan(struct group *g, struct repl_io *io)
+{
+	struct extent x;
+	uint64_t at = io->off, end = io->off + io->len;
+	int err = volume_extent(g->vols[io->volume]->vol, LAYER_DISK, 0, at, &x);
+	if (err)
+		return err;
+	io->hole = !x.data;
+	io->ext_len = min_u64(x.off + x.len, end) - at;
+	while (at + io->ext_len < end) { /* joined as far as it is one kind */
+		if ((err = volume_extent(g->vols[io->volume]->vol, LAYER_DISK, 0, at + io->ext_len, &x)) < 0)
+			return err;
+		if (x.data == io->hole)
+			break;
+		io->ext_len = min_u64(x.off + x.len, end) - at;
+	}
+	return 0;
+}
+
+static int read_for_resync(struct group *g, struct repl_io *io)
+{
+	io->payload = malloc(io->len);
+	if (io->payload == NULL)
+		return -ERR_NOMEM;
+	int err = volume_read_disk(g->vols[io->volume]->vol, io->off, io->len, io->payload);
+	if (err) {
+		free(io->payload);
+		io->payload = NULL;
+	}
+	return err;
+}
+
+struct mark_arg {
+	struct group *g;
+	uint32_t volume;
+	uint64_t bytes;
+};
+
+static void mark_run(void *arg, uint64_t off, uint64_t len)
+{
+	struct mark_arg *m = arg;
+	repl_mark(m->g->core, m->volume, off, len);
+}
+
+static void count_run(void *arg, uint64_t off, uint64_t len)
+{
+	(void)off;
+	((struct mark_arg *)arg)->bytes += len;
+}
+
+/* No request is under way that could move the overlays, so the lock is held for the walk over their bitmaps only. */
+static int mark(struct group *g, struct repl_io *io)
+{
+	struct mark_arg m = {.g = g};
+	int err = 0;
+	mutex_lock(&g->lock);
+	const struct repl_meta *meta = repl_meta(g->core);
+	uint64_t from = io->arg ? io->arg : meta->n_ckpts ? meta->ckpts[0].number : 0;
+	for (m.volume = 0; m.volume < g->n_vols && !err; m.volume++) {
+		struct volume *v = g->vols[m.volume]->vol;
+		if (from)
+			err = volume_changed(v, from, 0, true, mark_run, &m);
+		if (from && !err)
+			err = volume_changed(v, from, 0, false, count_run, &m);
+	}
+	mutex_unlock(&g->lock);
+	io->ext_len = m.bytes;
+	return err ? err : all_intents(g, true);
+}
+
+static int commit(struct group *g, struct repl_io *io)
+{
+	uint64_t base, last = 0, written = 0;
+	mutex_lock(&g->lock);
+	const struct repl_meta *m = repl_meta(g->core);
+	base = m->base;
+	for (uint32_t i = 0; i < m->n_ckpts && m->ckpts[i].number < m->received; i++)
+		last = m->ckpts[i].number;
+	mutex_unlock(&g->lock);
+	return volume_commit(g->vols[io->volume]->vol, base, last, io->off, io->len, &written);
+}
+
+static int merge(struct group *g, struct repl_io *io)
+{
+	int err = 0;
+	for (uint32_t i = 0; i < g->n_vols && !err; i++)
+		err = volume_merge_into_older(g->vols[i]->vol, io->arg);
+	return err;
+}
+
+/* One request's I/O, in the calling thread. */
+static int execute(struct group *g, struct repl_io *io)
+{
+	switch (io->target) {
+	case TARGET_INTENT:
+		return set_intent(g, io);
+	case TARGET_CKPT:
+		return sync_for_checkpoint(g, io);
+	case TARGET_DISK:
+		if (io->kind == REPL_FLUSH || io->kind == REPL_RESYNC_DONE)
+			return sync_disks(g);
+		{
+			struct volume_req q = req_of(io);
+			int err = volume_write(g->vols[io->volume]->vol, &q, 1);
+			io->save_failed = q.save_failed;
+			return err;
+		}
+	case TARGET_ACTIVE:
+		if (io->kind == REPL_FLUSH)
+			return sync_actives(g);
+		{
+			struct volume_req q = req_of(io);
+			pthread_rwlock_rdlock(&g->view);
+			int err = volume_write_active(g->vols[io->volume]->vol, atomic_load(&g->base), &q);
+			pthread_rwlock_unlock(&g->view);
+			return err;
+		}
+	case TARGET_OWN:
+		break;
+	}
+	switch (io->kind) {
+	case REPL_RESYNC_SCAN:
+		return scan(g, io);
+	case REPL_RESYNC_READ:
+		return read_for_resync(g, io);
+	case REPL_MARK:
+		return mark(g, io);
+	case REPL_COMMIT:
+		return commit(g, io);
+	case REPL_INTENT_CLEAR:
+		return all_intents(g, false);
+	case REPL_INTENT_ALL:
+		return all_intents(g, true);
+	case REPL_MERGE:
+		return merge(g, io);
+	default:
+		UNREACHABLE();
+	}
+}
+
+static void job_ended(struct group *g)
+{
+	mutex_lock(&g->lock);
+	g->jobs--;
+	cond_broadcast(&g->cond);
+	mutex_unlock(&g->lock);
+}
+
+/* ---- flushes share syncs ---- */
+
+static struct sync_round *round_of(struct group *g, const struct repl_io *io)
+{
+	if (io->kind != REPL_FLUSH || (io->target != TARGET_DISK && io->target != TARGET_ACTIVE))
+		return NULL;
+	return io->target == TARGET_DISK ? &g->flush : &g->active_flush;
+}
+
+/* Serves `io` and all that come meanwhile, until none waits. The caller's thread leads if no other does. */
+static void flush_in_rounds(struct group *g, struct sync_round *s, struct repl_io *io)
+{
+	mutex_lock(&g->lock);
+	ios_push(&s->waiting, io);
+	if (s->running) {
+		mutex_unlock(&g->lock);
+		return;
+	}
+	s->running = true;
+	while (s->waiting.head) {
+		s->served = s->waiting;
+		s->waiting = (struct repl_list){0};
+		mutex_unlock(&g->lock);
+		int err = s == &g->flush ? sync_disks(g) : sync_actives(g);
+		struct outbox o;
+		outbox_init(&o);
+		lock_with(g, &o);
+		struct repl_io *w;
+		while ((w = ios_pop(&s->served)) != NULL) {
+			struct repl_event ev = {.type = EV_IO_DONE, .io = w, .error = err};
+			step(g, &ev);
+		}
+		unlock_with(g);
+		outbox_run(g, &o);
+		mutex_lock(&g->lock);
+	}
+	s->running = false;
+	mutex_unlock(&g->lock);
+}
+
+static void own_job_run(struct pool_job *job)
+{
+	struct own_job *j = CONTAINER_OF(job, struct own_job, job);
+	struct group *g = j->g;
+	struct repl_io *io = j->io;
+	free(j);
+	struct sync_round *s = round_of(g, io);
+	if (s)
+		flush_in_rounds(g, s, io);
+	else
+		io_done(g, io, execute(g, io));
+	job_ended(g);
+}
+
+static void guest_job_run(struct pool_job *job)
+{
+	struct gio *gio = CONTAINER_OF(job, struct gio, job);
+	struct group *g = gio->v->g;
+	struct sync_round *s = round_of(g, &gio->io);
+	if (s)
+		flush_in_rounds(g, s, &gio->io);
+	else
+		io_done(g, &gio->io, execute(g, &gio->io));
+	job_ended(g);
+}
+
+static void submit_job(struct group *g, struct repl_io *io)
+{
+	mutex_lock(&g->lock);
+	g->jobs++;
+	mutex_unlock(&g->lock);
+	if (io->owner == OWNER_GUEST) {
+		gio_of(io)->job.fn = guest_job_run;
+		pool_submit(g->d->pool, &gio_of(io)->job);
+		return;
+	}
+	struct own_job *j = malloc(sizeof(*j));
+	if (j == NULL) {
+		io_done(g, io, -ERR_NOMEM);
+		job_ended(g);
+		return;
+	}
+	*j = (struct own_job){.job.fn = own_job_run, .g = g, .io = io};
+	pool_submit(g->d->pool, &j->job);
+}
+
+/* ---- the peer's stream ---- */
+
+static void apply_job_run(struct pool_job *job);
+
+static void apply_kick(struct group *g)
+{
+	for (unsigned i = 0; i < APPLY_WORKERS_MAX; i++) {
+		mutex_lock(&g->lock);
+		/* A second worker joins when there is more than one batch to do. */
+		struct apply_worker *w = &g->appliers[i];
+		bool start = g->apply.head && !w->busy && (i == 0 || g->apply.count > APPLY_BATCH_MAX);
+		if (start) {
+			w->busy = true;
+			g->jobs++;
+		}
+		mutex_unlock(&g->lock);
+		if (start) {
+			w->g = g;
+			w->job.fn = apply_job_run;
+			pool_submit(g->d->pool, &w->job);
+		}
+	}
+}
+
+/* Up to a batch of requests of one volume, from the front. */
+static unsigned apply_take(struct group *g, struct repl_io *ios[APPLY_BATCH_MAX]) REQUIRES(g->lock)
+{
+	unsigned n = 0;
+	while (g->apply.head && n < APPLY_BATCH_MAX && (n == 0 || g->apply.head->volume == ios[0]->volume)) {
+		struct repl_io *io = g->apply.head;
+		g->apply.head = io->next_apply;
+		if (!g->apply.head)
+			g->apply.tail = NULL;
+		g->apply.count--;
+		ios[n++] = io;
+	}
+	return n;
+}
+
+static void apply_job_run(struct pool_job *job)
+{
+	struct apply_worker *w = CONTAINER_OF(job, struct apply_worker, job);
+	struct group *g = w->g;
+	struct repl_io *ios[APPLY_BATCH_MAX];
+	struct volume_req reqs[APPLY_BATCH_MAX];
+	for (;;) {
+		mutex_lock(&g->lock);
+		unsigned n = apply_take(g, ios);
+		if (n == 0) {
+			w->busy = false;
+			mutex_unlock(&g->lock);
+			break;
+		}
+		mutex_unlock(&g->lock);
+		for (unsigned i = 0; i < n; i++)
+			reqs[i] = req_of(ios[i]);
+		(void)volume_write(g->vols[ios[0]->volume]->vol, reqs, n);
+		struct outbox o;
+		outbox_init(&o);
+		lock_with(g, &o);
+		for (unsigned i = 0; i < n; i++) {
+			ios[i]->save_failed = reqs[i].save_failed;
+			struct repl_event ev = {.type = EV_IO_DONE, .io = ios[i], .error = reqs[i].error};
+			step(g, &ev);
+		}
+		struct repl_event ev = {.type = EV_BATCH, .session = g->conn ? g->conn->session : 0};
+		step(g, &ev);
+		unlock_with(g);
+		outbox_run(g, &o);
+	}
+	job_ended(g);
+}
+
+static void stream_free(struct group *g, struct repl_io *io)
+{
+	struct stream_io *s = CONTAINER_OF(io, struct stream_io, io);
+	uint64_t bytes = sizeof(*s) + (io->payload ? io->len : 0);
+	free(io->payload);
+	free(s);
+	mutex_lock(&g->lock);
+	bool was_full = g->stream_bytes >= STREAM_BYTES_MAX;
+	g->stream_bytes -= bytes;
+	if (was_full && g->stream_bytes < STREAM_BYTES_MAX)
+		cond_broadcast(&g->cond);
+	mutex_unlock(&g->lock);
+}
+
+/* ---- saving ---- */
+
+static void publish(struct group *g, const struct repl_meta *m)
+{
+	int old = atomic_load(&g->serving);
+	enum repl_serving now = repl_serving(m, false);
+	/* A handle opened while this host wrote to its disk is stale once it follows another [SPEC 4]. */
+	if (old == SERVING_DISK && m->role == ROLE_SECONDARY && now != SERVING_DISK)
+		atomic_fetch_add(&g->handle_epoch, 1);
+	atomic_store(&g->serving, now);
+	atomic_store(&g->base, m->base);
+}
+
+static int save_prepare(struct group *g, struct err *e)
+{
+	int err = 0;
+	uint64_t active = g->save_active_id;
+	for (uint32_t i = 0; i < g->n_vols && !err; i++)
+		err = volume_prepare(g->vols[i]->vol, g->save_ckpt, active, e);
+	if (!err)
+		err = store_save_group(g->d->store, g->saving, e);
+	if (err)
+		for (uint32_t i = 0; i < g->n_vols; i++)
+			volume_unprepare(g->vols[i]->vol);
+	return err;
+}
+
+/* The order that I7 rests on: the new epochs' files durable, then the one record that names them, then memory. */
+static void save_run(struct pool_job *job)
+{
+	struct group *g = CONTAINER_OF(job, struct group, save_job);
+	struct err e = {0};
+	uint64_t discarded = 0;
+	bool chain = g->save_ckpt || g->save_drop;
+	uint64_t old_base = atomic_load(&g->base);
+	int old_serving = atomic_load(&g->serving);
+	int err = save_prepare(g, &e);
+	if (err)
+		group_log(g, 0, e.text);
+	bool changed = false;
+	if (!err) {
+		pthread_rwlock_wrlock(&g->view);
+		bool active = false;
+		for (uint32_t i = 0; i < g->n_vols; i++) {
+			struct volume *v = g->vols[i]->vol;
+			uint64_t held = volume_active_blocks(v);
+			volume_switch(v, g->save_ckpt, g->save_active_id);
+			discarded += (held - min_u64(held, volume_active_blocks(v))) * BLOCK_SIZE;
+			if (g->save_drop)
+				volume_drop(v, g->save_drop);
+		}
+		active = discarded != 0;
+		publish(g, g->saving);
+		changed = active || old_base != g->saving->base || old_serving != atomic_load(&g->serving);
+		pthread_rwlock_unlock(&g->view);
+		for (uint32_t i = 0; changed && i < g->n_vols; i++) {
+			atomic_store(&g->vols[i]->mtime_ns, clock_wall_ns());
+			if (g->d->cfg.hooks.invalidate)
+				g->d->cfg.hooks.invalidate(g->d->cfg.hooks.arg, g->vols[i]->id);
+		}
+	}
+	struct repl_event ev = {.type = EV_META_SAVED, .error = err, .bytes = discarded};
+	step_and_run(g, &ev);
+	if (!err && (chain || discarded))
+		for (uint32_t i = 0; i < g->n_vols; i++)
+			volume_reap(g->vols[i]->vol);
+	if (!err && chain)
+		daemon_names_changed(g->d);
+	job_ended(g);
+}
+
+/* ---- the outbox ---- */
+
+static void complete(struct group *g, struct outbox *o, struct repl_io *io)
+{
+	if (io->owner == OWNER_STREAM) {
+		stream_free(g, io);
+		return;
+	}
+	struct gio *gio = gio_of(io);
+	if (gio == o->own) {
+		gio->completed = true;
+		gio->error = io->error;
+		return;
+	}
+	free(gio->copy);
+	gio->copy = NULL;
+	gio->done(gio, io->error);
+}
+
+static void dial(struct group *g, const char *addr)
+{
+	struct err e = {0};
+	struct conn *c = calloc(1, sizeof(*c));
+	int err = -ERR_NOMEM;
+	if (c) {
+		c->d = g->d;
+		c->g = group_ref(g);
+		c->dialled = true;
+		mutex_lock(&g->lock);
+		g->conns++;
+		mutex_unlock(&g->lock);
+		err = daemon_addr_allowed(g->d, addr, &e) ? 0 : -ERR_PERM;
+		struct link *l; /* c may be gone when link_dial returns: its `down` may have come already */
+		if (!err)
+			err = link_dial(addr, &g->d->self, daemon_link_callbacks(true), c, &l, &e);
+		if (!err)
+			return;
+		mutex_lock(&g->lock);
+		g->conns--;
+		cond_broadcast(&g->cond);
+		mutex_unlock(&g->lock);
+		group_unref(g);
+		free(c);
+	}
+	struct repl_event ev = {.type = EV_LINK_DOWN, .error = err, .text = e.text};
+	step_and_run(g, &ev);
+}
+
+static void outbox_run(struct group *g, struct outbox *o)
+{
+	struct repl_io *io;
+	while ((io = ios_pop(&o->completed)) != NULL)
+		complete(g, o, io);
+	while ((io = ios_pop(&o->submits)) != NULL)
+		submit_job(g, io);
+	if (o->save) {
+		o->save = false;
+		mutex_lock(&g->lock);
+		g->jobs++;
+		mutex_unlock(&g->lock);
+		g->save_job.fn = save_run;
+		pool_submit(g->d->pool, &g->save_job);
+	}
+	if (o->wake || o->commands) {
+		mutex_lock(&g->lock);
+		for (struct shell_command *c = o->commands, *next; c; c = next) {
+			next = c->next;
+			c->done = true;
+			shell_command_unref(c); /* the core's reference */
+		}
+		o->commands = NULL;
+		o->commands_tail = &o->commands;
+		o->wake = false;
+		cond_broadcast(&g->cond);
+		mutex_unlock(&g->lock);
+	}
+	if (g->apply.head) /* a hint; apply_kick looks under the lock */
+		apply_kick(g);
+	if (o->dial[0]) {
+		char addr[ADDR_SIZE];
+		memcpy(addr, o->dial, sizeof(addr));
+		o->dial[0] = 0;
+		dial(g, addr);
+	}
+}
+
+/* ---- guests ---- */
+
+/* Whether the request waits in the core and its data must outlive the caller's buffer. */
+static void own_parked(struct group *g, struct gio *gio)
+{
+	if (gio->copy || gio->kind != REPL_WRITE)
+		return;
+	/* It cannot be called back from the core, so memory has to be found: at most 1 MiB. */
+	while ((gio->copy = malloc(gio->len)) == NULL) {
+		log_error(g->name, "out of memory for a waiting write of %llu bytes; trying again", (unsigned long long)gio->len);
+		(void)poll(NULL, 0, 10);
+	}
+	memcpy(gio->copy, gio->data, gio->len);
+}
+
+void group_io(struct group *g, struct gio *gio)
+{
+	struct outbox o;
+	outbox_init(&o);
+	o.own = gio;
+	gio->io = (struct repl_io){.kind = gio->kind, .volume = gio->v->index, .off = gio->off, .len = gio->len};
+	gio->io.owner = OWNER_GUEST;
+	gio->own = gio->completed = false;
+	gio->copy = NULL;
+	if (gio->kind == REPL_WRITE && atomic_load(&g->forwarding)) {
+		gio->copy = malloc(gio->len);
+		if (gio->copy == NULL) {
+			gio->done(gio, -ERR_NOMEM);
+			return;
+		}
+		memcpy(gio->copy, gio->data, gio->len);
+	}
+	if (gio->kind != REPL_FLUSH)
+		atomic_store_explicit(&gio->v->mtime_ns, clock_wall_ns(), memory_order_relaxed);
+	struct repl_event ev = {.type = EV_IO, .io = &gio->io};
+	for (;;) {
+		lock_with(g, &o);
+		step(g, &ev);
+		bool mine = gio->own, completed = false;
+		for (struct repl_io *c = o.completed.head; c; c = c->next)
+			completed = completed || c == &gio->io;
+		if (!mine && !completed) {
+			/* It waits: from here on another thread goes on with it. */
+			o.own = NULL;
+			own_parked(g, gio);
+		}
+		gio->own = false;
+		unlock_with(g);
+		if (!mine) {
+			outbox_run(g, &o);
+			break;
+		}
+		struct sync_round *s = round_of(g, &gio->io);
+		if (s) { /* a flush: this thread may serve others' too; its own answer comes through the outbox */
+			o.own = NULL;
+			outbox_run(g, &o);
+			flush_in_rounds(g, s, &gio->io);
+			return;
+		}
+		outbox_run(g, &o);
+		int err = execute(g, &gio->io);
+		ev = (struct repl_event){.type = EV_IO_DONE, .io = &gio->io, .error = err};
+	}
+	if (o.own && gio->completed) {
+		free(gio->copy);
+		gio->copy = NULL;
+		gio->done(gio, gio->error);
+	}
+}
+
+/* ---- links ---- */
+
+static enum repl_kind stream_kind(unsigned type)
+{
+	switch (type) {
+	case WIRE_WRITE:
+	case WIRE_RESYNC_WRITE:
+		return REPL_WRITE;
+	case WIRE_ZERO:
+	case WIRE_RESYNC_ZERO:
+		return REPL_ZERO;
+	case WIRE_DISCARD:
+		return REPL_DISCARD;
+	case WIRE_CHECKPOINT:
+		return REPL_CHECKPOINT;
+	case WIRE_RESYNC_DONE:
+		return REPL_RESYNC_DONE;
+	default:
+		return REPL_FLUSH;
+	}
+}
+
+static bool is_stream(unsigned type)
+{
+	return type >= WIRE_WRITE && type <= WIRE_RESYNC_DONE;
+}
+
+/* Checks what a frame of the stream names, as the peer's word is never trusted (I19). Takes payload on success. */
+static struct stream_io *stream_new(struct group *g, const struct wire_frame *f, void *payload, const char **why)
+{
+	struct stream_io *s = calloc(1, sizeof(*s));
+	*why = "out of memory";
+	if (s == NULL)
+		return NULL;
+	struct repl_io *io = &s->io;
+	s->g = g;
+	io->owner = OWNER_STREAM;
+	io->kind = stream_kind(f->type);
+	io->seq = f->seq;
+	io->resync = f->type == WIRE_RESYNC_WRITE || f->type == WIRE_RESYNC_ZERO;
+	if (io->kind == REPL_CHECKPOINT) {
+		io->arg = f->offset;
+		io->flags = f->flags;
+		*why = "a checkpoint without a number";
+		if (f->offset == 0)
+			goto bad;
+	} else if (io->kind == REPL_RESYNC_DONE) {
+		struct rbuf b = {.data = payload, .size = f->length_payload};
+		wire_lineage_decode(&io->lineage, &b);
+		*why = "RESYNC_DONE does not decode";
+		if (b.failed || io->lineage.current == 0)
+			goto bad;
+	} else if (io->kind != REPL_FLUSH) {
+		uint32_t i = 0;
+		while (i < g->n_vols && repl_meta(g->core)->volumes[i].id != f->volume)
+			i++;
+		*why = "a volume that is not the group's";
+		if (i == g->n_vols)
+			goto bad;
+		uint64_t size = volume_size(g->vols[i]->vol);
+		*why = "a range outside the volume";
+		if (f->length == 0 || f->offset >= size || f->length > size - f->offset || f->length > REPL_ZERO_MAX)
+			goto bad;
+		*why = "a write whose length is not its payload's";
+		if (io->kind == REPL_WRITE && f->length != f->length_payload)
+			goto bad;
+		io->volume = i;
+		io->off = f->offset;
+		io->len = f->length;
+		if (io->kind == REPL_WRITE)
+			io->payload = payload;
+	}
+	return s;
+bad:
+	free(s);
+	return NULL;
+}
+
+int group_frame(struct conn *c, const struct wire_frame *f, void *payload)
+{
+	struct group *g = c->g;
+	struct outbox o;
+	outbox_init(&o);
+	struct repl_event ev = {.type = EV_FRAME, .session = c->session, .frame = f, .payload = payload};
+	bool taken = false;
+	lock_with(g, &o);
+	if (is_stream(f->type)) {
+		/* Backpressure on the peer: this thread reads the socket. */
+		while (g->stream_bytes >= STREAM_BYTES_MAX && !g->closing && g->conn == c) {
+			g->out = NULL;
+			cond_wait(&g->cond, &g->lock);
+			g->out = &o;
+		}
+		const char *why = NULL;
+		struct stream_io *s = stream_new(g, f, payload, &why);
+		if (s == NULL) {
+			unlock_with(g);
+			free(payload);
+			log_error(g->name, "the peer sent %s", why);
+			return -ERR_PROTO;
+		}
+		taken = s->io.payload != NULL;
+		g->stream_bytes += sizeof(*s) + (taken ? s->io.len : 0);
+		ev.io = &s->io;
+	}
+	step(g, &ev);
+	unlock_with(g);
+	outbox_run(g, &o);
+	if (!taken)
+		free(payload);
+	return 0;
+}
+
+void group_batch(struct conn *c)
+{
+	struct repl_event ev = {.type = EV_BATCH, .session = c->session};
+	step_and_run(c->g, &ev);
+}
+
+void group_sent(struct conn *c, uint64_t bytes)
+{
+	struct repl_event ev = {.type = EV_SENT, .session = c->session, .bytes = bytes};
+	step_and_run(c->g, &ev);
+}
+
+/* The connection stands: it becomes the group's, with the next session number. */
+void group_attach(struct group *g, struct conn *c, const struct wire_frame *f, void *payload)
+{
+	struct outbox o;
+	outbox_init(&o);
+	lock_with(g, &o);
+	if (g->closing) {
+		unlock_with(g);
+		link_close(c->link, 0);
+		free(payload);
+		return;
+	}
+	c->session = ++g->sessions;
+	struct conn *old = g->conn;
+	g->conn = c;
+	cond_broadcast(&g->cond); /* the old one's receiver may wait for room */
+	struct repl_event ev = {.type = EV_LINK_UP,
+	                        .session = c->session,
+	                        .dialer = c->dialled,
+	                        .peer_store = link_peer(c->link)->store};
+	step(g, &ev);
+	if (f) {
+		ev = (struct repl_event){.type = EV_FRAME, .session = c->session, .frame = f, .payload = payload};
+		step(g, &ev);
+	}
+	if (old)
+		link_close(old->link, 0);
+	unlock_with(g);
+	outbox_run(g, &o);
+	free(payload);
+}
+
+void group_conn_down(struct conn *c, int code, const char *text)
+{
+	struct group *g = c->g;
+	struct outbox o;
+	outbox_init(&o);
+	lock_with(g, &o);
+	if (g->conn == c)
+		g->conn = NULL;
+	cond_broadcast(&g->cond);
+	struct repl_event ev = {.type = EV_LINK_DOWN, .session = c->session, .error = code, .text = text};
+	if (c->session || c->dialled)
+		step(g, &ev);
+	g->conns--;
+	unlock_with(g);
+	outbox_run(g, &o);
+	group_unref(g);
+}
+
+void group_tick(struct group *g)
+{
+	struct outbox o;
+	outbox_init(&o);
+	lock_with(g, &o);
+	struct repl_event ev = {.type = EV_TICK, .heard_ns = g->conn ? link_heard_ns(g->conn->link) : 0};
+	step(g, &ev);
+	unlock_with(g);
+	outbox_run(g, &o);
+}
+
+/* ---- commands ---- */
+
+struct shell_command *shell_command_new(enum repl_cmd cmd)
+{
+	struct shell_command *c = calloc(1, sizeof(*c));
+	if (c) {
+		c->c.cmd = cmd;
+		atomic_store(&c->refs, 1);
+	}
+	return c;
+}
+
+void shell_command_unref(struct shell_command *c)
+{
+	if (c && atomic_fetch_sub(&c->refs, 1) == 1)
+		free(c);
+}
+
+int group_command(struct group *g, struct shell_command *c, struct ctl_conn *ctl, uint64_t deadline_ns, struct err *e)
+{
+	struct outbox o;
+	outbox_init(&o);
+	atomic_fetch_add(&c->refs, 1); /* the core's, until ACT_CMD_DONE */
+	c->c.result3 = c->c.cmd == CMD_FAILOVER ? active_bytes(g) : 0;
+	lock_with(g, &o);
+	struct repl_event ev = {.type = EV_COMMAND, .command = &c->c};
+	step(g, &ev);
+	unlock_with(g);
+	outbox_run(g, &o);
+	int err = 0;
+	mutex_lock(&g->lock);
+	while (!c->done) {
+		uint64_t now = clock_mono_ns();
+		if (deadline_ns && now >= deadline_ns) {
+			err = err_set(e, ERR_TIMEOUT, "it has not ended in the time given; it goes on");
+			break;
+		}
+		if (ctl && ctl_canceled(ctl)) {
+			err = err_set(e, ERR_INTR, "interrupted; it goes on");
+			break;
+		}
+		uint64_t until = now + 200 * NS_PER_MS;
+		(void)cond_wait_until(&g->cond, &g->lock, deadline_ns ? min_u64(until, deadline_ns) : until);
+	}
+	if (c->done && c->error)
+		err = err_set(e, -c->error, "%s", c->c.err.text);
+	mutex_unlock(&g->lock);
+	return err;
+}
+
+/* ---- a group's life ---- */
+
+struct group *group_ref(struct group *g)
+{
+	atomic_fetch_add(&g->refs, 1);
+	return g;
+}
+
+static void gvol_close(struct gvol *v)
+{
+	volume_close(v->vol);
+	intent_close(v->intent);
+	free(v->maps);
+	v->vol = NULL;
+	v->intent = NULL;
+	v->maps = NULL;
+}
+
+void group_unref(struct group *g)
+{
+	if (g == NULL || atomic_fetch_sub(&g->refs, 1) != 1)
+		return;
+	for (uint32_t i = 0; i < g->n_vols; i++) {
+		gvol_close(g->vols[i]);
+		gvol_unref(g->vols[i]);
+	}
+	free(g->metas[0]);
+	free(g->metas[1]);
+	free(g->saving);
+	free(g->core);
+	pthread_rwlock_destroy(&g->view);
+	cond_destroy(&g->cond);
+	mutex_destroy(&g->lock);
+	free(g);
+}
+
+static int open_volume(struct group *g, const struct repl_meta *m, uint32_t i, struct err *e)
+{
+	struct store *st = g->d->store;
+	struct gvol *v = calloc(1, sizeof(*v));
+	uint64_t numbers[GROUP_CKPTS_MAX];
+	if (v == NULL)
+		return err_set(e, ERR_NOMEM, "out of memory");
+	atomic_store(&v->refs, 1);
+	v->g = g;
+	v->d = g->d;
+	v->index = i;
+	memcpy(v->name, m->volumes[i].name, sizeof(v->name));
+	g->vols[g->n_vols++] = v;
+	for (uint32_t k = 0; k < m->n_ckpts; k++)
+		numbers[k] = m->ckpts[k].number;
+	struct volume_open_args a = {.name = v->name,
+	                             .size = m->volumes[i].size,
+	                             .durability = store_info(st)->durability,
+	                             .ckpts = numbers,
+	                             .n_ckpts = m->n_ckpts,
+	                             .active_id = m->active_id};
+	int err = volume_open(store_storage(st), &a, &v->vol, e);
+	if (!err)
+		err = intent_open(store_storage(st), v->name, a.size, a.durability == DURABILITY_POWER, &v->intent, e);
+	if (err)
+		return err;
+	v->maps = calloc(1, repl_volume_bytes(a.size));
+	atomic_store(&v->mtime_ns, clock_wall_ns());
+	return v->maps ? 0 : err_set(e, ERR_NOMEM, "out of memory for the maps of volume %s", v->name);
+}
+
+static int load_intent(struct group *g, uint32_t i, uint64_t size)
+{
+	uint64_t n = units_of(size, INTENT_SHIFT);
+	_cleanup_free_ void *mem = calloc(1, bitmap_bytes(n));
+	if (mem == NULL)
+		return -ERR_NOMEM;
+	struct bitmap b;
+	bitmap_init(&b, n, mem);
+	intent_load(g->vols[i]->intent, &b);
+	repl_load_intent(g->core, i, &b);
+	return 0;
+}
+
+int group_open(struct daemon *d, const struct repl_meta *m, uint32_t id, struct group **ret, struct err *e)
+{
+	struct group *g = calloc(1, sizeof(*g));
+	if (g == NULL)
+		return err_set(e, ERR_NOMEM, "out of memory");
+	g->d = d;
+	g->id = id;
+	atomic_store(&g->refs, 1);
+	memcpy(g->name, m->group, sizeof(g->name));
+	mutex_init(&g->lock);
+	cond_init(&g->cond);
+	pthread_rwlockattr_t attr;
+	pthread_rwlockattr_init(&attr);
+	pthread_rwlockattr_setkind_np(&attr, PTHREAD_RWLOCK_PREFER_WRITER_NONRECURSIVE_NP);
+	pthread_rwlock_init(&g->view, &attr);
+	pthread_rwlockattr_destroy(&attr);
+	struct repl_init_args a = {.store = store_info(d->store)->uuid,
+	                           .random_seed = random_u64_nonzero(),
+	                           .now_ns = clock_mono_ns(),
+	                           .emit = emit,
+	                           .emit_arg = g};
+	int err = 0;
+	g->core = malloc(repl_size());
+	g->saving = malloc(sizeof(*g->saving));
+	a.meta = g->metas[0] = malloc(sizeof(*m));
+	a.next = g->metas[1] = malloc(sizeof(*m));
+	if (!g->core || !g->saving || !a.meta || !a.next)
+		err = err_set(e, ERR_NOMEM, "out of memory");
+	else
+		*a.meta = *m;
+	for (uint32_t i = 0; i < m->n_volumes && !err; i++) {
+		err = open_volume(g, m, i, e);
+		a.volume_memory[i] = g->vols[i]->maps;
+	}
+	if (err) {
+		group_unref(g);
+		return err;
+	}
+	publish(g, m);
+	struct outbox o;
+	outbox_init(&o);
+	lock_with(g, &o);
+	repl_init(g->core, &a);
+	for (uint32_t i = 0; i < m->n_volumes && !err; i++)
+		err = load_intent(g, i, m->volumes[i].size);
+	unlock_with(g);
+	if (err) {
+		group_unref(g);
+		return err_set(e, ERR_NOMEM, "out of memory");
+	}
+	*ret = g;
+	outbox_run(g, &o);
+	return 0;
+}
+
+void group_shutdown(struct group *g)
+{
+	struct repl_event ev = {.type = EV_SHUTDOWN};
+	step_and_run(g, &ev);
+}
+
+void group_wait_quiet(struct group *g, uint64_t deadline_ns)
+{
+	mutex_lock(&g->lock);
+	g->closing = true;
+	cond_broadcast(&g->cond);
+	while ((g->conns || g->jobs) && cond_wait_until(&g->cond, &g->lock, deadline_ns))
+		;
+	mutex_unlock(&g->lock);
+}
+
+void group_close(struct group *g)
+{
+	group_unref(g);
+}

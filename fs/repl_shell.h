@@ -1,0 +1,171 @@
+/* The shell of the replication core: one `struct group` for each group, with its volumes, its link and the threads'
+ * side of every action (core/repl.h). Private to fs/: daemon.c owns the groups, verbs.c drives them.
+ *
+ * Lock order (docs/LOCKING.md): daemon.names → group.lock → the link's queue. group.view is taken with none of them held
+ * and is held across reads and writes of the view; group.lock is never held across I/O.
+ */
+#ifndef REPFS_FS_REPL_SHELL_H
+#define REPFS_FS_REPL_SHELL_H
+
+#include <stdatomic.h>
+
+#include "core/os/pool.h"
+#include "core/os/thread.h"
+#include "core/repl.h"
+#include "fs/daemon.h"
+#include "image/intent.h"
+#include "image/store.h"
+#include "image/volume.h"
+#include "net/ctl.h"
+#include "net/link.h"
+
+/* Bytes of the peer's stream that may be in memory at once, per group; above it the receiver thread waits. */
+#define STREAM_BYTES_MAX (UINT64_C(32) << 20)
+#define APPLY_BATCH_MAX 64
+#define APPLY_WORKERS_MAX 2
+#define CLOSE_DRAIN_MS 500
+#define TICK_NS UINT64_C(100000000)
+
+struct group;
+
+struct gvol {
+	struct group *g; /* NULL: deleted; under daemon.names for changes */
+	struct daemon *d;
+	uint32_t id, index;
+	char name[NAME_SIZE];
+	_Atomic int refs;
+	_Atomic unsigned cached_opens, opens;
+	_Atomic uint64_t mtime_ns;
+	struct volume *vol;
+	struct intent *intent;
+	void *maps; /* the core's bitmaps */
+	struct gvol *next;
+};
+
+struct gvol_handle {
+	struct gvol *v;
+	bool write, cached;
+	uint64_t epoch; /* of the group when it was opened */
+};
+
+/* A connection: dialled for a group, or accepted and given to one by its JOIN. */
+struct conn {
+	struct daemon *d;
+	struct link *link; /* a reference */
+	struct group *g;   /* set before the first event of this connection; a reference */
+	uint64_t session;
+	bool dialled;
+	struct conn *next;
+};
+
+struct shell_command {
+	struct repl_command c;
+	_Atomic int refs;
+	bool done; /* under group.lock */
+	int error;
+	struct shell_command *next;
+};
+
+/* Requests that share one sync: those that arrive while one runs are served together by the next. */
+struct sync_round {
+	bool running;
+	struct repl_list waiting, served;
+};
+
+struct group {
+	struct daemon *d;
+	char name[NAME_SIZE];
+	uint32_t id;
+	_Atomic int refs;
+	struct group *next;
+
+	struct mutex lock; /* the core's exclusion, and all that follows */
+	struct cond cond;  /* command done, holding ended, stream bytes freed, connection ended */
+	struct repl *core;
+	struct repl_meta *metas[2];
+	struct outbox *out; /* while a step runs */
+	struct conn *conn;  /* the current one, or NULL */
+	unsigned conns;     /* not yet down */
+	uint64_t sessions;  /* given so far */
+	uint64_t stream_bytes;
+	struct repl_list apply; /* stream requests to be written */
+	struct apply_worker {
+		struct pool_job job;
+		struct group *g;
+		bool busy;
+	} appliers[APPLY_WORKERS_MAX];
+	struct sync_round flush, active_flush;
+	bool closing;
+	unsigned jobs; /* pool jobs of this group under way */
+
+	/* the save under way */
+	struct repl_meta *saving;
+	uint64_t save_ckpt, save_active_id, save_drop;
+	struct pool_job save_job;
+
+	/* how volumes are served; `view` makes a change of all volumes one step for readers and active writers */
+	pthread_rwlock_t view;
+	_Atomic int serving; /* enum repl_serving without HOLD */
+	_Atomic uint64_t base;
+	_Atomic bool holding, forwarding;
+	_Atomic uint64_t handle_epoch;
+
+	uint32_t n_vols;
+	struct gvol *vols[GROUP_VOLUMES_MAX];
+};
+
+/* ---- repl_shell.c ---- */
+int group_open(struct daemon *d, const struct repl_meta *m, uint32_t id, struct group **ret, struct err *e);
+/* No link, no request may be under way or come any more. Drops the daemon's reference. */
+void group_close(struct group *g);
+void group_shutdown(struct group *g); /* says goodbye, answers what waits; asynchronous */
+void group_wait_quiet(struct group *g, uint64_t deadline_ns);
+struct group *group_ref(struct group *g);
+void group_unref(struct group *g);
+void group_tick(struct group *g);
+void group_io(struct group *g, struct gio *io);
+/* Starts it and waits: for its end, for `deadline_ns` (0: none), for the client's hang-up. */
+int group_command(struct group *g, struct shell_command *c, struct ctl_conn *ctl, uint64_t deadline_ns, struct err *e);
+struct shell_command *shell_command_new(enum repl_cmd cmd);
+void shell_command_unref(struct shell_command *c);
+/* An accepted connection that asks for this group, with its JOIN frame. Takes over conn->g. */
+void group_attach(struct group *g, struct conn *c, const struct wire_frame *f, void *payload);
+int group_frame(struct conn *c, const struct wire_frame *f, void *payload);
+void group_conn_down(struct conn *c, int code, const char *text);
+void group_batch(struct conn *c);
+void group_sent(struct conn *c, uint64_t bytes);
+
+/* ---- daemon.c, for the shell and the verbs ---- */
+struct daemon {
+	struct daemon_config cfg;
+	struct store *store;
+	struct pool *pool;
+	struct link_server *server;
+	struct link_self self;
+	struct ctl_server *ctl;
+	pthread_t ticker;
+	bool ticking;
+	struct mutex lock; /* tick stop, conns */
+	struct cond cond;
+	bool stop;
+	struct conn *conns;
+
+	struct mutex admin;      /* verbs that add or remove groups and volumes: one at a time */
+	pthread_rwlock_t names;  /* groups, gvols: lists and ids */
+	struct group *groups;    /* in name order */
+	struct gvol *gvols;      /* in name order */
+	uint32_t next_id;
+};
+
+struct group *daemon_group(struct daemon *d, const char *name);       /* by group or volume name; a reference */
+struct group *daemon_group_exact(struct daemon *d, const char *name); /* a reference */
+int daemon_add_group(struct daemon *d, const struct repl_meta *m, struct err *e);
+/* Takes a group out of the daemon: no handle may be open. -ERR_BUSY names the volume. */
+int daemon_remove_group(struct daemon *d, struct group *g, struct err *e);
+const struct link_callbacks *daemon_link_callbacks(bool dialled);
+bool daemon_addr_allowed(const struct daemon *d, const char *addr, struct err *e);
+void daemon_conn_free(struct conn *c);
+void daemon_names_changed(struct daemon *d);
+json_t *group_status_json(struct group *g);
+
+#endif

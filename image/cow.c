@@ -1,0 +1,680 @@
+/* Writing to a volume: save before change (V1), the active overlay, and the commit of a failover.
+ *
+ * volume_write goes over the whole batch in phases, so that in `power` the syncs are one a phase and not one a write:
+ *   gather   the blocks that requests touch and the live overlay lacks, as runs: sorted, neighbours joined
+ *   data     each run read from the disk in one go and put into the overlay           [sync]
+ *   map      the words of all runs                                                     [sync]
+ *   publish  their bits: from here on a reader of an older image takes the overlay's blocks
+ *   disk     the requests themselves
+ * With no chain, or when the overlay has it all, gathering finds nothing and only the last phase is left; no memory is
+ * asked for on that way.
+ *
+ * A block that two requests of a batch share is harmless: both see it before the disk changes, so it is saved once,
+ * or twice with the same content.
+ *
+ * A save that fails publishes nothing. Words of its blocks may lie in the map by then; that is no lie, since none of
+ * the requests that share the round touches the disk: the saved content stays the content.
+ *
+ * A zero or discard leaves holes of the disk alone: they read as zeroes already. Large ones work through their range
+ * in pieces of ZERO_PIECE, each saved and zeroed under the chain lock and then letting go of it: a checkpoint waits
+ * for one piece, and what it then shows is a part of the request done, as of any request in flight.
+ *
+ * The active overlay replaces its blocks in place. In `power` the data is synced before its word is written; the word
+ * itself only by volume_sync_active: lost in a power cut, it leaves the block as it was before a write that nobody
+ * flushed (absent, or, for one replaced, with its checksum marked unknown, which overlay_put_data has made durable).
+ */
+#include <stdlib.h>
+#include <string.h>
+
+#include "core/check.h"
+#include "image/volume_internal.h"
+
+/* ---- scratch ---- */
+
+struct scratch *scratch_get(struct volume *v)
+{
+	struct scratch *s;
+
+	mutex_lock(&v->scratch_lock);
+	s = v->scratch;
+	if (s) {
+		v->scratch = s->next;
+		v->n_scratch--;
+	}
+	mutex_unlock(&v->scratch_lock);
+	if (!s)
+		s = aligned_alloc(BLOCK_SIZE, round_up_u64(sizeof(*s), BLOCK_SIZE));
+	if (s)
+		s->n_runs = s->n_blocks = 0;
+	return s;
+}
+
+void scratch_put(struct volume *v, struct scratch *s)
+{
+	if (!s)
+		return;
+	mutex_lock(&v->scratch_lock);
+	if (v->n_scratch < SCRATCH_KEPT_MAX) {
+		s->next = v->scratch;
+		v->scratch = s;
+		v->n_scratch++;
+		s = NULL;
+	}
+	mutex_unlock(&v->scratch_lock);
+	free(s);
+}
+
+void scratch_free_all(struct volume *v)
+{
+	while (v->scratch) {
+		struct scratch *s = v->scratch;
+
+		v->scratch = s->next;
+		free(s);
+	}
+}
+
+/* ---- saving ---- */
+
+static int run_order(const void *a, const void *b)
+{
+	const struct block_run *x = a, *y = b;
+
+	return (x->block > y->block) - (x->block < y->block);
+}
+
+/* Sorted, without overlaps, neighbours joined. */
+static void runs_join(struct scratch *s)
+{
+	uint32_t n = 0;
+	bool sorted = true;
+
+	for (uint32_t i = 1; i < s->n_runs; i++)
+		sorted = sorted && s->runs[i - 1].block <= s->runs[i].block;
+	if (!sorted)
+		qsort(s->runs, s->n_runs, sizeof(s->runs[0]), run_order);
+	for (uint32_t i = 0; i < s->n_runs; i++) {
+		struct block_run *last = n ? &s->runs[n - 1] : NULL, r = s->runs[i];
+
+		if (last && r.block <= last->block + last->n)
+			last->n = max_u64(last->block + last->n, r.block + r.n) - last->block;
+		else
+			s->runs[n++] = r;
+	}
+	s->n_runs = n;
+}
+
+static int read_blocks(struct volume *v, struct layer *from, uint64_t block, uint32_t n, uint8_t *buf)
+{
+	int rc = 0;
+
+	/* The volume's last block may be short: past the disk's end come zeroes. */
+	if (!from)
+		return disk_read(v->disk, block << BLOCK_SHIFT, buf, (size_t)n << BLOCK_SHIFT);
+	for (uint32_t i = 0; rc == 0 && i < n; i++)
+		rc = overlay_read(from->o, block + i, 0, buf + ((size_t)i << BLOCK_SHIFT), BLOCK_SIZE);
+	return rc;
+}
+
+static int save_data(struct volume *v, struct layer *to, struct layer *from, struct scratch *s)
+{
+	uint32_t word = 0;
+
+	for (uint32_t i = 0; i < s->n_runs; i++) {
+		uint64_t block = s->runs[i].block, end = block + s->runs[i].n;
+
+		while (block < end) {
+			uint32_t n = (uint32_t)min_u64(end - block, PIECE_BLOCKS);
+			int rc = read_blocks(v, from, block, n, s->bounce);
+
+			if (rc == 0)
+				rc = overlay_put_data(to->o, block, n, s->bounce, s->words + word);
+			if (rc < 0)
+				return rc;
+			block += n;
+			word += n;
+		}
+	}
+	return v->power ? overlay_sync_data(to->o) : 0;
+}
+
+static int save_map(struct volume *v, struct layer *to, const struct scratch *s)
+{
+	uint32_t word = 0;
+
+	for (uint32_t i = 0; i < s->n_runs; i++) {
+		int rc = overlay_put_map(to->o, s->runs[i].block, (uint32_t)s->runs[i].n, s->words + word);
+
+		if (rc < 0)
+			return rc;
+		word += (uint32_t)s->runs[i].n;
+	}
+	return v->power ? overlay_sync_map(to->o) : 0;
+}
+
+int save_round(struct volume *v, struct layer *to, struct layer *from, struct scratch *s)
+{
+	uint64_t blocks = 0;
+	int rc;
+
+	runs_join(s);
+	rc = save_data(v, to, from, s);
+	if (rc == 0)
+		rc = save_map(v, to, s);
+	for (uint32_t i = 0; rc == 0 && i < s->n_runs; i++) {
+		overlay_publish(to->o, s->runs[i].block, (uint32_t)s->runs[i].n);
+		blocks += s->runs[i].n;
+	}
+	s->n_runs = s->n_blocks = 0;
+	if (rc < 0)
+		return rc;
+	if (!from)
+		(void)__atomic_fetch_add(&v->cow_bytes, blocks << BLOCK_SHIFT, __ATOMIC_RELAXED);
+	volume_fence();
+	return 0;
+}
+
+/* ---- gathering ---- */
+
+/* Goes over the blocks that a request will change. */
+struct change {
+	uint64_t at, end;  /* bytes still to look at */
+	uint64_t data_end; /* up to here the disk has data (always, for a write) */
+};
+
+/* The next run of blocks, at most `max`, that the request changes and `live` lacks. 1, 0 at the end, or -ERR_x. */
+static int change_next_unsaved(struct volume *v, const struct layer *live, struct change *c, uint64_t max,
+			       struct block_run *ret)
+{
+	while (c->at < c->end) {
+		uint64_t block = c->at >> BLOCK_SHIFT, block_end, stop;
+
+		if (c->at >= c->data_end) {
+			struct extent x;
+			int rc = disk_extent(v->disk, c->at, c->end, &x);
+
+			if (rc < 0)
+				return rc;
+			if (!x.data) {
+				c->at = x.off + x.len;
+				continue;
+			}
+			c->data_end = x.off + x.len;
+		}
+		block_end = units_of(c->data_end, BLOCK_SHIFT);
+		block = bits_next_clear(live->held, block, block_end);
+		stop = bits_next_set(live->held, block, min_u64(block_end, block + max));
+		/* The last block may reach past data_end: what is left of it in the request is saved with it. */
+		c->at = max_u64(c->at, min_u64(stop << BLOCK_SHIFT, c->end));
+		if (block < stop) {
+			*ret = (struct block_run){block, stop - block};
+			return 1;
+		}
+	}
+	return 0;
+}
+
+static bool req_range_fits(const struct volume *v, const struct volume_req *r)
+{
+	return r->off <= v->size && r->len <= v->size - r->off;
+}
+
+static void req_fail(struct volume_req *r, int rc, bool save_failed)
+{
+	if (r->error)
+		return;
+	r->error = rc;
+	r->save_failed = save_failed;
+}
+
+/* One batch being saved. */
+struct save {
+	struct volume *v;
+	struct layer *live;
+	struct volume_req *reqs;
+	unsigned n;
+	struct scratch *s; /* NULL until something is found */
+	bool in_round[VOLUME_BATCH_MAX];
+};
+
+static void save_close_round(struct save *b)
+{
+	int rc;
+
+	if (!b->s || b->s->n_runs == 0)
+		return;
+	rc = save_round(b->v, b->live, NULL, b->s);
+	for (unsigned i = 0; i < b->n; i++) {
+		if (rc < 0 && b->in_round[i])
+			req_fail(&b->reqs[i], rc, true);
+		b->in_round[i] = false;
+	}
+}
+
+static void save_req(struct save *b, unsigned i)
+{
+	struct volume_req *r = &b->reqs[i];
+	struct change c = {r->off, r->off + r->len, r->kind == VOLUME_WRITE ? r->off + r->len : r->off};
+	uint64_t room = ROUND_BLOCKS;
+	struct block_run run;
+	int rc;
+
+	while (r->error == 0) {
+		if (b->s) {
+			if (b->s->n_runs == ROUND_RUNS || b->s->n_blocks == ROUND_BLOCKS)
+				save_close_round(b);
+			room = ROUND_BLOCKS - b->s->n_blocks;
+		}
+		rc = change_next_unsaved(b->v, b->live, &c, room, &run);
+		if (rc == 0)
+			return;
+		if (rc < 0) {
+			req_fail(r, rc, false);
+			return;
+		}
+		if (!b->s && !(b->s = scratch_get(b->v))) {
+			req_fail(r, -ERR_NOMEM, true);
+			return;
+		}
+		b->s->runs[b->s->n_runs++] = run;
+		b->s->n_blocks += (uint32_t)run.n;
+		b->in_round[i] = true;
+	}
+}
+
+/* V1 for the batch. Requests whose blocks could not be saved have their error after it. */
+static void save_batch(struct volume *v, struct layer *live, struct volume_req *reqs, unsigned n)
+{
+	struct save b;
+
+	/* Not an initializer: the flags are cleared up to n only. */
+	b.v = v;
+	b.live = live;
+	b.reqs = reqs;
+	b.n = n;
+	b.s = NULL;
+	memset(b.in_round, 0, n * sizeof(b.in_round[0]));
+	for (unsigned i = 0; i < n; i++)
+		if (reqs[i].error == 0)
+			save_req(&b, i);
+	save_close_round(&b);
+	scratch_put(v, b.s);
+}
+
+/* ---- the disk ---- */
+
+static int disk_zero_data(struct volume *v, uint64_t off, uint64_t end, bool punch)
+{
+	while (off < end) {
+		struct extent x;
+		int rc = disk_extent(v->disk, off, end, &x);
+
+		if (rc == 0 && x.data)
+			rc = disk_zero(v->disk, x.off, x.len, punch);
+		if (rc < 0)
+			return rc;
+		off = x.off + x.len;
+	}
+	return 0;
+}
+
+static int req_apply(struct volume *v, const struct volume_req *r)
+{
+	if (r->len == 0)
+		return 0;
+	if (r->kind == VOLUME_WRITE)
+		return disk_write(v->disk, r->off, r->buf, (size_t)r->len);
+	return disk_zero_data(v, r->off, r->off + r->len, r->kind == VOLUME_DISCARD);
+}
+
+static bool req_is_large(const struct volume_req *r)
+{
+	return r->kind != VOLUME_WRITE && r->len > ZERO_PIECE;
+}
+
+/* chain_lock held. Leaves out requests that have an error. */
+static void write_batch_locked(struct volume *v, struct volume_req *reqs, unsigned n)
+{
+	if (v->n_chain)
+		save_batch(v, v->chain[v->n_chain - 1], reqs, n);
+	for (unsigned i = 0; i < n; i++)
+		if (reqs[i].error == 0)
+			reqs[i].error = req_apply(v, &reqs[i]);
+}
+
+/* Under the lock: the range's first piece, with the hole before it, up to *at, which moves on. */
+static int zero_piece_locked(struct volume *v, struct volume_req *r, uint64_t *at)
+{
+	uint64_t end = r->off + r->len;
+	struct volume_req piece;
+	struct extent x;
+	int rc = disk_extent(v->disk, *at, end, &x);
+
+	if (rc < 0)
+		return rc;
+	if (!x.data) {
+		*at = x.off + x.len;
+		return 0;
+	}
+	piece = (struct volume_req){.kind = r->kind, .off = *at, .len = min_u64(end - *at, ZERO_PIECE)};
+	write_batch_locked(v, &piece, 1);
+	r->save_failed = piece.save_failed;
+	*at += piece.len;
+	return piece.error;
+}
+
+static void write_large_zero(struct volume *v, struct volume_req *r)
+{
+	uint64_t at = r->off;
+
+	while (r->error == 0 && at < r->off + r->len) {
+		volume_lock_shared(v);
+		r->error = zero_piece_locked(v, r, &at);
+		volume_unlock(v);
+	}
+}
+
+int volume_write(struct volume *v, struct volume_req *reqs, unsigned n)
+{
+	unsigned first = 0, large = 0;
+	int rc = 0;
+
+	PRE(n <= VOLUME_BATCH_MAX);
+	volume_lock_shared(v);
+	for (unsigned i = 0; i < n; i++) {
+		reqs[i].save_failed = false;
+		reqs[i].error = req_range_fits(v, &reqs[i]) ? 0 : -ERR_RANGE;
+		large += req_is_large(&reqs[i]);
+	}
+	/* Large ones stand alone; the runs of others between them go as batches. */
+	for (unsigned i = 0; large && i < n; i++) {
+		if (!req_is_large(&reqs[i]))
+			continue;
+		write_batch_locked(v, reqs + first, i - first);
+		if (reqs[i].error == 0) {
+			volume_unlock(v);
+			write_large_zero(v, &reqs[i]);
+			volume_lock_shared(v);
+		}
+		first = i + 1;
+	}
+	write_batch_locked(v, reqs + first, n - first);
+	volume_unlock(v);
+	for (unsigned i = 0; rc == 0 && i < n; i++)
+		rc = reqs[i].error;
+	return rc;
+}
+
+/* ---- active ---- */
+
+/* Blocks put with one sync, in the active overlay. */
+#define ACTIVE_ROUND_BLOCKS 4096U
+
+static uint64_t stripes_of(uint64_t block, uint64_t n)
+{
+	uint64_t first = block >> STRIPE_SHIFT, last = (block + n - 1) >> STRIPE_SHIFT, mask = 0;
+
+	if (last - first >= STRIPES)
+		return UINT64_MAX;
+	for (; first <= last; first++)
+		mask |= UINT64_C(1) << first % STRIPES;
+	return mask;
+}
+
+static void stripes_lock(struct volume *v, uint64_t mask)
+{
+	for (unsigned i = 0; i < STRIPES; i++)
+		if (mask >> i & 1) {
+			int r = pthread_rwlock_wrlock(&v->stripes[i]);
+
+			INVARIANT(r == 0);
+		}
+}
+
+static void stripes_unlock(struct volume *v, uint64_t mask)
+{
+	for (unsigned i = 0; i < STRIPES; i++)
+		if (mask >> i & 1) {
+			int r = pthread_rwlock_unlock(&v->stripes[i]);
+
+			INVARIANT(r == 0);
+		}
+}
+
+/* A block that is written in part, from the view. Past the volume's end: zeroes. */
+static int complete_block(struct volume *v, const struct view *w, uint64_t block, uint8_t *buf)
+{
+	uint64_t off = block << BLOCK_SHIFT, n = min_u64(BLOCK_SIZE, v->size - off);
+
+	memset(buf + n, 0, BLOCK_SIZE - n);
+	return view_read(v, w, off, n, buf);
+}
+
+/* The new content of blocks [block, block + n), whole: in *ret, which is the request's own buffer where that will do.
+ */
+static int active_content(struct volume *v, const struct view *w, const struct volume_req *r, uint64_t block,
+			  uint32_t n, uint8_t *bounce, const uint8_t **ret)
+{
+	uint64_t off = block << BLOCK_SHIFT, end = off + ((uint64_t)n << BLOCK_SHIFT);
+	uint64_t lo = max_u64(off, r->off), hi = min_u64(end, r->off + r->len);
+	int rc = 0;
+
+	if (r->kind == VOLUME_WRITE && lo == off && hi == end) {
+		*ret = (const uint8_t *)r->buf + (lo - r->off);
+		return 0;
+	}
+	if (lo > off || hi < off + BLOCK_SIZE)
+		rc = complete_block(v, w, block, bounce);
+	if (rc == 0 && n > 1 && hi < end)
+		rc = complete_block(v, w, block + n - 1, bounce + ((size_t)(n - 1) << BLOCK_SHIFT));
+	if (rc < 0)
+		return rc;
+	if (r->kind == VOLUME_WRITE)
+		memcpy(bounce + (lo - off), (const uint8_t *)r->buf + (lo - r->off), (size_t)(hi - lo));
+	else
+		memset(bounce + (lo - off), 0, (size_t)(hi - lo));
+	*ret = bounce;
+	return 0;
+}
+
+static int active_put(struct volume *v, struct layer *active, uint64_t block, uint32_t n, const uint8_t *data,
+		      uint32_t *words)
+{
+	/* Only these blocks' own writer, excluded by the caller's claims, could make one of them appear meanwhile. */
+	uint64_t mask = bitmap_any(active->held, block, n) ? stripes_of(block, n) : 0;
+	int rc;
+
+	stripes_lock(v, mask);
+	rc = overlay_put_data(active->o, block, n, data, words);
+	stripes_unlock(v, mask);
+	return rc;
+}
+
+/* Blocks [block, block + n) of the request, n <= ACTIVE_ROUND_BLOCKS. A reader between data and word finds either the
+ * block absent or its word saying that the checksum is not known: no mismatch (image/overlay.h). */
+static int active_round(struct volume *v, const struct view *w, const struct volume_req *r, uint64_t block, uint32_t n,
+			struct scratch *s)
+{
+	int rc;
+
+	for (uint32_t i = 0; i < n; i += PIECE_BLOCKS) {
+		uint32_t piece = (uint32_t)min_u64(n - i, PIECE_BLOCKS);
+		const uint8_t *data;
+
+		rc = active_content(v, w, r, block + i, piece, s->bounce, &data);
+		if (rc == 0)
+			rc = active_put(v, w->active, block + i, piece, data, s->words + i);
+		if (rc < 0)
+			return rc;
+	}
+	rc = v->power ? overlay_sync_data(w->active->o) : 0;
+	if (rc == 0)
+		rc = overlay_put_map(w->active->o, block, n, s->words);
+	if (rc == 0)
+		overlay_publish(w->active->o, block, n);
+	return rc;
+}
+
+static int write_active_locked(struct volume *v, uint64_t base, const struct volume_req *r)
+{
+	uint64_t block = r->off >> BLOCK_SHIFT, end = units_of(r->off + r->len, BLOCK_SHIFT);
+	struct scratch *s;
+	struct view w;
+	int rc;
+
+	if (!req_range_fits(v, r))
+		return -ERR_RANGE;
+	rc = view_make(v, true, base, &w);
+	if (rc < 0)
+		return rc;
+	if (!w.active)
+		return -ERR_STATE;
+	if (r->len == 0)
+		return 0;
+	s = scratch_get(v);
+	if (!s)
+		return -ERR_NOMEM;
+	while (rc == 0 && block < end) {
+		uint32_t n = (uint32_t)min_u64(end - block, ACTIVE_ROUND_BLOCKS);
+
+		rc = active_round(v, &w, r, block, n, s);
+		block += n;
+	}
+	scratch_put(v, s);
+	return rc;
+}
+
+int volume_write_active(struct volume *v, uint64_t base, struct volume_req *req)
+{
+	req->save_failed = false;
+	volume_lock_shared(v);
+	req->error = write_active_locked(v, base, req);
+	volume_unlock(v);
+	return req->error;
+}
+
+int volume_sync_active(struct volume *v)
+{
+	int rc = 0;
+
+	volume_lock_shared(v);
+	if (v->active) {
+		rc = overlay_sync_data(v->active->o);
+		if (rc == 0)
+			rc = overlay_sync_map(v->active->o);
+	}
+	volume_unlock(v);
+	return rc;
+}
+
+/* ---- commit ---- */
+
+static bool is_zero(const uint8_t *p, uint64_t n)
+{
+	return p[0] == 0 && memcmp(p, p + 1, n - 1) == 0;
+}
+
+/* Requests that make `have` into `want` over [off, off + len), block by block, neighbours joined; zeroes become holes.
+ */
+static unsigned commit_requests(uint64_t off, uint64_t len, const uint8_t *want, const uint8_t *have,
+				struct volume_req *reqs)
+{
+	unsigned n = 0;
+
+	for (uint64_t at = 0; at < len; at += BLOCK_SIZE) {
+		uint64_t part = min_u64(len - at, BLOCK_SIZE);
+		struct volume_req *last = n ? &reqs[n - 1] : NULL;
+		enum volume_req_kind kind;
+
+		if (memcmp(want + at, have + at, part) == 0)
+			continue;
+		kind = is_zero(want + at, part) ? VOLUME_DISCARD : VOLUME_WRITE;
+		if (last && last->kind == kind && last->off + last->len == off + at)
+			last->len += part;
+		else
+			reqs[n++] = (struct volume_req){.kind = kind, .off = off + at, .len = part, .buf = want + at};
+	}
+	return n;
+}
+
+/* Blocks [block, end), at most PIECE_BLOCKS. */
+static int commit_run(struct volume *v, const struct view *w, uint64_t block, uint64_t end, struct scratch *want,
+		      struct scratch *have, uint64_t *written)
+{
+	uint64_t off = block << BLOCK_SHIFT, len = min_u64(end << BLOCK_SHIFT, v->size) - off;
+	struct volume_req reqs[PIECE_BLOCKS];
+	unsigned n;
+	int rc = view_read(v, w, off, len, want->bounce);
+
+	if (rc == 0)
+		rc = disk_read(v->disk, off, have->bounce, (size_t)len);
+	if (rc < 0)
+		return rc;
+	n = commit_requests(off, len, want->bounce, have->bounce, reqs);
+	write_batch_locked(v, reqs, n);
+	for (unsigned i = 0; i < n; i++) {
+		if (reqs[i].error)
+			return reqs[i].error;
+		*written += reqs[i].len;
+	}
+	return 0;
+}
+
+/* What may differ between the disk and the view: undo(base) .. undo(last), and active. */
+static int commit_span(struct volume *v, const struct view *w, uint64_t last, struct view *ret)
+{
+	struct view span = *w;
+
+	if (w->n && last) {
+		int i = chain_find(v, last);
+
+		if (i < 0)
+			return i;
+		if (v->chain + i < w->chain)
+			return -ERR_RANGE;
+		span.n = (uint32_t)(v->chain + i - w->chain) + 1;
+	}
+	*ret = span;
+	return 0;
+}
+
+static int commit_locked(struct volume *v, uint64_t base, uint64_t last, uint64_t off, uint64_t len, uint64_t *ret)
+{
+	struct scratch *want = NULL, *have = NULL;
+	uint64_t block = off >> BLOCK_SHIFT, end, written = 0;
+	struct view w, span;
+	int rc;
+
+	if (off >= v->size)
+		return -ERR_RANGE;
+	end = units_of(off + min_u64(len, v->size - off), BLOCK_SHIFT);
+	rc = view_make(v, true, base, &w);
+	if (rc == 0)
+		rc = commit_span(v, &w, last, &span);
+	while (rc == 0 && (block = view_next_held(&span, block, end)) < end) {
+		uint64_t stop = view_next_free(&span, block, min_u64(end, block + PIECE_BLOCKS));
+
+		if (!want)
+			want = scratch_get(v);
+		if (!have)
+			have = scratch_get(v);
+		rc = want && have ? commit_run(v, &w, block, stop, want, have, &written) : -ERR_NOMEM;
+		block = stop;
+	}
+	scratch_put(v, want);
+	scratch_put(v, have);
+	if (rc == 0)
+		*ret = written;
+	return rc;
+}
+
+int volume_commit(struct volume *v, uint64_t base, uint64_t last, uint64_t off, uint64_t len, uint64_t *ret_written)
+{
+	int rc;
+
+	PRE(off % BLOCK_SIZE == 0);
+	volume_lock_shared(v);
+	rc = commit_locked(v, base, last, off, len, ret_written);
+	volume_unlock(v);
+	return rc;
+}

@@ -1,0 +1,333 @@
+/* Epochs of a volume: opening a new one, dropping old ones, and what changed between them.
+ *
+ * A switch costs the same whatever the overlays hold: the new files are made before the metadata write that decides
+ * (volume_prepare), and in memory it is a pointer put at the end of the chain. Overlays that leave the chain go to the
+ * retired list and lose their files later (volume_reap). Nobody can be reading them by then: who read them held
+ * the chain lock shared, and they left under it held exclusively. A merge, which runs without that lock because it may
+ * take long, holds references of its own.
+ *
+ * Merging checkpoint k into the next older one, j: blocks of k that j lacks are copied into j. image(j) does not
+ * change by that, for those are the blocks that it took from k. So it does not matter when it is cut off, or done
+ * again; and once it is done, k can go and every older image stays. The order that keeps it so after a power cut: j's
+ * data, j's words, and only then the metadata that no longer names k.
+ * The live epoch's overlay is never merged: writers add blocks to it all the time.
+ */
+#include <stdlib.h>
+#include <string.h>
+
+#include "core/check.h"
+#include "core/os/cleanup.h"
+#include "image/volume_internal.h"
+
+/* ---- prepare, switch ---- */
+
+static int make_layer(struct volume *v, enum layer_kind kind, uint64_t id, struct layer **ret, struct err *e)
+{
+	char path[VOLUME_PATH_SIZE];
+	struct overlay *o;
+	int rc;
+
+	layer_path(v, kind, id, path);
+	rc = overlay_create(v->storage, path, volume_size(v), &o, e);
+	if (rc < 0)
+		return rc;
+	rc = layer_new(v, o, kind, id, ret);
+	if (rc < 0) {
+		(void)overlay_unlink(v->storage, path);
+		return err_set(e, -rc, "make overlay %s: %s", path, err_short(rc));
+	}
+	return 0;
+}
+
+static void unmake_layer(struct volume *v, struct layer **l)
+{
+	char path[VOLUME_PATH_SIZE];
+
+	if (!*l)
+		return;
+	layer_path(v, (*l)->kind, (*l)->id, path);
+	layer_unref(*l);
+	*l = NULL;
+	(void)overlay_unlink(v->storage, path);
+}
+
+static bool is_retired(struct volume *v, enum layer_kind kind, uint64_t id)
+{
+	bool found = false;
+
+	mutex_lock(&v->retired_lock);
+	for (const struct layer *l = v->retired; l && !found; l = l->next)
+		found = l->kind == kind && l->id == id;
+	mutex_unlock(&v->retired_lock);
+	return found;
+}
+
+/* Makes *slot the overlay of id (0: none), which may be what it is already. */
+static int prepare_one(struct volume *v, struct layer **slot, enum layer_kind kind, uint64_t id, struct err *e)
+{
+	if (*slot && (*slot)->id != id)
+		unmake_layer(v, slot);
+	if (id == 0 || *slot)
+		return 0;
+	/* A name used again: its old files must be gone before, not after. */
+	if (is_retired(v, kind, id))
+		volume_reap(v);
+	return make_layer(v, kind, id, slot, e);
+}
+
+static int prepare_locked(struct volume *v, uint64_t ckpt, uint64_t active_id, struct err *e)
+{
+	char folder[VOLUME_PATH_SIZE];
+	uint64_t live, active;
+	uint32_t n;
+	int rc;
+
+	volume_lock_shared(v);
+	n = v->n_chain;
+	live = n ? v->chain[n - 1]->id : 0;
+	active = v->active ? v->active->id : 0;
+	volume_unlock(v);
+	if (ckpt && ckpt <= live)
+		return err_set(e, ERR_EXIST,
+			       "prepare checkpoint %llu of volume %s: %llu is taken already; numbers only grow",
+			       (unsigned long long)ckpt, v->name, (unsigned long long)live);
+	if (ckpt && n == VOLUME_CKPTS_MAX)
+		return err_set(
+		    e, ERR_LIMIT,
+		    "prepare checkpoint %llu of volume %s: %d are kept already, the most there can be; drop some",
+		    (unsigned long long)ckpt, v->name, VOLUME_CKPTS_MAX);
+	rc = prepare_one(v, &v->prepared_undo, LAYER_KIND_UNDO, ckpt, e);
+	if (rc == 0)
+		rc = prepare_one(v, &v->prepared_active, LAYER_KIND_ACTIVE, active_id == active ? 0 : active_id, e);
+	if (rc < 0 || !v->power || (!v->prepared_undo && !v->prepared_active))
+		return rc;
+	volume_path(v->name, "", folder);
+	rc = storage_sync_dir(v->storage, folder);
+	return rc < 0
+		   ? err_set(e, -rc, "prepare checkpoint of volume %s: syncing %s: %s", v->name, folder, err_short(rc))
+		   : 0;
+}
+
+int volume_prepare(struct volume *v, uint64_t ckpt, uint64_t active_id, struct err *e)
+{
+	int rc;
+
+	mutex_lock(&v->prepare_lock);
+	rc = prepare_locked(v, ckpt, active_id, e);
+	if (rc < 0) {
+		unmake_layer(v, &v->prepared_undo);
+		unmake_layer(v, &v->prepared_active);
+	}
+	mutex_unlock(&v->prepare_lock);
+	return rc;
+}
+
+void volume_unprepare(struct volume *v)
+{
+	mutex_lock(&v->prepare_lock);
+	unmake_layer(v, &v->prepared_undo);
+	unmake_layer(v, &v->prepared_active);
+	mutex_unlock(&v->prepare_lock);
+}
+
+void volume_switch(struct volume *v, uint64_t ckpt, uint64_t active_id)
+{
+	struct layer *old = NULL;
+
+	mutex_lock(&v->prepare_lock);
+	PRE(ckpt == (v->prepared_undo ? v->prepared_undo->id : 0));
+	volume_lock_exclusive(v);
+	if (v->prepared_undo) {
+		INVARIANT(v->n_chain < VOLUME_CKPTS_MAX);
+		v->chain[v->n_chain++] = TAKE_PTR(v->prepared_undo);
+	}
+	if (active_id != (v->active ? v->active->id : 0)) {
+		PRE(active_id == (v->prepared_active ? v->prepared_active->id : 0));
+		old = v->active;
+		v->active = TAKE_PTR(v->prepared_active);
+	}
+	volume_unlock(v);
+	/* One prepared for nothing: the caller came to another mind about it between the two steps. */
+	unmake_layer(v, &v->prepared_active);
+	mutex_unlock(&v->prepare_lock);
+	if (old)
+		volume_retire(v, old);
+}
+
+/* ---- drop, merge, reap ---- */
+
+void volume_retire(struct volume *v, struct layer *l)
+{
+	mutex_lock(&v->retired_lock);
+	l->next = v->retired;
+	v->retired = l;
+	mutex_unlock(&v->retired_lock);
+}
+
+void volume_reap(struct volume *v)
+{
+	char path[VOLUME_PATH_SIZE];
+	struct layer *l, **at;
+
+	mutex_lock(&v->reap_lock);
+	for (;;) {
+		mutex_lock(&v->retired_lock);
+		l = v->retired;
+		mutex_unlock(&v->retired_lock);
+		if (!l)
+			break;
+		layer_path(v, l->kind, l->id, path);
+		/* A file that can't be removed now is a leftover for the next open. */
+		(void)overlay_unlink(v->storage, path);
+		mutex_lock(&v->retired_lock);
+		for (at = &v->retired; *at != l; at = &(*at)->next)
+			;
+		*at = l->next;
+		mutex_unlock(&v->retired_lock);
+		layer_unref(l);
+	}
+	mutex_unlock(&v->reap_lock);
+}
+
+void volume_drop(struct volume *v, uint64_t ckpt)
+{
+	struct layer *l;
+	int i;
+
+	volume_lock_exclusive(v);
+	i = chain_find(v, ckpt);
+	if (i < 0) {
+		volume_unlock(v);
+		return;
+	}
+	l = v->chain[i];
+	/* What it holds, older images need: dropping it unmerged would make them wrong without a word. */
+	PRE(i == 0 || overlay_count(l->o) == 0 || __atomic_load_n(&l->merged, __ATOMIC_ACQUIRE));
+	memmove(&v->chain[i], &v->chain[i + 1], (v->n_chain - (uint32_t)i - 1) * sizeof(v->chain[0]));
+	v->n_chain--;
+	volume_unlock(v);
+	volume_retire(v, l);
+}
+
+/* Copies what `from` holds and `to` lacks. */
+static int merge(struct volume *v, struct layer *from, struct layer *to, struct scratch *s)
+{
+	uint64_t blocks = from->held->nbits;
+	uint64_t block = bits_next_set(from->held, 0, blocks);
+	int rc = 0;
+
+	while (rc == 0 && block < blocks) {
+		uint64_t limit = min_u64(blocks, block + ROUND_BLOCKS - s->n_blocks);
+		uint64_t start = bits_next_clear(to->held, block, min_u64(blocks, block + ROUND_BLOCKS)), stop;
+
+		if (start == block) {
+			stop = bits_next_clear(from->held, block, limit);
+			stop = bits_next_set(to->held, block, stop);
+			s->runs[s->n_runs++] = (struct block_run){block, stop - block};
+			s->n_blocks += (uint32_t)(stop - block);
+			start = stop;
+		}
+		block = bits_next_set(from->held, start, blocks);
+		if (s->n_runs == ROUND_RUNS || s->n_blocks == ROUND_BLOCKS)
+			rc = save_round(v, to, from, s);
+	}
+	if (rc == 0 && s->n_runs)
+		rc = save_round(v, to, from, s);
+	return rc;
+}
+
+/* References to checkpoint k's overlay and the next older one; both NULL if there is nothing to merge. */
+static int merge_find(struct volume *v, uint64_t ckpt, struct layer **ret_from, struct layer **ret_to)
+{
+	int i, rc = 0;
+
+	volume_lock_shared(v);
+	i = chain_find(v, ckpt);
+	if (i < 0)
+		rc = i;
+	else if (i > 0 && (uint32_t)i == v->n_chain - 1)
+		rc = -ERR_STATE;
+	else if (i > 0) {
+		layer_ref(*ret_from = v->chain[i]);
+		layer_ref(*ret_to = v->chain[i - 1]);
+	}
+	volume_unlock(v);
+	return rc;
+}
+
+int volume_merge_into_older(struct volume *v, uint64_t ckpt)
+{
+	struct layer *from = NULL, *to = NULL;
+	struct scratch *s;
+	int rc;
+
+	mutex_lock(&v->merge_lock);
+	rc = merge_find(v, ckpt, &from, &to);
+	if (rc == 0 && from) {
+		__atomic_store_n(&to->merged, false, __ATOMIC_RELEASE);
+		s = scratch_get(v);
+		rc = s ? merge(v, from, to, s) : -ERR_NOMEM;
+		scratch_put(v, s);
+		if (rc == 0)
+			__atomic_store_n(&from->merged, true, __ATOMIC_RELEASE);
+	}
+	layer_unref(from);
+	layer_unref(to);
+	mutex_unlock(&v->merge_lock);
+	return rc;
+}
+
+/* ---- what changed ---- */
+
+/* The union of the bitmaps as of now, in *ret with its memory owned. */
+static int changed_union(struct volume *v, uint64_t from, uint64_t to, bool active, struct bitmap *ret,
+			 void **ret_memory)
+{
+	int first = from ? chain_find(v, from) : (int)v->n_chain - 1;
+	int last = to ? chain_find(v, to) : (int)v->n_chain - 1;
+	uint64_t blocks = volume_blocks(v);
+	void *memory;
+
+	if (v->n_chain == 0 && from == 0 && to == 0)
+		first = 0; /* nothing but active, if that */
+	else if (first < 0 || last < 0)
+		return -ERR_NOENT;
+	else if (first > last)
+		return -ERR_RANGE;
+	memory = calloc(1, bitmap_bytes(blocks));
+	if (!memory)
+		return -ERR_NOMEM;
+	bitmap_init(ret, blocks, memory);
+	for (int i = first; i <= last; i++)
+		bitmap_or(ret, v->chain[i]->held);
+	if (active && v->active)
+		bitmap_or(ret, v->active->held);
+	*ret_memory = memory;
+	return 0;
+}
+
+/* fn is called with no lock held: it may use the volume. */
+int volume_changed(struct volume *v, uint64_t from, uint64_t to, bool active,
+		   void (*fn)(void *arg, uint64_t off, uint64_t len), void *arg)
+{
+	struct bitmap all;
+	void *memory = NULL;
+	uint64_t size;
+	int rc;
+
+	volume_lock_shared(v);
+	size = v->size;
+	rc = changed_union(v, from, to, active, &all, &memory);
+	volume_unlock(v);
+	if (rc < 0)
+		return rc;
+	for (uint64_t block = bits_next_set(&all, 0, all.nbits), end; block < all.nbits;
+	     block = bits_next_set(&all, end, all.nbits)) {
+		uint64_t off = block << BLOCK_SHIFT;
+
+		end = bits_next_clear(&all, block, all.nbits);
+		fn(arg, off, min_u64(end << BLOCK_SHIFT, size) - off);
+	}
+	free(memory);
+	return 0;
+}

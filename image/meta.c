@@ -1,0 +1,416 @@
+/* Two copies of a record, each a 48-byte header and the payload (image/meta.h, docs/format.md).
+ *
+ * The header holds a sequence number, which grows by one a save, and a pass: 1 for the copy that a save writes first,
+ * 2 for the one written after that was durable. So of two copies with one sequence number the one with the higher
+ * pass is the one whose own sync may be missing, and that is the one to overwrite first; the other is known durable.
+ *
+ * Two copies of different sequence numbers are what an interrupted save leaves. The newer may lie in the page cache
+ * only, or its sync may have failed, while the older is durable. Before the older is overwritten the newer is made
+ * certain: its own bytes are written over it again and synced (a rewrite of the same bytes can't lose them, and pages
+ * that a failed sync has marked clean are written out again).
+ *
+ * A copy says too whether its file was made for it: then its name may not be durable yet, and the folder is synced
+ * when that copy is next written or relied on.
+ *
+ * The header's layout is fixed for every container version, so that sequence numbers and versions can be read, and a
+ * newer record be refused, by any program.
+ */
+#include <inttypes.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "core/bytes.h"
+#include "core/check.h"
+#include "core/os/cleanup.h"
+#include "image/meta.h"
+
+#define META_MAGIC "repfsrec"
+#define META_CONTAINER 1
+#define META_HEADER_SIZE 48
+#define META_NAME_MAX (STORAGE_PATH_MAX + 8)
+#define META_CREATED 1U /* flag: the file was made for this copy */
+
+enum copy_state { COPY_ABSENT, COPY_BAD, COPY_GOOD };
+
+struct copy {
+	char path[META_NAME_MAX];
+	enum copy_state state;
+	const char *matter; /* COPY_BAD: what is wrong with it */
+	uint64_t sequence;
+	uint32_t container, version, pass, flags, payload_len;
+	uint8_t *raw; /* header and payload; owned */
+};
+
+struct pair {
+	struct storage *s;
+	char dir[META_NAME_MAX];
+	char tmp[META_NAME_MAX];
+	struct copy copies[2];
+};
+
+/* ---- one copy ---- */
+
+static void header_encode(uint8_t *h, const char kind[4], uint64_t sequence, uint32_t version, uint32_t pass,
+			  uint32_t flags, const void *payload, size_t len)
+{
+	memcpy(h, META_MAGIC, 8);
+	put_u32(h + 8, META_CONTAINER);
+	memcpy(h + 12, kind, 4);
+	put_u64(h + 16, sequence);
+	put_u32(h + 24, version);
+	put_u32(h + 28, (uint32_t)len);
+	put_u32(h + 32, pass);
+	put_u32(h + 36, crc32c(0, payload, len));
+	put_u32(h + 40, flags);
+	put_u32(h + 44, crc32c(0, h, 44));
+}
+
+static int copy_bad(struct copy *c, const char *matter)
+{
+	c->state = COPY_BAD;
+	c->matter = matter;
+	return 0;
+}
+
+/* Fills c from the header; its state says whether that checks out. */
+static int copy_parse_header(struct copy *c, const uint8_t *h, const char kind[4])
+{
+	if (memcmp(h, META_MAGIC, 8) != 0)
+		return copy_bad(c, "not a record of repfs");
+	if (get_u32(h + 44) != crc32c(0, h, 44))
+		return copy_bad(c, "the checksum of its header does not match");
+	if (memcmp(h + 12, kind, 4) != 0)
+		return copy_bad(c, "holds a record of another kind");
+	c->container = get_u32(h + 8);
+	c->sequence = get_u64(h + 16);
+	c->version = get_u32(h + 24);
+	c->payload_len = get_u32(h + 28);
+	c->pass = get_u32(h + 32);
+	c->flags = get_u32(h + 40);
+	c->state = COPY_GOOD;
+	return 0;
+}
+
+static int copy_read_disk(struct copy *c, struct disk *d, const char kind[4])
+{
+	uint8_t header[META_HEADER_SIZE];
+	uint64_t size;
+
+	if (disk_get_size(d, &size) < 0)
+		return copy_bad(c, "can't be read");
+	if (size < META_HEADER_SIZE)
+		return copy_bad(c, "too short");
+	if (disk_read(d, 0, header, sizeof(header)) < 0)
+		return copy_bad(c, "can't be read");
+	copy_parse_header(c, header, kind);
+	/* What follows the header of a newer container is unknown: its version alone counts. */
+	if (c->state != COPY_GOOD || c->container > META_CONTAINER)
+		return 0;
+	if (c->payload_len > META_PAYLOAD_MAX)
+		return copy_bad(c, "its length is above the limit");
+	if (size < META_HEADER_SIZE + (uint64_t)c->payload_len)
+		return copy_bad(c, "cut short");
+	c->raw = malloc(META_HEADER_SIZE + c->payload_len);
+	if (!c->raw)
+		return -ERR_NOMEM;
+	if (disk_read(d, 0, c->raw, META_HEADER_SIZE + c->payload_len) < 0)
+		return copy_bad(c, "can't be read");
+	if (memcmp(c->raw, header, sizeof(header)) != 0 ||
+	    get_u32(header + 36) != crc32c(0, c->raw + META_HEADER_SIZE, c->payload_len))
+		return copy_bad(c, "the checksum of its content does not match");
+	return 0;
+}
+
+/* 0, the copy's state telling what was found; an error only where nothing can be told. */
+static int copy_read(struct storage *s, struct copy *c, const char kind[4])
+{
+	struct disk *d;
+	int rc = storage_open(s, c->path, STORAGE_RDONLY, &d);
+
+	if (rc == -ERR_NOENT) {
+		c->state = COPY_ABSENT;
+		c->matter = "missing";
+		return 0;
+	}
+	if (rc == -ERR_NOMEM || rc == -ERR_PERM)
+		return rc;
+	if (rc < 0)
+		return copy_bad(c, "can't be opened");
+	rc = copy_read_disk(c, d, kind);
+	disk_close(d);
+	return rc;
+}
+
+static int write_file(struct storage *s, const char *path, unsigned flags, const uint8_t *raw, size_t len, bool durable)
+{
+	struct disk *d;
+	int rc = storage_open(s, path, flags, &d);
+
+	if (rc < 0)
+		return rc;
+	rc = disk_write(d, 0, raw, len);
+	if (rc == 0 && durable)
+		rc = disk_sync(d);
+	disk_close(d);
+	return rc;
+}
+
+static uint32_t flags_for(const struct copy *target)
+{
+	return target->state == COPY_ABSENT ? META_CREATED : 0;
+}
+
+static bool name_is_durable(const struct copy *c)
+{
+	return c->state == COPY_GOOD && !(c->flags & META_CREATED);
+}
+
+/* A file that is not there appears whole. */
+static int copy_create(struct pair *p, const struct copy *c, const uint8_t *raw, size_t len, bool durable)
+{
+	int rc = write_file(p->s, p->tmp, STORAGE_CREATE | STORAGE_TRUNC, raw, len, durable);
+
+	if (rc == 0)
+		rc = storage_rename(p->s, p->tmp, c->path);
+	if (rc < 0) {
+		(void)storage_unlink(p->s, p->tmp);
+		return rc;
+	}
+	rc = durable ? storage_sync_dir(p->s, p->dir) : 0;
+	if (rc < 0)
+		(void)storage_unlink(p->s, c->path);
+	return rc;
+}
+
+/* The name is made durable before the bytes that say it is. */
+static int copy_write(struct pair *p, const struct copy *c, const uint8_t *raw, size_t len, bool durable)
+{
+	int rc = 0;
+
+	if (c->state == COPY_ABSENT)
+		return copy_create(p, c, raw, len, durable);
+	if (durable && !name_is_durable(c))
+		rc = storage_sync_dir(p->s, p->dir);
+	return rc < 0 ? rc : write_file(p->s, c->path, 0, raw, len, durable);
+}
+
+/* ---- both ---- */
+
+static void pair_free(struct pair *p)
+{
+	free(p->copies[0].raw);
+	free(p->copies[1].raw);
+}
+
+static int pair_read(struct pair *p, struct storage *s, const char *path, const char kind[4])
+{
+	const char *slash = strrchr(path, '/');
+	int rc;
+
+	memset(p, 0, sizeof(*p));
+	p->s = s;
+	if (strnlen(path, STORAGE_PATH_MAX + 1) > STORAGE_PATH_MAX - 4)
+		return -ERR_RANGE;
+	if (slash)
+		snprintf(p->dir, sizeof(p->dir), "%.*s", (int)(slash - path), path);
+	snprintf(p->tmp, sizeof(p->tmp), "%s.tmp", path);
+	for (int i = 0; i < 2; i++) {
+		snprintf(p->copies[i].path, sizeof(p->copies[i].path), "%s.%c", path, "ab"[i]);
+		rc = copy_read(s, &p->copies[i], kind);
+		if (rc < 0) {
+			pair_free(p);
+			return rc;
+		}
+	}
+	return 0;
+}
+
+/* The newest copy that checks out, NULL if none does; of two with one sequence number the one known durable. */
+static struct copy *pair_best(struct pair *p)
+{
+	struct copy *a = &p->copies[0], *b = &p->copies[1];
+
+	if (a->state != COPY_GOOD || b->state != COPY_GOOD)
+		return a->state == COPY_GOOD ? a : b->state == COPY_GOOD ? b : NULL;
+	if (a->sequence != b->sequence)
+		return a->sequence > b->sequence ? a : b;
+	return a->pass <= b->pass ? a : b;
+}
+
+static struct copy *pair_other(struct pair *p, const struct copy *c)
+{
+	return c == &p->copies[0] ? &p->copies[1] : &p->copies[0];
+}
+
+/* Makes `best` certain, so that the other copy may be overwritten. */
+static int secure(struct pair *p, const struct copy *best, const struct copy *other)
+{
+	struct disk *d;
+	int rc;
+
+	if (other->state == COPY_GOOD && other->sequence == best->sequence)
+		return 0;
+	if (other->state == COPY_GOOD)
+		return copy_write(p, best, best->raw, META_HEADER_SIZE + best->payload_len, true);
+	/* The only good copy is never written. */
+	rc = storage_open(p->s, best->path, 0, &d);
+	if (rc < 0)
+		return rc;
+	rc = disk_sync(d);
+	disk_close(d);
+	return rc < 0 ? rc : storage_sync_dir(p->s, p->dir);
+}
+
+/* Writes best's record over the other copy, as one whose durability comes after best's. */
+static int copy_over(struct pair *p, const struct copy *best, const struct copy *other, bool durable)
+{
+	size_t len = META_HEADER_SIZE + best->payload_len;
+	_cleanup_free_ uint8_t *raw = malloc(len);
+
+	if (!raw)
+		return -ERR_NOMEM;
+	memcpy(raw, best->raw, len);
+	put_u32(raw + 32, best->pass + 1);
+	put_u32(raw + 40, flags_for(other));
+	put_u32(raw + 44, crc32c(0, raw, 44));
+	return copy_write(p, other, raw, len, durable);
+}
+
+static int version_refuse(const struct copy *c, const char *what, const char *path, uint32_t version_max, struct err *e)
+{
+	if (c->container > META_CONTAINER)
+		return err_set(e, ERR_VERSION,
+			       "%s %s: %s is in container format %" PRIu32
+			       ", this program knows up to %d; use the program that wrote it, or a newer one",
+			       what, path, c->path, c->container, META_CONTAINER);
+	return err_set(e, ERR_VERSION,
+		       "%s %s: %s is of version %" PRIu32 ", this program knows up to %" PRIu32
+		       "; use the program that wrote it, or a newer one",
+		       what, path, c->path, c->version, version_max);
+}
+
+static bool version_known(const struct copy *c, uint32_t version_max)
+{
+	return c->container <= META_CONTAINER && c->version <= version_max;
+}
+
+/* ---- save, load, delete ---- */
+
+static int save_pair(struct pair *p, uint8_t *raw, const char kind[4], uint32_t version, size_t len, bool durable)
+{
+	const struct copy *best = pair_best(p);
+	const struct copy *first = best ? pair_other(p, best) : &p->copies[0];
+	const struct copy *second = pair_other(p, first);
+	uint64_t sequence = best ? best->sequence + 1 : 1;
+	int rc;
+
+	if (best && durable && (rc = secure(p, best, first)) < 0)
+		return rc;
+	header_encode(raw, kind, sequence, version, 1, flags_for(first), raw + META_HEADER_SIZE, len);
+	rc = copy_write(p, first, raw, META_HEADER_SIZE + len, durable);
+	if (rc < 0) {
+		/* It may be whole in the page cache: without this a later load could find what was not saved. */
+		if (best)
+			(void)copy_over(p, best, first, durable);
+		return rc;
+	}
+	header_encode(raw, kind, sequence, version, 2, flags_for(second), raw + META_HEADER_SIZE, len);
+	(void)copy_write(p, second, raw, META_HEADER_SIZE + len, durable);
+	return 0;
+}
+
+int meta_save(struct storage *s, const char *dir, const char *path, const char kind[4], uint32_t version,
+	      const void *payload, size_t len, bool durable, struct err *e)
+{
+	_cleanup_free_ uint8_t *raw = NULL;
+	const struct copy *best;
+	struct pair p;
+	int rc;
+
+	if (len > META_PAYLOAD_MAX)
+		return err_set(e, ERR_LIMIT, "save %s: %zu bytes are above the limit of %u", path, len,
+			       META_PAYLOAD_MAX);
+	raw = malloc(META_HEADER_SIZE + len);
+	if (!raw)
+		return err_set(e, ERR_NOMEM, "save %s: out of memory", path);
+	memcpy(raw + META_HEADER_SIZE, payload, len);
+	rc = pair_read(&p, s, path, kind);
+	if (rc < 0)
+		return err_set(e, -rc, "save %s: its two copies can't be read: %s", path, err_short(rc));
+	snprintf(p.dir, sizeof(p.dir), "%s", dir);
+	best = pair_best(&p);
+	if (best && !version_known(best, version))
+		rc = version_refuse(best, "save", path, version, e);
+	else if ((rc = save_pair(&p, raw, kind, version, len, durable)) < 0)
+		err_set(e, -rc, "save %s: %s; the record saved before stays; look at the disk under the store", path,
+			err_short(rc));
+	pair_free(&p);
+	return rc;
+}
+
+/* Failing is no error: the record is there, and the next save begins with the copy that is not. */
+static void repair(struct pair *p, const struct copy *best)
+{
+	const struct copy *other = pair_other(p, best);
+
+	if (other->state == COPY_GOOD && other->sequence == best->sequence)
+		return;
+	if (secure(p, best, other) == 0)
+		(void)copy_over(p, best, other, true);
+}
+
+static int load_refuse(const struct pair *p, const char *path, struct err *e)
+{
+	const struct copy *a = &p->copies[0], *b = &p->copies[1];
+
+	if (a->state == COPY_ABSENT && b->state == COPY_ABSENT)
+		return err_set(e, ERR_NOENT, "load %s: neither %s nor %s is there", path, a->path, b->path);
+	return err_set(
+	    e, ERR_CORRUPT,
+	    "load %s: neither copy checks out (%s: %s; %s: %s); put one of them back from a backup, or remove "
+	    "both to give this record up",
+	    path, a->path, a->matter, b->path, b->matter);
+}
+
+int meta_load(struct storage *s, const char *path, const char kind[4], uint32_t version_max, uint32_t *ret_version,
+	      void **ret_payload, size_t *ret_len, struct err *e)
+{
+	struct copy *best;
+	struct pair p;
+	int rc = pair_read(&p, s, path, kind);
+
+	if (rc < 0)
+		return err_set(e, -rc, "load %s: %s", path, err_short(rc));
+	best = pair_best(&p);
+	if (!best) {
+		rc = load_refuse(&p, path, e);
+	} else if (!version_known(best, version_max)) {
+		rc = version_refuse(best, "load", path, version_max, e);
+	} else {
+		repair(&p, best);
+		memmove(best->raw, best->raw + META_HEADER_SIZE, best->payload_len);
+		*ret_version = best->version;
+		*ret_len = best->payload_len;
+		*ret_payload = TAKE_PTR(best->raw);
+	}
+	pair_free(&p);
+	return rc;
+}
+
+int meta_delete(struct storage *s, const char *path)
+{
+	static const char *const suffixes[] = {"tmp", "a", "b"};
+	char name[META_NAME_MAX];
+	int rc;
+
+	if (strnlen(path, STORAGE_PATH_MAX + 1) > STORAGE_PATH_MAX - 4)
+		return -ERR_RANGE;
+	for (size_t i = 0; i < ARRAY_LEN(suffixes); i++) {
+		snprintf(name, sizeof(name), "%s.%s", path, suffixes[i]);
+		rc = storage_unlink(s, name);
+		if (rc < 0 && rc != -ERR_NOENT)
+			return rc;
+	}
+	return 0;
+}

@@ -1,0 +1,67 @@
+/* An overlay: blocks of a volume kept beside its disk. Two sparse files: PATH.data holds block b at byte
+ * b * BLOCK_SIZE; PATH.map holds for each block one little-endian 32-bit word: 0 = the overlay lacks the block,
+ * 1 = it is there but its checksum is not known, else CRC-32C of its BLOCK_SIZE bytes, with a CRC of 0 or 1 stored
+ * as 2 (docs/format.md). The word is bit and checksum in one, so neither can be there without the other (I9). The
+ * volume's last block may be short: it is padded with zeroes in the data file and for the checksum. A block of zeroes
+ * need not be written into PATH.data where that is a hole.
+ *
+ * Replacing a block that is there (only active overlays do) would, cut off halfway, leave new data under the old
+ * checksum. So overlay_put_data first writes 1 as its word, durably (overlay_set_durable), then the data.
+ *
+ * In memory: a bitmap of the blocks that are there. A block's bit is set after its data and its word are written.
+ *
+ * Concurrency: any number of readers and writers; the caller excludes two writers of one block, and a reader of a
+ * block against a writer that replaces it (only active overlays replace).
+ */
+#ifndef REPFS_IMAGE_OVERLAY_H
+#define REPFS_IMAGE_OVERLAY_H
+
+#include "core/bitmap.h"
+#include "core/err.h"
+#include "core/range.h"
+#include "image/storage.h"
+
+struct overlay;
+
+/* Makes new empty files (replaces leftovers of the same name). volume_size in bytes. Returns owned. */
+int overlay_create(struct storage *s, const char *path, uint64_t volume_size, struct overlay **ret, struct err *e);
+/* Opens existing files and loads the bitmap from the map's data extents (cost follows what was saved).
+ * Missing or odd files: -ERR_CORRUPT, named. */
+int overlay_open(struct storage *s, const char *path, uint64_t volume_size, struct overlay **ret, struct err *e);
+void overlay_close(struct overlay *o); /* NULL is fine */
+/* Removes the files of path; absent ones are fine. */
+int overlay_unlink(struct storage *s, const char *path);
+
+/* Whether replacing a block syncs its word first: true (the default) for `power`, false for `process`. Before use. */
+void overlay_set_durable(struct overlay *o, bool durable);
+
+static inline uint64_t overlay_blocks_in(uint64_t volume_size)
+{
+	return units_of(volume_size, BLOCK_SHIFT);
+}
+bool overlay_has(const struct overlay *o, uint64_t block); /* false past the end: the volume may have grown since */
+uint64_t overlay_count(const struct overlay *o); /* blocks held */
+const struct bitmap *overlay_bitmap(const struct overlay *o); /* borrowed */
+
+/* One block or part of one, [off, off + len) within block. Reads the whole block and checks its checksum:
+ * a mismatch is -ERR_CORRUPT. PRE: overlay_has. */
+int overlay_read(struct overlay *o, uint64_t block, uint32_t off, void *buf, uint32_t len);
+
+/* Writing is in three phases so that a batch costs one sync a phase (the caller's order, docs/INVARIANTS.md I9):
+ *   overlay_put_data for each block run;  [overlay_sync_data]
+ *   overlay_put_map for each block run;   [overlay_sync_map]
+ *   overlay_publish for each block run.
+ * Runs are n consecutive blocks; data is n * BLOCK_SIZE bytes (last block padded by the caller with zeroes).
+ * words (n, host order) are filled by put_data and given to put_map. Blocks at or past the end: -ERR_RANGE. */
+int overlay_put_data(struct overlay *o, uint64_t block, uint32_t n, const void *data, uint32_t *words);
+int overlay_put_map(struct overlay *o, uint64_t block, uint32_t n, const uint32_t *words);
+void overlay_publish(struct overlay *o, uint64_t block, uint32_t n);
+int overlay_sync_data(struct overlay *o);
+int overlay_sync_map(struct overlay *o);
+
+/* Allocated bytes of both files on the store's filesystem. */
+int overlay_allocated(struct overlay *o, uint64_t *ret);
+
+void overlay_check(struct overlay *o); /* map file and bitmap agree; tests */
+
+#endif

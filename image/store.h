@@ -1,0 +1,83 @@
+/* A store: the folder that holds everything repfs keeps on a host (SPEC 2, docs/format.md), its lock, its groups.
+ *
+ *   STORE/lock             flock'ed by the daemon or an offline verb; holds the pid of the holder for messages
+ *   STORE/store.a .b       store record: uuid, format version, durability
+ *   STORE/groups/G.a .b    one group's record (struct repl_meta, core/repl_meta.h)
+ *   STORE/volumes/NAME/    see image/volume.h
+ *   STORE/control.sock     the daemon's
+ *   STORE/pending/NAME     a volume that is being made or deleted (an empty file)
+ *   STORE/orphans/NAME     a folder with data that no record named when the store was opened
+ *
+ * A volume exists when a group's record names it. Making one: its folder first, then the record. Deleting: the record
+ * first, then the folder. Folders that no record names are leftovers, settled by store_open: removed when pending/
+ * names them or when they hold no data; else moved to orphans/, since a lost record must not cost the disk. While a
+ * record can't be read, nothing is removed or moved.
+ *
+ * Thread-safe, except that the caller makes the saves and loads of one group one at a time. Making and deleting
+ * volumes exclude each other here, an import only while it begins and ends.
+ */
+#ifndef REPFS_IMAGE_STORE_H
+#define REPFS_IMAGE_STORE_H
+
+#include "core/err.h"
+#include "core/repl_meta.h"
+#include "image/storage.h"
+#include "image/volume.h"
+
+#define STORE_GROUPS_MAX 256
+
+struct store;
+
+struct store_info {
+	uint8_t uuid[16];
+	enum volume_durability durability;
+};
+
+enum store_open_flags {
+	STORE_CREATE = 1 << 0, /* make the folder (mode 0700) and the store record if absent */
+};
+
+/* Takes the lock; held by another process: -ERR_BUSY, naming its pid. `durability` is used when it is made here; -1 =
+ * POWER. A folder that is not empty and not a store is refused by name. Returns owned. */
+int store_open(const char *path, unsigned flags, int durability, struct store **ret, struct err *e);
+void store_close(struct store *st);
+const struct store_info *store_info(const struct store *st);
+struct storage *store_storage(struct store *st); /* borrowed */
+const char *store_path(const struct store *st);
+/* Change of durability, durable. From process to power everything in the store is synced first: before volumes are
+ * opened. */
+int store_set_durability(struct store *st, enum volume_durability dur, struct err *e);
+
+/* Groups. load returns owned (free); every record is validated in full (I11). Saving is repl_meta_encode + meta_save. */
+int store_list_groups(struct store *st, int (*fn)(void *arg, const char *group), void *arg);
+int store_load_group(struct store *st, const char *group, struct repl_meta **ret, struct err *e);
+int store_save_group(struct store *st, const struct repl_meta *m, struct err *e);
+int store_delete_group(struct store *st, const char *group, struct err *e);
+
+/* The offline forms of the verbs, also used by the daemon; the daemon passes the groups that it has loaded through
+ * `find`/`saved` hooks instead of files where needed (see daemon.c). Names and sizes are validated here:
+ * -ERR_USAGE with the rule that was broken. */
+bool store_name_valid(const char *name);                                  /* SPEC 13 */
+int store_check_size(uint64_t size, struct err *e);                       /* > 0, multiple of 512, <= VOLUME_SIZE_MAX */
+/* Finds the group that has the volume; returns owned copy of its record or -ERR_NOENT. */
+int store_find_volume(struct store *st, const char *volume, struct repl_meta **ret_group, uint32_t *ret_index,
+                      struct err *e);
+/* Adds a volume to group (made if absent; NULL: of the volume's name): folder, then record. Refused unless the group
+ * is standalone. */
+int store_create_volume(struct store *st, const char *volume, uint64_t size, const char *group, struct err *e);
+int store_delete_volume(struct store *st, const char *volume, struct err *e);
+
+/* Progress of a long copy; a non-zero return cancels (-ERR_CANCELED). */
+typedef int (*store_progress_fn)(void *arg, uint64_t done, uint64_t total);
+
+/* Copies file (raw; sparse regions stay holes, zeroed blocks become holes) into a new volume; nothing is left behind
+ * on failure or cancel. format NULL: told from the magic, none means raw; "raw": taken as raw whatever the magic says.
+ * qcow and qcow2, recognised or asked for, are refused by name (-ERR_NOTSUP) for now. group NULL: the volume's name. */
+int store_import(struct store *st, const char *volume, const char *file, const char *format, const char *group,
+                 store_progress_fn fn, void *arg, struct err *e);
+/* Copies a layer of an open volume to a new sparse file; FILE must not exist, appears under its name only when
+ * whole (FILE.part renamed), synced. ckpt 0 with LAYER_DISK: the disk. */
+int volume_export(struct volume *v, enum volume_layer layer, uint64_t ckpt, const char *file, store_progress_fn fn,
+                  void *arg, struct err *e);
+
+#endif

@@ -1,0 +1,31 @@
+/* What store.c lends to store_volumes.c. */
+#ifndef REPFS_IMAGE_STORE_INTERNAL_H
+#define REPFS_IMAGE_STORE_INTERNAL_H
+
+#include "core/os/thread.h"
+#include "image/store.h"
+
+struct store {
+	char *path;
+	int lock_fd;
+	struct storage *storage;
+	struct store_info info;
+	/* Held while names of volumes and groups are checked and the record that settles them is saved; across I/O, but
+	 * never that of a long copy. No other lock is taken under it. */
+	struct mutex names;
+};
+
+/* "VERB NAME: ", then fmt. Returns -code. */
+int store_refuse(struct err *e, int code, const char *verb, const char *name, const char *fmt, ...)
+    __attribute__((format(printf, 5, 6)));
+/* -ERR_USAGE with the rule for names. what: "volume" or "group". */
+int store_check_name(struct err *e, const char *verb, const char *what, const char *name);
+
+/* Marks `volume` as being made or deleted: a folder that no record names is then removed by the next store_open. */
+int store_pending_add(struct store *st, const char *volume);
+void store_pending_remove(struct store *st, const char *volume);
+
+/* Whether volumes/NAME is there. Negative: can't be told. */
+int store_has_folder(struct store *st, const char *volume);
+
+#endif

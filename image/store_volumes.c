@@ -1,0 +1,575 @@
+/* Making, importing and deleting volumes (image/store.h).
+ *
+ * Making one: its name is marked in pending/, its folder made, and its group's record saved, which decides; then the
+ * mark goes. Deleting one: mark, record, folder, mark. A crash anywhere leaves a volume that is whole and named, or a
+ * marked folder that no record names and the next store_open removes.
+ *
+ * An import copies between the folder and the record without the lock; what was checked before is checked again.
+ */
+#include <inttypes.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "core/check.h"
+#include "core/os/cleanup.h"
+#include "core/os/clock.h"
+#include "image/store.h"
+#include "image/store_internal.h"
+#include "image/zero.h"
+
+/* Bytes copied at a time. */
+#define COPY_CHUNK (1U << 20)
+
+/* ---- finding ---- */
+
+struct find {
+	struct store *st;
+	const char *volume;
+	struct repl_meta *found;
+	uint32_t index;
+	int unreadable; /* the error of a record that could not be read: the volume may be in there */
+	struct err why;
+};
+
+static int find_in_group(void *arg, const char *group)
+{
+	struct find *f = arg;
+	struct repl_meta *m;
+	struct err why;
+	int i, rc = store_load_group(f->st, group, &m, &why);
+
+	if (rc < 0) {
+		if (rc != -ERR_NOENT) {
+			f->unreadable = rc;
+			f->why = why;
+		}
+		return rc == -ERR_NOMEM ? rc : 0;
+	}
+	i = repl_meta_find_volume(m, f->volume);
+	if (i < 0) {
+		free(m);
+		return 0;
+	}
+	f->found = m;
+	f->index = (uint32_t)i;
+	return 1;
+}
+
+int store_find_volume(struct store *st, const char *volume, struct repl_meta **ret_group, uint32_t *ret_index,
+		      struct err *e)
+{
+	struct find f = {.st = st, .volume = volume};
+	int rc = store_list_groups(st, find_in_group, &f);
+
+	if (rc < 0)
+		return store_refuse(e, -rc, "find", volume, "reading the groups of store %s: %s", store_path(st),
+				    err_short(rc));
+	if (rc == 0 && f.unreadable)
+		return store_refuse(e, -f.unreadable, "find", volume, "not in the groups that can be read; %s",
+				    f.why.text);
+	if (rc == 0)
+		return store_refuse(e, ERR_NOENT, "find", volume,
+				    "there is no such volume in store %s; repctl list shows what there is",
+				    store_path(st));
+	*ret_group = f.found;
+	*ret_index = f.index;
+	return 0;
+}
+
+/* ---- the rules ---- */
+
+/* A group may gain or lose volumes only while nothing is replicated and no commit is under way. */
+static int check_idle(const struct repl_meta *m, const char *verb, const char *volume, struct err *e)
+{
+	if (m->role != ROLE_STANDALONE)
+		return store_refuse(e, ERR_STATE, verb, volume,
+				    "its group %s is %s here (%s); end its replication first: repctl unprotect %s",
+				    m->group, role_name(m->role), state_name(m->state), m->group);
+	if (m->state != STATE_NONE && m->state != STATE_DONE)
+		return store_refuse(e, ERR_STATE, verb, volume,
+				    "its group %s is in a failover (%s); wait for its end: repctl wait %s --for=done",
+				    m->group, state_name(m->state), m->group);
+	return 0;
+}
+
+/* Finding nothing is the good case; a record that can't be read might name it too. */
+static int check_name_free(struct store *st, const char *verb, const char *volume, struct err *e)
+{
+	_cleanup_free_ struct repl_meta *m = NULL;
+	struct err why;
+	uint32_t index;
+	int rc = store_find_volume(st, volume, &m, &index, &why);
+
+	if (rc == -ERR_NOENT)
+		return 0;
+	if (rc < 0)
+		return store_refuse(e, -rc, verb, volume, "whether the name is free can't be told: %s", why.text);
+	return store_refuse(e, ERR_EXIST, verb, volume,
+			    "there is a volume of this name already, in group %s; choose another name", m->group);
+}
+
+/* A name stands for a volume or for a group (SPEC 14), so a volume and a group that is not its own never share one. */
+static int check_no_clash(struct store *st, const char *verb, const char *volume, const char *group, bool new_group,
+			  struct err *e)
+{
+	_cleanup_free_ struct repl_meta *m = NULL;
+	uint32_t index;
+	int rc;
+
+	if (strcmp(volume, group) == 0)
+		return 0;
+	rc = store_load_group(st, volume, &m, NULL);
+	if (rc != -ERR_NOENT)
+		return store_refuse(
+		    e, ERR_EXIST, verb, volume,
+		    "there is a group of this name, and the volume is to be in group %s; choose another name", group);
+	if (!new_group)
+		return 0;
+	rc = store_find_volume(st, group, &m, &index, NULL);
+	if (rc == 0)
+		return store_refuse(
+		    e, ERR_EXIST, verb, volume,
+		    "group %s is new, and there is a volume of its name in group %s; choose another name for it", group,
+		    m->group);
+	return 0;
+}
+
+/* The group's record as it will be but for the volume; returns owned. */
+static int open_group(struct store *st, const char *verb, const char *volume, const char *group, struct repl_meta **ret,
+		      struct err *e)
+{
+	_cleanup_free_ struct repl_meta *m = NULL;
+	struct err why;
+	int rc = store_load_group(st, group, &m, &why);
+	bool new_group = rc == -ERR_NOENT;
+
+	if (rc < 0 && !new_group)
+		return store_refuse(e, -rc, verb, volume, "%s", why.text);
+	if ((rc = check_no_clash(st, verb, volume, group, new_group, e)) < 0)
+		return rc;
+	if (new_group) {
+		m = malloc(sizeof(*m));
+		if (!m)
+			return store_refuse(e, ERR_NOMEM, verb, volume, "out of memory");
+		repl_meta_init(m, group);
+		random_bytes(m->uuid, sizeof(m->uuid));
+	} else if ((rc = check_idle(m, verb, volume, e)) < 0) {
+		return rc;
+	}
+	if (m->n_volumes >= GROUP_VOLUMES_MAX)
+		return store_refuse(e, ERR_LIMIT, verb, volume,
+				    "group %s holds %u volumes, the limit; use another group", group,
+				    GROUP_VOLUMES_MAX);
+	*ret = TAKE_PTR(m);
+	return 0;
+}
+
+/* One above the highest; in a group that once held the highest possible id, the lowest that is free. */
+static uint32_t next_id(const struct repl_meta *m)
+{
+	uint32_t id = 0;
+
+	for (uint32_t i = 0; i < m->n_volumes; i++)
+		id = m->volumes[i].id > id ? m->volumes[i].id : id;
+	if (id < UINT32_MAX)
+		return id + 1;
+	for (id = 1;; id++) {
+		bool taken = false;
+
+		for (uint32_t i = 0; i < m->n_volumes; i++)
+			taken = taken || m->volumes[i].id == id;
+		if (!taken)
+			return id;
+	}
+}
+
+/* ---- making ---- */
+
+static int check_folder_free(struct store *st, const char *verb, const char *volume, struct err *e)
+{
+	int rc = store_has_folder(st, volume);
+
+	if (rc < 0)
+		return store_refuse(e, -rc, verb, volume, "looking at volumes/%s in store %s: %s", volume,
+				    store_path(st), err_short(rc));
+	if (rc > 0)
+		return store_refuse(
+		    e, ERR_EXIST, verb, volume,
+		    "volumes/%s is there already though no group names it; wait if it is being made just "
+		    "now, else restart repfs, which clears leftovers away",
+		    volume);
+	return 0;
+}
+
+static void abandon(struct store *st, const char *volume)
+{
+	if (volume_delete(store_storage(st), volume, NULL) == 0)
+		store_pending_remove(st, volume);
+}
+
+/* Checks everything and makes the folder; after it the name is taken. */
+static int reserve_locked(struct store *st, const char *verb, const char *volume, uint64_t size, const char *group,
+			  struct err *e) REQUIRES(st->names)
+{
+	_cleanup_free_ struct repl_meta *m = NULL;
+	int rc;
+
+	if ((rc = check_name_free(st, verb, volume, e)) < 0 || (rc = open_group(st, verb, volume, group, &m, e)) < 0 ||
+	    (rc = check_folder_free(st, verb, volume, e)) < 0)
+		return rc;
+	rc = store_pending_add(st, volume);
+	if (rc < 0) {
+		store_pending_remove(st, volume);
+		return store_refuse(e, -rc, verb, volume, "making pending/%s in store %s: %s", volume, store_path(st),
+				    err_short(rc));
+	}
+	rc = volume_create(store_storage(st), volume, size, store_info(st)->durability, e);
+	if (rc < 0)
+		abandon(st, volume);
+	return rc;
+}
+
+static int reserve(struct store *st, const char *verb, const char *volume, uint64_t size, const char *group,
+		   struct err *e)
+{
+	int rc;
+
+	mutex_lock(&st->names);
+	rc = reserve_locked(st, verb, volume, size, group, e);
+	mutex_unlock(&st->names);
+	return rc;
+}
+
+/* In a group that keeps checkpoints the new volume takes part in them: as of each it is what it is made as. */
+static int join_chain(struct store *st, const char *volume, uint64_t size, const struct repl_meta *m, struct err *e)
+{
+	const struct volume_open_args args = {.name = volume, .size = size, .durability = store_info(st)->durability};
+	struct volume *v;
+	int rc = 0;
+
+	if (m->n_ckpts == 0 && m->active_id == 0)
+		return 0;
+	rc = volume_open(store_storage(st), &args, &v, e);
+	if (rc < 0)
+		return rc;
+	for (uint32_t i = 0; rc == 0 && i < m->n_ckpts; i++) {
+		rc = volume_prepare(v, m->ckpts[i].number, m->active_id, e);
+		if (rc == 0)
+			volume_switch(v, m->ckpts[i].number, m->active_id);
+	}
+	if (rc == 0 && m->n_ckpts == 0) {
+		rc = volume_prepare(v, 0, m->active_id, e);
+		if (rc == 0)
+			volume_switch(v, 0, m->active_id);
+	}
+	volume_close(v);
+	return rc;
+}
+
+/* After a failed save: whether the record surely does not name the volume. */
+static bool surely_unnamed(struct store *st, const char *group, const char *volume)
+{
+	_cleanup_free_ struct repl_meta *m = NULL;
+	int rc = store_load_group(st, group, &m, NULL);
+
+	return rc == -ERR_NOENT || (rc == 0 && repl_meta_find_volume(m, volume) < 0);
+}
+
+/* Puts the volume into its group's record. On failure *ret_abandon says whether its folder may go. */
+static int settle_locked(struct store *st, const char *verb, const char *volume, uint64_t size, const char *group,
+			 bool *ret_abandon, struct err *e) REQUIRES(st->names)
+{
+	_cleanup_free_ struct repl_meta *m = NULL;
+	struct repl_volume *rv;
+	int rc;
+
+	*ret_abandon = true;
+	if ((rc = check_name_free(st, verb, volume, e)) < 0 || (rc = open_group(st, verb, volume, group, &m, e)) < 0 ||
+	    (rc = join_chain(st, volume, size, m, e)) < 0)
+		return rc;
+	rv = &m->volumes[m->n_volumes];
+	memset(rv, 0, sizeof(*rv));
+	snprintf(rv->name, sizeof(rv->name), "%s", volume);
+	random_bytes(rv->uuid, sizeof(rv->uuid));
+	rv->uuid[6] = (uint8_t)((rv->uuid[6] & 0x0f) | 0x40); /* a random UUID's marks, RFC 4122 */
+	rv->uuid[8] = (uint8_t)((rv->uuid[8] & 0x3f) | 0x80);
+	rv->id = next_id(m);
+	rv->size = size;
+	m->n_volumes++;
+	rc = store_save_group(st, m, e);
+	if (rc < 0)
+		*ret_abandon = surely_unnamed(st, group, volume);
+	else
+		store_pending_remove(st, volume);
+	return rc;
+}
+
+static int settle(struct store *st, const char *verb, const char *volume, uint64_t size, const char *group,
+		  struct err *e)
+{
+	bool may_go;
+	int rc;
+
+	mutex_lock(&st->names);
+	rc = settle_locked(st, verb, volume, size, group, &may_go, e);
+	if (rc < 0 && may_go)
+		abandon(st, volume);
+	mutex_unlock(&st->names);
+	return rc;
+}
+
+static int check_request(const char *verb, const char *volume, const char *group, struct err *e)
+{
+	int rc = store_check_name(e, verb, "volume", volume);
+
+	return rc < 0 ? rc : store_check_name(e, verb, "group", group);
+}
+
+int store_create_volume(struct store *st, const char *volume, uint64_t size, const char *group, struct err *e)
+{
+	struct err why;
+	int rc;
+
+	group = group ? group : volume;
+	if ((rc = check_request("create", volume, group, e)) < 0)
+		return rc;
+	if ((rc = store_check_size(size, &why)) < 0)
+		return store_refuse(e, -rc, "create", volume, "%s", why.text);
+	rc = reserve(st, "create", volume, size, group, e);
+	return rc < 0 ? rc : settle(st, "create", volume, size, group, e);
+}
+
+/* ---- deleting ---- */
+
+static int unname(struct store *st, struct repl_meta *m, uint32_t index, struct err *e)
+{
+	if (m->n_volumes == 1)
+		return store_delete_group(st, m->group, e);
+	memmove(&m->volumes[index], &m->volumes[index + 1], (m->n_volumes - index - 1) * sizeof(m->volumes[0]));
+	m->n_volumes--;
+	memset(&m->volumes[m->n_volumes], 0, sizeof(m->volumes[0]));
+	return store_save_group(st, m, e);
+}
+
+static int delete_locked(struct store *st, const char *volume, struct err *e) REQUIRES(st->names)
+{
+	_cleanup_free_ struct repl_meta *m = NULL;
+	struct err why;
+	uint32_t index;
+	int rc = store_find_volume(st, volume, &m, &index, &why);
+
+	if (rc == -ERR_NOENT)
+		return store_refuse(e, ERR_NOENT, "delete", volume,
+				    "there is no such volume in store %s; repctl list shows what there is",
+				    store_path(st));
+	if (rc < 0)
+		return store_refuse(e, -rc, "delete", volume, "%s", why.text);
+	if ((rc = check_idle(m, "delete", volume, e)) < 0)
+		return rc;
+	rc = store_pending_add(st, volume);
+	if (rc < 0)
+		return store_refuse(e, -rc, "delete", volume, "making pending/%s in store %s: %s", volume,
+				    store_path(st), err_short(rc));
+	/* A mark on a volume that is still named does nothing and goes with the next store_open. */
+	if ((rc = unname(st, m, index, e)) < 0)
+		return rc;
+	rc = volume_delete(store_storage(st), volume, &why);
+	if (rc < 0)
+		return store_refuse(
+		    e, -rc, "delete", volume,
+		    "the volume is gone, but its files are not (%s); the next start of repfs removes them",
+		    err_short(rc));
+	store_pending_remove(st, volume);
+	return 0;
+}
+
+int store_delete_volume(struct store *st, const char *volume, struct err *e)
+{
+	int rc = store_check_name(e, "delete", "volume", volume);
+
+	if (rc < 0)
+		return rc;
+	mutex_lock(&st->names);
+	rc = delete_locked(st, volume, e);
+	mutex_unlock(&st->names);
+	return rc;
+}
+
+/* ---- importing ---- */
+
+struct import {
+	const char *volume, *file;
+	struct disk *source;
+	uint64_t size;
+	store_progress_fn progress;
+	void *arg;
+};
+
+/* "qcow", "qcow2", or NULL for what has no magic that is known here. */
+static const char *format_of(const uint8_t magic[8])
+{
+	if (memcmp(magic, "QFI\xfb", 4) != 0)
+		return NULL;
+	return magic[4] == 0 && magic[5] == 0 && magic[6] == 0 && magic[7] == 1 ? "qcow" : "qcow2";
+}
+
+static int check_format(const struct import *im, const char *format, struct err *e)
+{
+	uint8_t magic[8];
+	const char *found;
+	int rc;
+
+	if (format && strcmp(format, "raw") == 0)
+		return 0;
+	if (format && (strcmp(format, "qcow") == 0 || strcmp(format, "qcow2") == 0))
+		return store_refuse(e, ERR_NOTSUP, "import", im->volume,
+				    "%s images can't be read yet; convert it first: qemu-img convert -O raw %s %s.raw",
+				    format, im->file, im->file);
+	if (format)
+		return store_refuse(e, ERR_USAGE, "import", im->volume,
+				    "format %s is not known; use raw, qcow or qcow2", format);
+	rc = disk_read(im->source, 0, magic, sizeof(magic));
+	if (rc < 0)
+		return store_refuse(e, -rc, "import", im->volume, "reading %s: %s", im->file, err_short(rc));
+	found = format_of(magic);
+	if (!found)
+		return 0;
+	return store_refuse(
+	    e, ERR_NOTSUP, "import", im->volume,
+	    "%s is a %s image, which can't be read yet; convert it first (qemu-img convert -O raw %s %s.raw), "
+	    "or take its bytes as they are with --format raw",
+	    im->file, found, im->file, im->file);
+}
+
+static int check_source_size(struct import *im, struct err *e)
+{
+	int rc = disk_get_size(im->source, &im->size);
+	struct err why;
+
+	if (rc < 0)
+		return store_refuse(e, -rc, "import", im->volume, "reading the size of %s: %s", im->file,
+				    err_short(rc));
+	if (im->size % SECTOR_SIZE != 0 && im->size < VOLUME_SIZE_MAX)
+		return store_refuse(
+		    e, ERR_USAGE, "import", im->volume,
+		    "the size of %s, %" PRIu64
+		    " bytes, is not a multiple of %u; round it up with: qemu-img resize -f raw %s %" PRIu64,
+		    im->file, im->size, SECTOR_SIZE, im->file, round_up_u64(im->size, SECTOR_SIZE));
+	rc = store_check_size(im->size, &why);
+	return rc < 0 ? store_refuse(e, -rc, "import", im->volume, "%s: %s", im->file, why.text) : 0;
+}
+
+static int open_source(struct import *im, const char *format, struct err *e)
+{
+	int rc = disk_posix_open(im->file, STORAGE_RDONLY, &im->source);
+
+	if (rc == -ERR_NOTSUP)
+		return store_refuse(e, ERR_USAGE, "import", im->volume, "%s is neither a file nor a block device",
+				    im->file);
+	if (rc == -ERR_NOENT)
+		return store_refuse(e, ERR_FAILED, "import", im->volume, "there is no file %s; check its path",
+				    im->file);
+	if (rc < 0)
+		return store_refuse(e, -rc, "import", im->volume, "opening %s: %s", im->file, err_short(rc));
+	if ((rc = check_format(im, format, e)) < 0 || (rc = check_source_size(im, e)) < 0) {
+		disk_close(im->source);
+		im->source = NULL;
+	}
+	return rc;
+}
+
+/* The new disk is one hole: only what is not zero is written. */
+static int write_nonzero(struct volume *v, uint64_t off, const uint8_t *buf, size_t len)
+{
+	while (len > 0) {
+		bool zero;
+		size_t n = zero_run(buf, len, BLOCK_SIZE, &zero);
+		struct volume_req req = {.kind = VOLUME_WRITE, .off = off, .len = n, .buf = buf};
+		int rc = zero ? 0 : volume_write(v, &req, 1);
+
+		if (rc < 0)
+			return rc;
+		off += n;
+		buf += n;
+		len -= n;
+	}
+	return 0;
+}
+
+static int import_copy(const struct import *im, struct volume *v, uint8_t *buf, struct err *e)
+{
+	uint64_t off = 0, now;
+	int rc;
+
+	while (off < im->size) {
+		struct extent x;
+
+		rc = disk_extent(im->source, off, im->size, &x);
+		if (rc == 0 && x.data) {
+			x.len = min_u64(x.len, COPY_CHUNK);
+			rc = disk_read(im->source, off, buf, (size_t)x.len);
+		}
+		if (rc < 0)
+			return store_refuse(e, -rc, "import", im->volume, "reading %s at byte %" PRIu64 ": %s",
+					    im->file, off, err_short(rc));
+		rc = x.data ? write_nonzero(v, off, buf, (size_t)x.len) : 0;
+		if (rc < 0)
+			return store_refuse(e, -rc, "import", im->volume, "writing at byte %" PRIu64 ": %s", off,
+					    err_short(rc));
+		off += x.len;
+		if (im->progress && im->progress(im->arg, off, im->size) != 0)
+			return store_refuse(e, ERR_CANCELED, "import", im->volume, "cancelled; nothing is left of it");
+	}
+	rc = disk_get_size(im->source, &now);
+	if (rc == 0 && now != im->size)
+		return store_refuse(
+		    e, ERR_FAILED, "import", im->volume,
+		    "the size of %s changed while it was read; import it again when nothing writes to it", im->file);
+	rc = volume_sync(v);
+	if (rc < 0)
+		return store_refuse(e, -rc, "import", im->volume, "syncing the new disk: %s", err_short(rc));
+	return 0;
+}
+
+static int import_into(struct store *st, const struct import *im, struct err *e)
+{
+	const struct volume_open_args args = {
+	    .name = im->volume, .size = im->size, .durability = store_info(st)->durability};
+	_cleanup_free_ uint8_t *buf = malloc(COPY_CHUNK);
+	struct volume *v;
+	int rc;
+
+	if (!buf)
+		return store_refuse(e, ERR_NOMEM, "import", im->volume, "out of memory");
+	rc = volume_open(store_storage(st), &args, &v, e);
+	if (rc < 0)
+		return rc;
+	rc = import_copy(im, v, buf, e);
+	volume_close(v);
+	return rc;
+}
+
+int store_import(struct store *st, const char *volume, const char *file, const char *format, const char *group,
+		 store_progress_fn fn, void *arg, struct err *e)
+{
+	struct import im = {.volume = volume, .file = file, .progress = fn, .arg = arg};
+	int rc;
+
+	group = group ? group : volume;
+	if ((rc = check_request("import", volume, group, e)) < 0 || (rc = open_source(&im, format, e)) < 0)
+		return rc;
+	rc = reserve(st, "import", volume, im.size, group, e);
+	if (rc == 0) {
+		rc = import_into(st, &im, e);
+		if (rc == 0) {
+			rc = settle(st, "import", volume, im.size, group, e);
+		} else {
+			mutex_lock(&st->names);
+			abandon(st, volume);
+			mutex_unlock(&st->names);
+		}
+	}
+	disk_close(im.source);
+	return rc;
+}

@@ -1,0 +1,989 @@
+/* A volume: making, opening, closing, growing, and reading it. Saving and writing are in cow.c, epochs and what the
+ * mount shows of overlays in history.c; the locks and what they protect are in volume_internal.h.
+ *
+ * A read resolves its range to runs of blocks with one source: the active overlay if it is asked for and holds them,
+ * else the oldest overlay of the chain from the checkpoint on that does, else the disk. Between the look at the bitmaps
+ * and the read of the disk a writer may have come: it set its bits in the live overlay before it touched the disk, so
+ * after a read of the disk the live bits of that run are looked at again and what they show is read from the overlay
+ * instead (V2). Other overlays gain bits only by a merge, of blocks that a newer one in the same chain held already.
+ *
+ * Resizing replaces every overlay by one opened for the new size, under the exclusive lock. That is the one place where
+ * I/O happens under it; it is rare, and costs what opening the volume costs.
+ */
+#include <inttypes.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "core/check.h"
+#include "image/volume_internal.h"
+
+/* ---- locks ---- */
+
+static void check_zero(int r)
+{
+	INVARIANT(r == 0);
+}
+
+static void rwlock_init(pthread_rwlock_t *l)
+{
+	pthread_rwlockattr_t attr;
+
+	check_zero(pthread_rwlockattr_init(&attr));
+	/* A checkpoint must not wait for as long as a guest keeps reading. */
+	check_zero(pthread_rwlockattr_setkind_np(&attr, PTHREAD_RWLOCK_PREFER_WRITER_NONRECURSIVE_NP));
+	check_zero(pthread_rwlock_init(l, &attr));
+	check_zero(pthread_rwlockattr_destroy(&attr));
+}
+
+void volume_lock_shared(struct volume *v)
+{
+	check_zero(pthread_rwlock_rdlock(&v->chain_lock));
+}
+
+void volume_lock_exclusive(struct volume *v)
+{
+	check_zero(pthread_rwlock_wrlock(&v->chain_lock));
+}
+
+void volume_unlock(struct volume *v)
+{
+	check_zero(pthread_rwlock_unlock(&v->chain_lock));
+}
+
+/* ---- paths and layers ---- */
+
+#define DISK_FILE "disk.raw"
+#define UNDO_PREFIX "undo-"
+#define ACTIVE_PREFIX "active-"
+
+void volume_path(const char *name, const char *file, char out[VOLUME_PATH_SIZE])
+{
+	int n = snprintf(out, VOLUME_PATH_SIZE, "volumes/%s%s%s", name, file[0] ? "/" : "", file);
+
+	PRE(n > 0 && n < (int)VOLUME_PATH_SIZE);
+}
+
+void layer_path(const struct volume *v, enum layer_kind kind, uint64_t id, char out[VOLUME_PATH_SIZE])
+{
+	char file[48];
+
+	(void)snprintf(file, sizeof(file), "%s%" PRIu64, kind == LAYER_KIND_UNDO ? UNDO_PREFIX : ACTIVE_PREFIX, id);
+	volume_path(v->name, file, out);
+}
+
+int layer_new(const struct volume *v, struct overlay *o, enum layer_kind kind, uint64_t id, struct layer **ret)
+{
+	struct layer *l = calloc(1, sizeof(*l));
+
+	if (!l) {
+		overlay_close(o);
+		return -ERR_NOMEM;
+	}
+	overlay_set_durable(o, v->power);
+	*l = (struct layer){.o = o, .held = overlay_bitmap(o), .kind = kind, .id = id, .refs = 1};
+	*ret = l;
+	return 0;
+}
+
+void layer_ref(struct layer *l)
+{
+	unsigned before = __atomic_fetch_add(&l->refs, 1, __ATOMIC_RELAXED);
+
+	INVARIANT(before > 0);
+}
+
+void layer_unref(struct layer *l)
+{
+	if (!l || __atomic_sub_fetch(&l->refs, 1, __ATOMIC_ACQ_REL) > 0)
+		return;
+	overlay_close(l->o);
+	free(l);
+}
+
+/* ---- names in a folder ---- */
+
+/* Enough for two files of every kept checkpoint and as many leftovers; what is more waits for the next open. */
+#define NAMES_MAX (4U * VOLUME_CKPTS_MAX)
+
+struct name_list {
+	char (*names)[256];
+	size_t n, cap;
+	bool (*wanted)(const void *arg, const char *name);
+	const void *arg;
+};
+
+static int name_list_add(void *arg, const char *name)
+{
+	struct name_list *l = arg;
+
+	if (l->n == NAMES_MAX || strlen(name) >= sizeof(l->names[0]) || (l->wanted && !l->wanted(l->arg, name)))
+		return 0;
+	if (l->n == l->cap) {
+		size_t cap = l->cap ? 2 * l->cap : 16;
+		void *p = realloc(l->names, cap * sizeof(l->names[0]));
+
+		if (!p)
+			return -ERR_NOMEM;
+		l->names = p;
+		l->cap = cap;
+	}
+	(void)snprintf(l->names[l->n++], sizeof(l->names[0]), "%s", name);
+	return 0;
+}
+
+/* Unlinks the entries of the volume's folder that `wanted` picks (NULL: all). */
+static int unlink_entries(struct storage *s, const char *name, bool (*wanted)(const void *, const char *),
+			  const void *arg)
+{
+	struct name_list l = {.wanted = wanted, .arg = arg};
+	char path[VOLUME_PATH_SIZE];
+	int rc;
+
+	volume_path(name, "", path);
+	rc = storage_list(s, path, name_list_add, &l);
+	for (size_t i = 0; rc == 0 && i < l.n; i++) {
+		char file[STORAGE_PATH_MAX];
+
+		(void)snprintf(file, sizeof(file), "%s/%s", path, l.names[i]);
+		rc = storage_unlink(s, file);
+		if (rc == -ERR_NOENT)
+			rc = 0;
+	}
+	free(l.names);
+	return rc;
+}
+
+/* ---- make, delete ---- */
+
+static int stop_at_first(void *arg, const char *name)
+{
+	(void)arg;
+	(void)name;
+	return -ERR_EXIST;
+}
+
+static int create_disk(struct storage *s, const char *name, uint64_t size, bool power)
+{
+	char folder[VOLUME_PATH_SIZE], path[VOLUME_PATH_SIZE];
+	struct disk *d;
+	int rc;
+
+	volume_path(name, "", folder);
+	volume_path(name, DISK_FILE, path);
+	rc = storage_open(s, path, STORAGE_CREATE | STORAGE_EXCL, &d);
+	if (rc < 0)
+		return rc;
+	rc = disk_set_size(d, size);
+	if (rc == 0 && power)
+		rc = disk_sync(d);
+	disk_close(d);
+	if (rc == 0 && power)
+		rc = storage_sync_dir(s, folder);
+	if (rc == 0 && power)
+		rc = storage_sync_dir(s, "volumes");
+	if (rc == 0 && power)
+		rc = storage_sync_dir(s, "");
+	return rc;
+}
+
+int volume_create(struct storage *s, const char *name, uint64_t size, enum volume_durability dur, struct err *e)
+{
+	char folder[VOLUME_PATH_SIZE];
+	int rc;
+
+	PRE(size > 0 && size % SECTOR_SIZE == 0 && size <= VOLUME_SIZE_MAX);
+	volume_path(name, "", folder);
+	rc = storage_mkdir(s, "volumes");
+	if (rc == 0) {
+		/* mkdir is content with a folder that is there: ask first. One process at a time has the store's lock.
+		 */
+		rc = storage_list(s, folder, stop_at_first, NULL);
+		if (rc == 0)
+			rc = -ERR_EXIST;
+		else if (rc == -ERR_NOENT)
+			rc = 0;
+	}
+	if (rc == -ERR_EXIST)
+		return err_set(e, ERR_EXIST, "create volume %s: its folder %s is there already", name, folder);
+	if (rc == 0)
+		rc = storage_mkdir(s, folder);
+	if (rc < 0)
+		return err_set(e, -rc, "create volume %s: making its folder: %s", name, err_short(rc));
+	rc = create_disk(s, name, size, dur == DURABILITY_POWER);
+	if (rc < 0) {
+		(void)volume_delete(s, name, NULL);
+		return err_set(e, -rc, "create volume %s: making its disk: %s", name, err_short(rc));
+	}
+	return 0;
+}
+
+int volume_delete(struct storage *s, const char *name, struct err *e)
+{
+	char folder[VOLUME_PATH_SIZE];
+	int rc;
+
+	volume_path(name, "", folder);
+	rc = unlink_entries(s, name, NULL, NULL);
+	if (rc == 0)
+		rc = storage_rmdir(s, folder);
+	if (rc < 0 && rc != -ERR_NOENT)
+		return err_set(e, -rc, "delete volume %s: removing its files: %s", name, err_short(rc));
+	return 0;
+}
+
+/* ---- open, close ---- */
+
+/* An overlay file of the volume that args do not name. */
+static bool is_leftover(const void *arg, const char *name)
+{
+	const struct volume_open_args *args = arg;
+	char expect[64];
+
+	if (strncmp(name, ACTIVE_PREFIX, strlen(ACTIVE_PREFIX)) == 0) {
+		static const char *const suffixes[] = {"data", "map"};
+
+		for (size_t i = 0; args->active_id && i < ARRAY_LEN(suffixes); i++) {
+			(void)snprintf(expect, sizeof(expect), ACTIVE_PREFIX "%" PRIu64 ".%s", args->active_id,
+				       suffixes[i]);
+			if (strcmp(name, expect) == 0)
+				return false;
+		}
+		return true;
+	}
+	if (strncmp(name, UNDO_PREFIX, strlen(UNDO_PREFIX)) != 0)
+		return false;
+	char *end;
+	uint64_t k = strtoull(name + strlen(UNDO_PREFIX), &end, 10);
+	uint32_t low = 0, high = args->n_ckpts;
+
+	while (low < high) {
+		uint32_t mid = low + (high - low) / 2;
+
+		if (args->ckpts[mid] < k)
+			low = mid + 1;
+		else
+			high = mid;
+	}
+	if (low == args->n_ckpts || args->ckpts[low] != k || (strcmp(end, ".data") != 0 && strcmp(end, ".map") != 0))
+		return true;
+	/* "undo-07.map" is nobody's. */
+	(void)snprintf(expect, sizeof(expect), UNDO_PREFIX "%" PRIu64 "%s", k, end);
+	return strcmp(name, expect) != 0;
+}
+
+/* A disk that is longer than it should be, with nothing in the surplus, is a growth that was cut off before anything
+ * knew of it: the surplus goes again. Anything else is not ours to mend. */
+static int disk_fit(struct volume *v, uint64_t size, struct err *e)
+{
+	struct extent x;
+	uint64_t now;
+	int rc = disk_get_size(v->disk, &now);
+
+	if (rc == 0 && now > size) {
+		rc = disk_extent(v->disk, size, now, &x);
+		if (rc == 0 && !x.data && x.off + x.len == now) {
+			rc = disk_set_size(v->disk, size);
+			now = size;
+		}
+	}
+	if (rc < 0)
+		return err_set(e, -rc, "open volume %s: asking for the size of its " DISK_FILE ": %s", v->name,
+			       err_short(rc));
+	if (now != size)
+		return err_set(e, ERR_CORRUPT,
+			       "open volume %s: volumes/%s/" DISK_FILE " has %" PRIu64 " bytes and should have %" PRIu64
+			       "; something else changed it: restore it from a backup, or from the peer",
+			       v->name, v->name, now, size);
+	return 0;
+}
+
+static int open_disk(struct volume *v, uint64_t size, struct err *e)
+{
+	char path[VOLUME_PATH_SIZE];
+	int rc;
+
+	volume_path(v->name, DISK_FILE, path);
+	rc = storage_open(v->storage, path, 0, &v->disk);
+	if (rc == -ERR_NOENT)
+		return err_set(e, ERR_CORRUPT,
+			       "open volume %s: %s is missing; restore it from a backup, or delete the volume", v->name,
+			       path);
+	if (rc < 0)
+		return err_set(e, -rc, "open volume %s: opening %s: %s", v->name, path, err_short(rc));
+	return disk_fit(v, size, e);
+}
+
+static int open_layer(struct volume *v, enum layer_kind kind, uint64_t id, uint64_t size, struct layer **ret,
+		      struct err *e)
+{
+	char path[VOLUME_PATH_SIZE];
+	struct overlay *o;
+	int rc;
+
+	layer_path(v, kind, id, path);
+	rc = overlay_open(v->storage, path, size, &o, e);
+	if (rc < 0)
+		return rc;
+	rc = layer_new(v, o, kind, id, ret);
+	return rc < 0 ? err_set(e, -rc, "open overlay %s: %s", path, err_short(rc)) : 0;
+}
+
+static int open_layers(struct volume *v, const struct volume_open_args *args, struct err *e)
+{
+	int rc = 0;
+
+	for (uint32_t i = 0; rc == 0 && i < args->n_ckpts; i++) {
+		PRE(args->ckpts[i] > (i ? args->ckpts[i - 1] : 0));
+		rc = open_layer(v, LAYER_KIND_UNDO, args->ckpts[i], args->size, &v->chain[i], e);
+		if (rc == 0)
+			v->n_chain = i + 1;
+	}
+	if (rc == 0 && args->active_id)
+		rc = open_layer(v, LAYER_KIND_ACTIVE, args->active_id, args->size, &v->active, e);
+	return rc;
+}
+
+static void free_volume(struct volume *v)
+{
+	for (uint32_t i = 0; i < v->n_chain; i++)
+		layer_unref(v->chain[i]);
+	layer_unref(v->active);
+	layer_unref(v->prepared_undo);
+	layer_unref(v->prepared_active);
+	disk_close(v->disk);
+	scratch_free_all(v);
+	for (unsigned i = 0; i < STRIPES; i++)
+		check_zero(pthread_rwlock_destroy(&v->stripes[i]));
+	check_zero(pthread_rwlock_destroy(&v->chain_lock));
+	mutex_destroy(&v->prepare_lock);
+	mutex_destroy(&v->merge_lock);
+	mutex_destroy(&v->reap_lock);
+	mutex_destroy(&v->retired_lock);
+	mutex_destroy(&v->scratch_lock);
+	free(v);
+}
+
+int volume_open(struct storage *s, const struct volume_open_args *args, struct volume **ret, struct err *e)
+{
+	struct volume *v;
+	int rc;
+
+	PRE(args->size > 0 && args->size % SECTOR_SIZE == 0 && args->size <= VOLUME_SIZE_MAX);
+	PRE(strlen(args->name) < NAME_SIZE);
+	if (args->n_ckpts > VOLUME_CKPTS_MAX)
+		return err_set(e, ERR_LIMIT, "open volume %s: %u checkpoints, at most %d can be kept", args->name,
+			       args->n_ckpts, VOLUME_CKPTS_MAX);
+	v = calloc(1, sizeof(*v));
+	if (!v)
+		return err_set(e, ERR_NOMEM, "open volume %s: %s", args->name, err_short(ERR_NOMEM));
+	v->storage = s;
+	(void)snprintf(v->name, sizeof(v->name), "%s", args->name);
+	v->size = args->size;
+	v->power = args->durability == DURABILITY_POWER;
+	rwlock_init(&v->chain_lock);
+	for (unsigned i = 0; i < STRIPES; i++)
+		rwlock_init(&v->stripes[i]);
+	mutex_init(&v->prepare_lock);
+	mutex_init(&v->merge_lock);
+	mutex_init(&v->reap_lock);
+	mutex_init(&v->retired_lock);
+	mutex_init(&v->scratch_lock);
+
+	rc = open_disk(v, args->size, e);
+	if (rc == 0)
+		rc = open_layers(v, args, e);
+	/* Last: nothing is removed when something that args name does not check out. */
+	if (rc == 0) {
+		rc = unlink_entries(s, args->name, is_leftover, args);
+		if (rc < 0)
+			rc = err_set(e, -rc, "open volume %s: removing leftover overlays: %s", args->name,
+				     err_short(rc));
+	}
+	if (rc < 0) {
+		free_volume(v);
+		return rc;
+	}
+	*ret = v;
+	return 0;
+}
+
+void volume_close(struct volume *v)
+{
+	if (!v)
+		return;
+	/* What is prepared keeps its files: the metadata may name them by now. The next open tells. */
+	volume_reap(v);
+	free_volume(v);
+}
+
+uint64_t volume_size(const struct volume *v)
+{
+	return __atomic_load_n(&v->size, __ATOMIC_RELAXED);
+}
+
+int volume_sync(struct volume *v)
+{
+	return disk_sync(v->disk);
+}
+
+/* ---- resize ---- */
+
+struct resized {
+	struct layer *chain[VOLUME_CKPTS_MAX];
+	uint32_t n;
+	struct layer *active;
+};
+
+/* A failed write-back is reported once to each open file: one that is closed unasked would take it along (I10). */
+static int layer_reopen(struct volume *v, struct layer *l, uint64_t size, struct layer **ret)
+{
+	int rc = overlay_sync_data(l->o);
+
+	if (rc == 0)
+		rc = overlay_sync_map(l->o);
+	return rc < 0 ? rc : open_layer(v, l->kind, l->id, size, ret, NULL);
+}
+
+static void resized_drop(struct resized *z)
+{
+	for (uint32_t i = 0; i < z->n; i++)
+		layer_unref(z->chain[i]);
+	layer_unref(z->active);
+	free(z);
+}
+
+static int resize_disk(struct volume *v, uint64_t size)
+{
+	int rc = disk_set_size(v->disk, size);
+
+	if (rc == 0 && v->power) {
+		rc = disk_sync(v->disk);
+		if (rc < 0)
+			(void)disk_set_size(v->disk, v->size);
+	}
+	return rc;
+}
+
+static int resize_locked(struct volume *v, uint64_t size, struct resized *z)
+{
+	int rc = 0;
+
+	if (v->prepared_undo || v->prepared_active)
+		return -ERR_BUSY;
+	for (; rc == 0 && z->n < v->n_chain; z->n += rc == 0) {
+		rc = layer_reopen(v, v->chain[z->n], size, &z->chain[z->n]);
+		if (rc == 0)
+			z->chain[z->n]->merged = v->chain[z->n]->merged;
+	}
+	if (rc == 0 && v->active)
+		rc = layer_reopen(v, v->active, size, &z->active);
+	if (rc == 0)
+		rc = resize_disk(v, size);
+	if (rc < 0)
+		return rc;
+	for (uint32_t i = 0; i < z->n; i++) {
+		struct layer *old = v->chain[i];
+
+		v->chain[i] = z->chain[i];
+		z->chain[i] = old;
+	}
+	struct layer *old = v->active;
+
+	v->active = z->active;
+	z->active = old;
+	__atomic_store_n(&v->size, size, __ATOMIC_RELAXED);
+	return 0;
+}
+
+int volume_resize(struct volume *v, uint64_t size)
+{
+	struct resized *z;
+	int rc;
+
+	if (size < volume_size(v) || size % SECTOR_SIZE != 0 || size > VOLUME_SIZE_MAX)
+		return -ERR_RANGE;
+	if (size == volume_size(v))
+		return 0;
+	z = calloc(1, sizeof(*z));
+	if (!z)
+		return -ERR_NOMEM;
+	mutex_lock(&v->prepare_lock);
+	mutex_lock(&v->merge_lock);
+	volume_lock_exclusive(v);
+	rc = resize_locked(v, size, z);
+	volume_unlock(v);
+	mutex_unlock(&v->merge_lock);
+	mutex_unlock(&v->prepare_lock);
+	resized_drop(z);
+	return rc;
+}
+
+/* ---- the chain ---- */
+
+int chain_find(const struct volume *v, uint64_t ckpt)
+{
+	uint32_t low = 0, high = v->n_chain;
+
+	while (low < high) {
+		uint32_t mid = low + (high - low) / 2;
+
+		if (v->chain[mid]->id < ckpt)
+			low = mid + 1;
+		else
+			high = mid;
+	}
+	return low < v->n_chain && v->chain[low]->id == ckpt ? (int)low : -ERR_NOENT;
+}
+
+int view_make(struct volume *v, bool active, uint64_t base, struct view *ret)
+{
+	struct view w = {.active = active ? v->active : NULL};
+
+	if (base) {
+		int i = chain_find(v, base);
+
+		if (i < 0)
+			return i;
+		w.chain = &v->chain[i];
+		w.n = v->n_chain - (uint32_t)i;
+		w.live = v->chain[v->n_chain - 1];
+	}
+	*ret = w;
+	return 0;
+}
+
+/* bitmap_next_* search to the map's end; a small range in a map of 2^34 bits must not cost that. */
+#define BITS_SEARCH_SMALL 4096U
+
+uint64_t bits_next_set(const struct bitmap *b, uint64_t from, uint64_t end)
+{
+	if (from >= end)
+		return end;
+	if (end - from <= BITS_SEARCH_SMALL && !bitmap_any(b, from, end - from))
+		return end;
+	return min_u64(bitmap_next_set(b, from), end);
+}
+
+uint64_t bits_next_clear(const struct bitmap *b, uint64_t from, uint64_t end)
+{
+	if (from >= end)
+		return end;
+	if (end - from > BITS_SEARCH_SMALL)
+		return min_u64(bitmap_next_clear(b, from), end);
+	while (from < end && bitmap_test(b, from))
+		from++;
+	return from;
+}
+
+bool view_has(const struct view *w, uint64_t block)
+{
+	if (w->active && bitmap_test(w->active->held, block))
+		return true;
+	for (uint32_t i = 0; i < w->n; i++)
+		if (bitmap_test(w->chain[i]->held, block))
+			return true;
+	return false;
+}
+
+uint64_t view_next_held(const struct view *w, uint64_t from, uint64_t end)
+{
+	if (w->active)
+		end = bits_next_set(w->active->held, from, end);
+	for (uint32_t i = 0; i < w->n; i++)
+		end = bits_next_set(w->chain[i]->held, from, end);
+	return end;
+}
+
+uint64_t view_next_free(const struct view *w, uint64_t from, uint64_t end)
+{
+	uint64_t before;
+
+	do {
+		before = from;
+		if (w->active)
+			from = bits_next_clear(w->active->held, from, end);
+		for (uint32_t i = 0; i < w->n; i++)
+			from = bits_next_clear(w->chain[i]->held, from, end);
+	} while (from != before && from < end);
+	return from;
+}
+
+/* Who has block `from`: a layer, or NULL for the disk. *ret_end: the end of the run of that source, `end` at most. */
+static struct layer *view_resolve(const struct view *w, uint64_t from, uint64_t end, uint64_t *ret_end)
+{
+	for (int64_t i = w->active ? -1 : 0; i < (int64_t)w->n; i++) {
+		struct layer *l = i < 0 ? w->active : w->chain[i];
+		uint64_t set = bits_next_set(l->held, from, end);
+
+		if (set == from) {
+			*ret_end = bits_next_clear(l->held, from, end);
+			return l;
+		}
+		end = set;
+	}
+	*ret_end = end;
+	return NULL;
+}
+
+/* ---- reads ---- */
+
+/* Bytes [off, off + len), all in blocks that l holds. */
+static int layer_read(struct volume *v, struct layer *l, uint64_t off, uint64_t len, uint8_t *buf)
+{
+	bool active = l->kind == LAYER_KIND_ACTIVE;
+
+	while (len > 0) {
+		uint64_t block = off >> BLOCK_SHIFT;
+		uint32_t in_block = (uint32_t)(off & (BLOCK_SIZE - 1));
+		uint32_t n = (uint32_t)min_u64(len, BLOCK_SIZE - in_block);
+		pthread_rwlock_t *stripe = &v->stripes[(block >> STRIPE_SHIFT) % STRIPES];
+		int rc;
+
+		if (active)
+			check_zero(pthread_rwlock_rdlock(stripe));
+		rc = overlay_read(l->o, block, in_block, buf, n);
+		if (active)
+			check_zero(pthread_rwlock_unlock(stripe));
+		if (rc < 0)
+			return rc;
+		off += n;
+		buf += n;
+		len -= n;
+	}
+	return 0;
+}
+
+/* Bytes of the disk in blocks that no layer held a moment ago. */
+static int disk_read_stable(struct volume *v, struct layer *live, uint64_t off, uint64_t len, uint8_t *buf)
+{
+	uint64_t end = off + len, block = off >> BLOCK_SHIFT, block_end = units_of(end, BLOCK_SHIFT);
+	int rc = disk_read(v->disk, off, buf, (size_t)len);
+
+	if (rc < 0 || !live)
+		return rc;
+	volume_fence();
+	for (block = bits_next_set(live->held, block, block_end); block < block_end;
+	     block = bits_next_set(live->held, block + 1, block_end)) {
+		uint64_t lo = max_u64(off, block << BLOCK_SHIFT), hi = min_u64(end, (block + 1) << BLOCK_SHIFT);
+
+		rc = layer_read(v, live, lo, hi - lo, buf + (lo - off));
+		if (rc < 0)
+			return rc;
+	}
+	return 0;
+}
+
+int view_read(struct volume *v, const struct view *w, uint64_t off, uint64_t len, void *buf)
+{
+	uint64_t end = off + len, at = off, block_end = units_of(end, BLOCK_SHIFT);
+
+	while (at < end) {
+		uint64_t run_end;
+		struct layer *l = view_resolve(w, at >> BLOCK_SHIFT, block_end, &run_end);
+		uint64_t n = min_u64(end, run_end << BLOCK_SHIFT) - at;
+		uint8_t *p = (uint8_t *)buf + (at - off);
+		int rc = l ? layer_read(v, l, at, n, p) : disk_read_stable(v, w->live, at, n, p);
+
+		if (rc < 0)
+			return rc;
+		at += n;
+	}
+	return 0;
+}
+
+static bool range_fits(const struct volume *v, uint64_t off, uint64_t len)
+{
+	uint64_t size = volume_size(v);
+
+	return off <= size && len <= size - off;
+}
+
+int volume_read_disk(struct volume *v, uint64_t off, uint64_t len, void *buf)
+{
+	return range_fits(v, off, len) ? disk_read(v->disk, off, buf, (size_t)len) : -ERR_RANGE;
+}
+
+static int read_through(struct volume *v, bool active, uint64_t base, uint64_t off, uint64_t len, void *buf)
+{
+	struct view w;
+	int rc;
+
+	volume_lock_shared(v);
+	rc = view_make(v, active, base, &w);
+	if (rc == 0)
+		rc = range_fits(v, off, len) ? view_read(v, &w, off, len, buf) : -ERR_RANGE;
+	volume_unlock(v);
+	return rc;
+}
+
+int volume_read_view(struct volume *v, uint64_t base, uint64_t off, uint64_t len, void *buf)
+{
+	return read_through(v, true, base, off, len, buf);
+}
+
+int volume_read_ckpt(struct volume *v, uint64_t ckpt, uint64_t off, uint64_t len, void *buf)
+{
+	return ckpt ? read_through(v, false, ckpt, off, len, buf) : -ERR_NOENT;
+}
+
+/* The layer that LAYER_ACTIVE or LAYER_UNDO names, NULL if there is none to have. chain_lock held. */
+static int find_overlay(struct volume *v, enum volume_layer layer, uint64_t ckpt, struct layer **ret)
+{
+	int i;
+
+	if (layer == LAYER_ACTIVE) {
+		*ret = v->active;
+		return 0;
+	}
+	if (ckpt == 0) {
+		*ret = v->n_chain ? v->chain[v->n_chain - 1] : NULL;
+		return 0;
+	}
+	i = chain_find(v, ckpt);
+	if (i < 0)
+		return i;
+	*ret = v->chain[i];
+	return 0;
+}
+
+static int read_overlay_locked(struct volume *v, struct layer *l, uint64_t off, uint64_t len, uint8_t *buf)
+{
+	uint64_t at = off, end = off + len, block_end = units_of(end, BLOCK_SHIFT);
+
+	while (at < end) {
+		uint64_t block = at >> BLOCK_SHIFT, stop = l ? bits_next_set(l->held, block, block_end) : block_end;
+		bool there = stop == block;
+		uint64_t n;
+		int rc = 0;
+
+		if (there)
+			stop = bits_next_clear(l->held, block, block_end);
+		n = min_u64(end, stop << BLOCK_SHIFT) - at;
+		if (there)
+			rc = layer_read(v, l, at, n, buf + (at - off));
+		else
+			memset(buf + (at - off), 0, (size_t)n);
+		if (rc < 0)
+			return rc;
+		at += n;
+	}
+	return 0;
+}
+
+int volume_read_overlay(struct volume *v, enum volume_layer layer, uint64_t ckpt, uint64_t off, uint64_t len, void *buf)
+{
+	struct layer *l;
+	int rc;
+
+	PRE(layer == LAYER_ACTIVE || layer == LAYER_UNDO);
+	volume_lock_shared(v);
+	rc = find_overlay(v, layer, ckpt, &l);
+	if (rc == 0)
+		rc = range_fits(v, off, len) ? read_overlay_locked(v, l, off, len, buf) : -ERR_RANGE;
+	volume_unlock(v);
+	return rc;
+}
+
+/* ---- extents and sizes ---- */
+
+/* Neighbours of one kind joined into one answer, at most. */
+#define EXTENT_JOINS_MAX 64U
+/* Runs of blocks looked at for an allocated size, at most; beyond, blocks held count as allocated on the disk too. */
+#define ALLOCATED_RUNS_MAX 1024U
+
+/* The piece of one kind that holds off: by the layers, or where none has it, by the disk. */
+static int view_extent_one(struct volume *v, const struct view *w, uint64_t off, struct extent *ret)
+{
+	uint64_t block = off >> BLOCK_SHIFT, blocks = volume_blocks(v), held;
+	int rc;
+
+	if (!view_has(w, block)) {
+		uint64_t limit = min_u64(view_next_held(w, block, blocks) << BLOCK_SHIFT, v->size);
+
+		rc = disk_extent(v->disk, off, limit, ret);
+		if (rc < 0 || ret->data)
+			return rc;
+		/* A hole may be one that a discard of this moment punched: its blocks are in the live overlay by now
+		 * (V2). */
+		volume_fence();
+		held = view_next_held(w, block, units_of(ret->off + ret->len, BLOCK_SHIFT));
+		if (held != block) {
+			ret->len = min_u64(ret->off + ret->len, held << BLOCK_SHIFT) - ret->off;
+			return 0;
+		}
+	}
+	*ret = (struct extent){off, min_u64(view_next_free(w, block, blocks) << BLOCK_SHIFT, v->size) - off, true};
+	return 0;
+}
+
+static int view_extent(struct volume *v, const struct view *w, uint64_t off, struct extent *ret)
+{
+	struct extent x = {off, 0, false};
+	int rc = view_extent_one(v, w, off, &x);
+
+	for (unsigned i = 0; rc == 0 && i < EXTENT_JOINS_MAX && x.off + x.len < v->size; i++) {
+		struct extent next;
+
+		rc = view_extent_one(v, w, x.off + x.len, &next);
+		if (rc < 0 || next.data != x.data)
+			break;
+		x.len += next.len;
+	}
+	if (rc == 0)
+		*ret = x;
+	return rc;
+}
+
+static void overlay_extent(struct volume *v, const struct layer *l, uint64_t off, struct extent *ret)
+{
+	uint64_t block = off >> BLOCK_SHIFT, blocks = volume_blocks(v), stop = blocks;
+	bool there = l && bitmap_test(l->held, block);
+
+	if (l)
+		stop = there ? bits_next_clear(l->held, block, blocks) : bits_next_set(l->held, block, blocks);
+	*ret = (struct extent){off, min_u64(stop << BLOCK_SHIFT, v->size) - off, there};
+}
+
+static int extent_locked(struct volume *v, enum volume_layer layer, uint64_t ckpt, uint64_t off, struct extent *ret)
+{
+	struct layer *l;
+	struct view w;
+	int rc;
+
+	if (off >= v->size)
+		return -ERR_RANGE;
+	switch (layer) {
+	case LAYER_DISK:
+		return disk_extent(v->disk, off, v->size, ret);
+	case LAYER_ACTIVE:
+	case LAYER_UNDO:
+		rc = find_overlay(v, layer, ckpt, &l);
+		if (rc == 0)
+			overlay_extent(v, l, off, ret);
+		return rc;
+	case LAYER_IMAGE:
+		if (ckpt == 0)
+			return -ERR_NOENT;
+		break;
+	case LAYER_VIEW:
+		break;
+	}
+	rc = view_make(v, layer == LAYER_VIEW, ckpt, &w);
+	return rc < 0 ? rc : view_extent(v, &w, off, ret);
+}
+
+int volume_extent(struct volume *v, enum volume_layer layer, uint64_t ckpt, uint64_t off, struct extent *ret)
+{
+	int rc;
+
+	volume_lock_shared(v);
+	rc = extent_locked(v, layer, ckpt, off, ret);
+	volume_unlock(v);
+	return rc;
+}
+
+/* The disk's, and what layers hold where the disk has a hole. */
+static int view_allocated(struct volume *v, const struct view *w, uint64_t *ret)
+{
+	uint64_t total, blocks = volume_blocks(v), block = view_next_held(w, 0, blocks);
+	int rc = disk_allocated(v->disk, &total);
+
+	for (unsigned i = 0; rc == 0 && i < ALLOCATED_RUNS_MAX && block < blocks; i++) {
+		uint64_t end = view_next_free(w, block, blocks);
+		uint64_t at = block << BLOCK_SHIFT, stop = min_u64(end << BLOCK_SHIFT, v->size);
+
+		while (at < stop) {
+			struct extent x;
+
+			rc = disk_extent(v->disk, at, stop, &x);
+			if (rc < 0)
+				return rc;
+			if (!x.data)
+				total += round_up_u64(x.len, BLOCK_SIZE);
+			at = x.off + x.len;
+		}
+		block = view_next_held(w, end, blocks);
+	}
+	if (rc == 0)
+		*ret = total;
+	return rc;
+}
+
+static int allocated_locked(struct volume *v, enum volume_layer layer, uint64_t ckpt, uint64_t *ret)
+{
+	struct layer *l;
+	struct view w;
+	int rc;
+
+	switch (layer) {
+	case LAYER_DISK:
+		return disk_allocated(v->disk, ret);
+	case LAYER_ACTIVE:
+	case LAYER_UNDO:
+		rc = find_overlay(v, layer, ckpt, &l);
+		if (rc == 0)
+			*ret = l ? overlay_count(l->o) << BLOCK_SHIFT : 0;
+		return rc;
+	case LAYER_IMAGE:
+		if (ckpt == 0)
+			return -ERR_NOENT;
+		break;
+	case LAYER_VIEW:
+		break;
+	}
+	rc = view_make(v, layer == LAYER_VIEW, ckpt, &w);
+	return rc < 0 ? rc : view_allocated(v, &w, ret);
+}
+
+int volume_allocated(struct volume *v, enum volume_layer layer, uint64_t ckpt, uint64_t *ret)
+{
+	int rc;
+
+	volume_lock_shared(v);
+	rc = allocated_locked(v, layer, ckpt, ret);
+	volume_unlock(v);
+	return rc;
+}
+
+uint64_t volume_active_blocks(struct volume *v)
+{
+	uint64_t n;
+
+	volume_lock_shared(v);
+	n = v->active ? overlay_count(v->active->o) : 0;
+	volume_unlock(v);
+	return n;
+}
+
+uint64_t volume_undo_blocks(struct volume *v, uint64_t ckpt)
+{
+	struct layer *l = NULL;
+	uint64_t n;
+
+	volume_lock_shared(v);
+	n = find_overlay(v, LAYER_UNDO, ckpt, &l) == 0 && l ? overlay_count(l->o) : 0;
+	volume_unlock(v);
+	return n;
+}
+
+uint64_t volume_live(struct volume *v)
+{
+	uint64_t id;
+
+	volume_lock_shared(v);
+	id = v->n_chain ? v->chain[v->n_chain - 1]->id : 0;
+	volume_unlock(v);
+	return id;
+}
+
+void volume_counters(struct volume *v, struct volume_counters *ret)
+{
+	struct volume_counters c = {.cow_bytes = __atomic_load_n(&v->cow_bytes, __ATOMIC_RELAXED)};
+
+	volume_lock_shared(v);
+	for (uint32_t i = 0; i + 1 < v->n_chain; i++)
+		c.history_bytes += overlay_count(v->chain[i]->o) << BLOCK_SHIFT;
+	volume_unlock(v);
+	*ret = c;
+}

@@ -1,0 +1,149 @@
+/* A volume on this host: its disk, the chain of undo overlays (one per kept checkpoint, oldest first) and the
+ * active overlay. The one mechanism of SPEC 3.
+ *
+ * Words: undo(k) is the overlay of checkpoint k: what blocks held at k, saved before they first changed after k.
+ * The last one is the live epoch's (the hidden overlay). image(k) = for each block the first of undo(k),
+ * undo(k+1), ..., live that has it, else the disk. view = active over image(base).
+ *
+ * Files in the store (docs/format.md): volumes/NAME/disk.raw, volumes/NAME/undo-K.{data,map},
+ * volumes/NAME/active-A.{data,map}, volumes/NAME/intent.
+ *
+ * Invariants
+ *   V1 A block of the disk changes only after the live undo overlay has its old content (if there is a chain):
+ *      data, then map word, durable in `power`, then the disk's write. First save wins.
+ *   V2 A reader of image(k) that finds a block in no overlay reads the disk first and looks at the live bitmap
+ *      again after: a bit is set before the disk's write begins, so an unset bit proves that the bytes read are
+ *      from before it (I8 without a lock against writers).
+ *   V3 The chain changes (a checkpoint, a drop) under the chain lock held exclusively; every read and write holds
+ *      it shared. No I/O happens under the exclusive lock, except that volume_resize reopens the overlays under it.
+ *
+ * Who excludes whom: the caller (the core's range claims) guarantees that no two volume_write requests in progress
+ * touch the same block, and likewise for volume_write_active. Reads need no claim.
+ * Errors: -ERR_x, first failure of the batch; the struct says how far it came. All sizes and offsets in bytes.
+ */
+#ifndef REPFS_IMAGE_VOLUME_H
+#define REPFS_IMAGE_VOLUME_H
+
+#include "core/err.h"
+#include "core/range.h"
+#include "image/storage.h"
+
+struct volume;
+
+enum volume_durability { DURABILITY_PROCESS, DURABILITY_POWER };
+
+enum volume_req_kind { VOLUME_WRITE, VOLUME_ZERO, VOLUME_DISCARD };
+
+struct volume_req {
+	enum volume_req_kind kind;
+	uint64_t off, len;
+	const void *buf; /* VOLUME_WRITE: len bytes, borrowed */
+	int error;       /* out: 0 or -ERR_x */
+	/* out: the error was met while saving old blocks; the disk was not touched by this request. A large zero or discard
+	 * may have finished earlier pieces, saved like all else: doing it again does no harm. */
+	bool save_failed;
+};
+
+#define VOLUME_BATCH_MAX 256
+
+/* Makes volumes/NAME with a sparse disk of `size` bytes; -ERR_EXIST if the folder is there.
+ * Durable (folder entries synced) when durability is POWER. */
+int volume_create(struct storage *s, const char *name, uint64_t size, enum volume_durability dur, struct err *e);
+/* Removes everything of volumes/NAME. Idempotent. */
+int volume_delete(struct storage *s, const char *name, struct err *e);
+
+struct volume_open_args {
+	const char *name;
+	uint64_t size;
+	enum volume_durability durability;
+	const uint64_t *ckpts; /* numbers of the kept checkpoints, ascending; the last is the live epoch's */
+	uint32_t n_ckpts;      /* 0: no chain, nothing is saved */
+	uint64_t active_id;    /* 0: no active overlay */
+};
+/* Opens it; overlay files that args do not name are leftovers of a switch that never happened and are removed.
+ * A disk whose size is not args->size, or a missing overlay, is -ERR_CORRUPT, named; only a disk that is longer by
+ * nothing but a hole is cut back: a resize that was cut off before its metadata write. Returns owned. */
+int volume_open(struct storage *s, const struct volume_open_args *args, struct volume **ret, struct err *e);
+void volume_close(struct volume *v);
+
+uint64_t volume_size(const struct volume *v);
+
+/* Reads. view: active over image(base); base 0 = the disk below active. ckpt: image(k); -ERR_NOENT if k is not kept. */
+int volume_read_disk(struct volume *v, uint64_t off, uint64_t len, void *buf);
+int volume_read_view(struct volume *v, uint64_t base, uint64_t off, uint64_t len, void *buf);
+int volume_read_ckpt(struct volume *v, uint64_t ckpt, uint64_t off, uint64_t len, void *buf);
+
+/* Writes a batch to the disk, saving old blocks first (V1) with one sync a phase for the whole batch in `power`.
+ * Requests with errors do not stop the others, except that a failed save leaves the disk untouched for all requests
+ * of the batch that share the failed phase. Returns 0 or the first error. n <= VOLUME_BATCH_MAX.
+ * A zero or discard of ranges that are holes already saves and writes nothing there.
+ * Large zeroes and discards work through their range in bounded pieces. */
+int volume_write(struct volume *v, struct volume_req *reqs, unsigned n);
+
+/* The secondary's own writes: into active only. Blocks written in part are completed from the view over base.
+ * zero and discard are recorded as blocks of zeroes. -ERR_STATE without an active overlay. */
+int volume_write_active(struct volume *v, uint64_t base, struct volume_req *req);
+
+/* Disk (and in `power`, nothing else is pending by then) durable: a real fdatasync in either durability. */
+int volume_sync(struct volume *v);
+/* Active overlay durable: data, then map. */
+int volume_sync_active(struct volume *v);
+
+/* Epoch switch in two steps, the metadata write between them decides (I7):
+ *   volume_prepare: makes the files of undo(ckpt), and of active(active_id) when it differs from the open one;
+ *                   durable names in `power`. Repeatable. -ERR_EXIST for a number that is not above the live one.
+ *   volume_switch:  in memory, under the chain lock: undo(ckpt) becomes the live one, active is replaced.
+ * volume_unprepare drops what prepare made, if the metadata write failed. */
+int volume_prepare(struct volume *v, uint64_t ckpt /* 0: none */, uint64_t active_id, struct err *e);
+void volume_switch(struct volume *v, uint64_t ckpt, uint64_t active_id);
+void volume_unprepare(struct volume *v);
+
+/* Drops checkpoint k from the chain in memory (the metadata no longer names it): its overlay is merged into the
+ * next older one (the older wins, SPEC 8 MERGEOLD), or just removed if it is the oldest. With one checkpoint left the
+ * chain becomes empty. The merge, being I/O, must be done before the metadata write by volume_merge_into_older
+ * (idempotent, safe to repeat after a crash; runs beside reads, writes and switches).
+ * The live epoch's overlay can't be merged (-ERR_STATE): its checkpoint goes only as the last one of the chain. So
+ * volume_drop's PRE: k is the oldest, or was merged since this volume was opened, or holds no block; a k that is not
+ * in the chain is fine. */
+int volume_merge_into_older(struct volume *v, uint64_t ckpt);
+void volume_drop(struct volume *v, uint64_t ckpt);
+
+/* Removes overlay files that left the chain (after volume_switch or volume_drop); does I/O, called from a worker. */
+void volume_reap(struct volume *v);
+
+/* What a file shows: extents of the disk, of the view, of active, of undo(k) (exactly its blocks), of image(k). */
+enum volume_layer { LAYER_DISK, LAYER_VIEW, LAYER_ACTIVE, LAYER_UNDO, LAYER_IMAGE };
+/* The extent that holds off, clipped to the volume's size; ckpt: base for VIEW, k for UNDO and IMAGE (0 in UNDO: the
+ * live one). Adjacent extents of one kind are joined as far as cheap. off < size. */
+int volume_extent(struct volume *v, enum volume_layer layer, uint64_t ckpt, uint64_t off, struct extent *ret);
+/* Allocated bytes, as st_blocks * 512 of the file that shows the layer. Overlays: blocks held * BLOCK_SIZE. */
+int volume_allocated(struct volume *v, enum volume_layer layer, uint64_t ckpt, uint64_t *ret);
+/* For overlays/NAME/active and hidden: reads a range; blocks that the overlay lacks read as zeroes. */
+int volume_read_overlay(struct volume *v, enum volume_layer layer, uint64_t ckpt, uint64_t off, uint64_t len, void *buf);
+
+uint64_t volume_active_blocks(struct volume *v);  /* blocks held */
+uint64_t volume_undo_blocks(struct volume *v, uint64_t ckpt); /* 0: live; blocks held, 0 if not kept */
+uint64_t volume_live(struct volume *v);           /* number of the live epoch's checkpoint, 0: no chain */
+/* Calls fn(arg, off, len) for every run of blocks in any of undo(from) ... undo(to), to inclusive (0: live, in either),
+ * and, with active, in active. For the dirty bits of a failover and for changed-block lists. Without a chain 0 means no
+ * overlay. fn is called with no lock held. -ERR_NOENT: from or to is not kept. */
+int volume_changed(struct volume *v, uint64_t from, uint64_t to, bool active,
+                   void (*fn)(void *arg, uint64_t off, uint64_t len), void *arg);
+
+/* One step of a commit (SPEC 3): writes the view's content (active over image(base)) of up to `len` bytes at off
+ * (block-aligned) to the disk through volume_write, for the blocks in undo(base) .. undo(last) or active only.
+ * last 0: the live one; base 0: only active. Blocks that the disk has already are not written again, blocks of zeroes
+ * are discarded. Sets *ret_written to the bytes written. The caller holds an exclusive claim over the range. */
+int volume_commit(struct volume *v, uint64_t base, uint64_t last, uint64_t off, uint64_t len, uint64_t *ret_written);
+
+/* Grow only; -ERR_RANGE to shrink; -ERR_BUSY between volume_prepare and its end. Overlays follow: what lies past the old
+ * size reads as zeroes in every older image. */
+int volume_resize(struct volume *v, uint64_t size);
+
+struct volume_counters {
+	uint64_t cow_bytes; /* old content saved, in bytes */
+	uint64_t history_bytes; /* blocks held by closed epochs, in bytes */
+};
+void volume_counters(struct volume *v, struct volume_counters *ret);
+
+#endif

@@ -1,0 +1,225 @@
+#!/usr/bin/env python3
+"""Speed as ratios within one run; README.md says how to read it.
+
+  bench.py [--rounds N] [--seconds S] [--json FILE] [--check] [writes|checkpoint|failover|memory]...
+
+--check: exit 1 if a floor is missed.
+"""
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "lib"))
+import repfs_e2e as e2e  # noqa: E402
+from repfs_e2e import GIB, MIB, TIB, Host, Pair, check, wait_for  # noqa: E402
+
+ROUNDS, SECONDS = 5, 4
+FILE_SIZE = 512 * MIB
+
+
+class Minifuse:
+    """The least a FUSE server can do: pread and pwrite of one file (tests/bench/minifuse.c)."""
+
+    def __init__(self, size):
+        self.dir = e2e.tmp()
+        self.mnt = os.path.join(self.dir, "m")
+        os.mkdir(self.mnt)
+        self.file = os.path.join(self.dir, "plain.raw")
+        with open(self.file, "wb") as f:
+            f.truncate(size)
+        self.proc = subprocess.Popen([e2e.program("minifuse"), self.file, self.mnt], stdin=subprocess.DEVNULL)
+        e2e.track(self)
+        self.path = wait_for(self._served, "minifuse to serve its file", 10)
+
+    def _served(self):
+        check(self.proc.poll() in (None, 0), "minifuse ended with %r" % self.proc.poll())
+        if not e2e.is_mounted(self.mnt):
+            return None
+        names = os.listdir(self.mnt)
+        return os.path.join(self.mnt, names[0]) if names else None
+
+    def close(self):
+        e2e._umount(self.mnt)
+        try:
+            self.proc.wait(5)
+        except subprocess.TimeoutExpired:
+            self.proc.kill()
+            self.proc.wait(5)
+
+
+def fio(path, size=FILE_SIZE, seconds=None, engine="libaio"):
+    """Random 4 KiB direct writes at depth 16; (IOPS, 99th percentile in us)."""
+    e2e.need("fio")
+    r = e2e.run(["fio", "--name=w", "--filename=" + path, "--size=%d" % size, "--rw=randwrite", "--bs=4k", "--iodepth=16", "--direct=1",
+                 "--ioengine=" + engine, "--time_based", "--runtime=%g" % (seconds or SECONDS), "--randrepeat=0", "--norandommap",
+                 "--refill_buffers", "--output-format=json"], timeout=120 + 2 * SECONDS, cwd=e2e.tmp())
+    w = json.loads(r.stdout[r.stdout.index("{"):])["jobs"][0]["write"]
+    return w["iops"], w["clat_ns"]["percentile"]["99.000000"] / 1000
+
+
+def fill(path, size):
+    """Every block really there, so that no side pays for allocation while it is measured."""
+    block = os.urandom(4 * MIB)
+    for off in range(0, size, len(block)):
+        e2e.pwrite(path, off, block[:min(len(block), size - off)])
+    e2e.fsync(path)
+
+
+def bench_writes():
+    """4 KiB random writes at depth 16: F in sync, against the minimal server; the other protocols and a lone volume beside it."""
+    p = Pair(durability="power")
+    (vol,) = p.protect(size=FILE_SIZE, interval=5)
+    mini = Minifuse(FILE_SIZE)
+    fill(vol, FILE_SIZE)
+    fill(mini.path, FILE_SIZE)
+    p.a.wait_synced("vm1", 120)
+    fio(vol, seconds=1)
+    fio(mini.path, seconds=1)
+    rows = []
+    for _ in range(ROUNDS):
+        a, a99 = fio(mini.path)
+        e2e.fsync(mini.path)
+        b, b99 = fio(vol)
+        e2e.fsync(vol)
+        st = p.a.status("vm1")
+        check(st["link"] == "SYNCED" and st["protocol"] == "F", "the group was not in sync: %s" % st["link"])
+        rows.append((b / a, a, b, a99, b99))
+        print("  round: minifuse %.0f, repfs F %.0f IOPS, ratio %.2f" % (a, b, b / a), file=sys.stderr)
+    rows.sort()
+    ratio = statistics.median(r[0] for r in rows)
+    out = {"writes_ratio": ratio, "minifuse_iops": statistics.median(r[1] for r in rows), "repfs_f_iops": statistics.median(r[2] for r in rows),
+           "minifuse_p99_us": statistics.median(r[3] for r in rows), "repfs_f_p99_us": statistics.median(r[4] for r in rows),
+           "ratios": [round(r[0], 3) for r in rows]}
+    for proto in "AC":
+        p.a.repctl("set", "vm1", "protocol=" + proto)
+        out["repfs_%s_iops" % proto.lower()] = fio(vol)[0]
+    p.a.repctl("stop", "vm1", timeout=120)
+    out["repfs_stopped_iops"] = fio(vol)[0]
+    return out
+
+
+def bench_checkpoint():
+    """`checkpoint` with 1 MiB and with 1 GiB dirty since the last one; all of it durable on the peer before."""
+    size = 2 * GIB
+    p = Pair()
+    (vol,) = p.protect(size=size, keep_last=2)
+    block = os.urandom(4 * MIB)
+    for off in range(0, GIB, len(block)):
+        e2e.pwrite(vol, off, block)
+    e2e.fsync(vol)
+    p.a.wait_synced("vm1", 120)
+    p.checkpoint()
+    times = {MIB: [], GIB: []}
+    for _ in range(min(ROUNDS, 3)):
+        for dirty in (MIB, GIB):
+            for off in range(0, dirty, len(block)):
+                e2e.pwrite(vol, off, block[:min(dirty, len(block))])
+            e2e.fsync(vol)
+            wait_for(lambda: p.b.status("vm1")["volumes"][0]["hidden_bytes"] >= dirty, "the overlay to hold it", 60)
+            t = time.monotonic()
+            p.a.ctl("checkpoint", name="vm1", timeout=60)
+            times[dirty].append((time.monotonic() - t) * 1000)
+            print("  checkpoint with %d MiB dirty: %.1f ms" % (dirty // MIB, times[dirty][-1]), file=sys.stderr)
+    small, large = statistics.median(times[MIB]), statistics.median(times[GIB])
+    return {"checkpoint_1m_ms": small, "checkpoint_1g_ms": large, "checkpoint_ratio": large / small}
+
+
+def bench_failover():
+    """The answer of `failover` with 1 GiB in hidden and 1 GiB in active."""
+    size = 2 * GIB
+    p = Pair()
+    (vol,) = p.protect(size=size)
+    block = os.urandom(4 * MIB)
+    for off in range(0, GIB, len(block)):
+        e2e.pwrite(vol, off, block)
+    e2e.fsync(vol)
+    p.checkpoint()
+    for off in range(0, GIB, len(block)):
+        e2e.pwrite(vol, off, block)
+        e2e.pwrite(p.b.volume("vm1"), GIB + off, block)
+    e2e.fsync(vol)
+    t = time.monotonic()
+    p.b.ctl("failover", name="vm1", timeout=60)
+    answer = time.monotonic() - t
+    e2e.pread(p.b.volume("vm1"), GIB, MIB)
+    first = time.monotonic() - t
+    p.b.repctl("wait", "vm1", "--for=done", "--timeout", "300", timeout=310)
+    return {"failover_answer_s": answer, "failover_first_read_s": first, "failover_commit_s": time.monotonic() - t}
+
+
+def bench_memory():
+    """Resident memory of both daemons with a sparse 1 TiB volume in sync, after scattered writes."""
+    p = Pair()
+    (vol,) = p.protect(size=TIB, wait=True)
+    for i in range(2000):
+        e2e.pwrite(vol, (i * 7919 % 262144) * 4 * MIB, b"m" * 4096)
+    e2e.fsync(vol)
+    p.checkpoint()
+    return {"rss_primary_mib": p.a.rss_bytes() / MIB, "rss_secondary_mib": p.b.rss_bytes() / MIB}
+
+
+FLOORS = [  # key, text, limit, better when
+    ("writes_ratio", "4 KiB random writes, depth 16, protocol F in sync / minimal FUSE server", 0.5, "above"),
+    ("checkpoint_ratio", "checkpoint with 1 GiB dirty / with 1 MiB", 2.0, "below"),
+    ("failover_answer_s", "failover with a 1 GiB overlay answers after, s", 1.0, "below"),
+    ("rss_primary_mib", "memory of the primary, sparse 1 TiB volume, MiB", 300, "below"),
+    ("rss_secondary_mib", "memory of the secondary, MiB", 300, "below"),
+]
+BENCHES = {"writes": bench_writes, "checkpoint": bench_checkpoint, "failover": bench_failover, "memory": bench_memory}
+
+
+def main():
+    global ROUNDS, SECONDS
+    args, names, out_file, strict = sys.argv[1:], [], None, False
+    while args:
+        a = args.pop(0)
+        if a == "--rounds":
+            ROUNDS = int(args.pop(0))
+        elif a == "--seconds":
+            SECONDS = float(args.pop(0))
+        elif a == "--json":
+            out_file = args.pop(0)
+        elif a == "--check":
+            strict = True
+        elif a in BENCHES:
+            names.append(a)
+        else:
+            sys.exit(__doc__)
+    free = shutil.disk_usage(e2e.tmp()).free
+    if free < 12 * GIB:
+        sys.exit("bench: needs 12 GiB free in TMPDIR, there are %.1f" % (free / GIB))
+    results, failed = {}, False
+    for name in names or BENCHES:
+        print("%s: %s" % (name, BENCHES[name].__doc__), file=sys.stderr)
+        try:
+            results.update(BENCHES[name]())
+        except (e2e.TestError, e2e.Skip) as e:
+            print("%s: %s" % (name, e), file=sys.stderr)
+            failed = True
+        for problem in e2e.close_all():
+            print("%s: %s" % (name, problem), file=sys.stderr)
+            failed = True
+    missed = []
+    for key, text, limit, better in FLOORS:
+        if key in results:
+            good = results[key] >= limit if better == "above" else results[key] <= limit
+            missed += [] if good else [key]
+            print("%-75s %8.3g   floor %-5g %s" % (text, results[key], limit, "ok" if good else "MISSED"))
+    for key in sorted(results):
+        if key not in [f[0] for f in FLOORS]:
+            print("  %-40s %s" % (key, results[key] if isinstance(results[key], list) else "%.4g" % results[key]))
+    results["missed"] = missed
+    if out_file:
+        with open(out_file, "w") as f:
+            json.dump(dict(results, schema=1, time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())), f, indent=1)
+            f.write("\n")
+    sys.exit(1 if failed or (strict and missed) else 0)
+
+
+if __name__ == "__main__":
+    main()
