@@ -99,6 +99,9 @@ static void error_line(FILE *f, const json_t *o)
 	const char *when = js_str(o, "time", NULL);
 	if (when)
 		(void)fprintf(f, ", %s", when);
+	const char *text = js_str(o, "text", NULL);
+	if (text && text[0])
+		(void)fprintf(f, "\n    %s", text);
 	(void)fputc('\n', f);
 }
 

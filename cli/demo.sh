@@ -51,7 +51,8 @@ trap 'exit 143' TERM
 
 say()
 {
-	printf '\n# %s\n' "$@"
+	echo
+	printf '# %s\n' "$@"
 }
 
 # run COMMAND: as a user would type it; fails the demo if it fails.
@@ -98,7 +99,8 @@ work=$(mktemp -d /tmp/repfs-demo.XXXXXX) || exit 1
 cd "$work" || exit 1
 mkdir -p alpha/mnt beta/mnt || exit 1
 
-say "Two hosts. Each has a store and a mount; beta listens, alpha will dial." "(Both are this machine, so the port is picked by the system.)"
+say "Two hosts. Each has a store and a mount; beta listens, alpha will dial." \
+	"(Both are this machine, so the port is picked by the system.)"
 run "repfs beta/store beta/mnt --listen 127.0.0.1:0"
 beta_pid=$(pid_of beta/store)
 daemons+=("${beta_pid:?no daemon}")
@@ -108,7 +110,8 @@ daemons+=("${alpha_pid:?no daemon}")
 peer=$(repctl --store beta/store status --json | sed -n 's/.*"listen": *"\([^"]*\)".*/\1/p')
 [ -n "$peer" ] || fail "the status of beta does not say where it listens"
 
-say "A volume on alpha, replicated to beta." "Checkpoints only on command here, so that the demo is the same each time; by default there is one every 5 s."
+say "A volume on alpha, replicated to beta. Checkpoints only on command here, so that the demo is the same" \
+	"each time; by default there is one every 5 s."
 run "repctl --store alpha/store create vm1 --size 64M"
 run "repctl --store alpha/store set vm1 checkpoint_interval=0"
 run "repctl --store alpha/store --timeout $limit_s protect vm1 --peer $peer --wait"
@@ -149,9 +152,9 @@ run "repctl --store beta/store checkpoints vm1"
 
 say "And it is a live disk."
 run "dd if=first.bin of=beta/mnt/volumes/vm1 bs=1M seek=32 conv=notrunc,fsync status=none"
-dd if=first.bin of=expected.bin bs=1M seek=32 conv=notrunc status=none
-holds "what is written on beta is there" cmp beta/mnt/volumes/vm1 expected.bin
-holds "checkpoint $number is untouched by that" cmp --bytes=33554432 "beta/mnt/checkpoints/vm1/$number" expected.bin
+cp expected.bin after.bin && dd if=first.bin of=after.bin bs=1M seek=32 conv=notrunc status=none || exit 1
+holds "what is written on beta is there" cmp beta/mnt/volumes/vm1 after.bin
+holds "checkpoint $number is untouched by that" cmp "beta/mnt/checkpoints/vm1/$number" expected.bin
 run "repctl --store beta/store status vm1"
 
 say "All of it held."

@@ -243,6 +243,7 @@ static bool tx_prepare(struct repl *r, struct tx *t, struct repl_meta *m)
 		m->role = ROLE_SECONDARY;
 		repl_state_move(m, STATE_NONE);
 		m->shut_out = true;
+		m->last_stream = 0; /* its numbers were those of the copy that the peer has now */
 		return true;
 	case TX_SPLIT:
 		if (m->split_brain)

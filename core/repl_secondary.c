@@ -57,6 +57,16 @@ void secondary_stream(struct repl *r, struct repl_io *io)
 		session_protocol_error(r, "data before RESYNC_BEGIN");
 		return;
 	}
+	/* Numbers only grow (I17); one that was used already is never taken again. */
+	if (io->kind == REPL_CHECKPOINT) {
+		if (io->arg <= r->ckpt_used) {
+			session_protocol_error(r, "checkpoint %llu after %llu", (unsigned long long)io->arg,
+			                       (unsigned long long)r->ckpt_used);
+			repl_complete(r, io, -ERR_CANCELED);
+			return;
+		}
+		r->ckpt_used = io->arg;
+	}
 	if ((done || io->resync) && r->link != LINK_RESYNC) {
 		repl_complete(r, io, -ERR_CANCELED);
 		session_protocol_error(r, "resync data outside a resync");

@@ -70,7 +70,7 @@ CODE_IS(ERR_INTR, 24);
 enum range_rule {
 	RANGE_FREE, /* offset and length are not a range */
 	RANGE_DATA, /* length bytes of payload, at least one */
-	RANGE_SPAN, /* at least one byte, no payload */
+	RANGE_SPAN, /* 1 to WIRE_SPAN_MAX bytes, no payload */
 	RANGE_ANY,  /* may be empty */
 };
 
@@ -183,8 +183,8 @@ static int range_check(const struct wire_frame *f, const struct type_rule *rule,
 	}
 	if (rule->range == RANGE_DATA && f->length != f->length_payload)
 		return frame_bad(e, f, "length", "not its payload's");
-	if (rule->range == RANGE_SPAN && f->length == 0)
-		return frame_bad(e, f, "length", "is 0");
+	if (rule->range == RANGE_SPAN && (f->length == 0 || f->length > WIRE_SPAN_MAX))
+		return frame_bad(e, f, "length", "out of bounds");
 	if (f->offset > VOLUME_SIZE_MAX || f->length > VOLUME_SIZE_MAX - f->offset)
 		return frame_bad(e, f, "offset", "the range ends behind the largest volume");
 	return 0;

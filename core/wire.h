@@ -18,6 +18,7 @@
 #define WIRE_VERSION_MAX 1
 #define WIRE_HEADER_SIZE 56
 #define WIRE_PAYLOAD_MAX (2U << 20)
+#define WIRE_SPAN_MAX (UINT64_C(1) << 30) /* bytes of one ZERO, DISCARD, RESYNC_ZERO: bounds one request's work */
 #define WIRE_HELLO_MAX 4096 /* largest payload before the handshake is complete */
 #define WIRE_TEXT_MAX 480
 #define WIRE_SETTINGS_MAX 4096 /* largest SETTINGS payload */

@@ -272,17 +272,48 @@ static bool is_leftover(const void *arg, const char *name)
 	return strcmp(name, expect) != 0;
 }
 
+/* What a filesystem may call data beyond a size that is not a multiple of its blocks. */
+#define TAIL_MAX (64U << 10)
+
+/* Whether nothing but zeroes was ever put into [off, end): a hole, but for the rest of the filesystem's block at off.
+ */
+static int is_untouched(struct disk *d, uint64_t off, uint64_t end, bool *ret)
+{
+	struct extent x;
+	int rc = disk_extent(d, off, end, &x);
+
+	*ret = true;
+	if (rc == 0 && x.data && x.len <= TAIL_MAX) {
+		uint8_t *tail = malloc((size_t)x.len);
+
+		if (!tail)
+			return -ERR_NOMEM;
+		rc = disk_read(d, off, tail, (size_t)x.len);
+		for (uint64_t i = 0; rc == 0 && i < x.len; i++)
+			*ret = *ret && tail[i] == 0;
+		free(tail);
+		off += x.len;
+		if (rc == 0 && off < end)
+			rc = disk_extent(d, off, end, &x);
+		else
+			x = (struct extent){off, 0, false};
+	}
+	if (rc == 0)
+		*ret = *ret && !x.data && x.off + x.len == end;
+	return rc;
+}
+
 /* A disk that is longer than it should be, with nothing in the surplus, is a growth that was cut off before anything
  * knew of it: the surplus goes again. Anything else is not ours to mend. */
 static int disk_fit(struct volume *v, uint64_t size, struct err *e)
 {
-	struct extent x;
+	bool untouched = false;
 	uint64_t now;
 	int rc = disk_get_size(v->disk, &now);
 
 	if (rc == 0 && now > size) {
-		rc = disk_extent(v->disk, size, now, &x);
-		if (rc == 0 && !x.data && x.off + x.len == now) {
+		rc = is_untouched(v->disk, size, now, &untouched);
+		if (rc == 0 && untouched) {
 			rc = disk_set_size(v->disk, size);
 			now = size;
 		}

@@ -44,7 +44,7 @@ static void header_facts(const struct wire_frame *f)
 	case WIRE_ZERO:
 	case WIRE_DISCARD:
 	case WIRE_RESYNC_ZERO:
-		MUST(f->seq != 0 && f->length != 0);
+		MUST(f->seq != 0 && f->length != 0 && f->length <= WIRE_SPAN_MAX);
 		MUST(f->offset <= VOLUME_SIZE_MAX && f->length <= VOLUME_SIZE_MAX - f->offset);
 		break;
 	case WIRE_DIRTY:

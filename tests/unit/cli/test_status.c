@@ -69,7 +69,7 @@ Test(status, resync_error_and_several_volumes)
 	    "\"dirty_bytes\":1048576,\"queue_bytes\":10,\"resync\":{\"done\":256,\"total\":1024,\"rate\":2048,\"eta_"
 	    "s\":90},"
 	    "\"commit\":null,\"error\":{\"code\":\"ERR_IO\",\"operation\":\"write\",\"volume\":\"log\",\"offset\":4096,"
-	    "\"length\":512,\"time\":\"2026-01-02T03:04:05.678Z\"},\"volumes\":["
+	    "\"length\":512,\"time\":\"2026-01-02T03:04:05.678Z\",\"text\":\"bad sector\"},\"volumes\":["
 	    "{\"name\":\"log\",\"size\":1073741824,\"path\":\"/m/volumes/log\"},"
 	    "{\"name\":\"database\",\"size\":107374182400,\"path\":\"/m/volumes/database\"}]}]}",
 	    false,
@@ -79,6 +79,7 @@ Test(status, resync_error_and_several_volumes)
 	    "  degraded: an error stands\n"
 	    "  resync 25.0 %, 256 B of 1.0 KiB   2.0 KiB/s   1 min 30 s left\n"
 	    "  error ERR_IO: write of log, 512 bytes at 4096, 2026-01-02T03:04:05.678Z\n"
+	    "    bad sector\n"
 	    "  log           1.0 GiB   /m/volumes/log\n"
 	    "  database    100.0 GiB   /m/volumes/database\n");
 }

@@ -289,13 +289,13 @@ Test(wire_header, ranges)
 			assert_refused(f, "length");
 			continue;
 		}
-		f.length = VOLUME_SIZE_MAX;
+		f.length = span ? WIRE_SPAN_MAX : VOLUME_SIZE_MAX;
 		assert_taken(f);
 		f.length++;
-		assert_refused(f, "offset");
+		assert_refused(f, span ? "length" : "offset");
 		f.length = UINT64_MAX;
 		f.offset = 1;
-		assert_refused(f, "offset");
+		assert_refused(f, span ? "length" : "offset");
 		f.length = f.offset = 0;
 		if (span)
 			assert_refused(f, "length");

@@ -128,8 +128,13 @@ static inline int cs_write(struct disk *d, uint64_t off, const void *buf, size_t
 	if (cd->cs->stopped)
 		return -ERR_IO;
 	cd->cs->writes++;
-	if (cs_stop(cd->cs))
-		len = (size_t)cs_random(cd->cs, len + 1);
+	if (cs_stop(cd->cs)) {
+		uint64_t stop = off + cs_random(cd->cs, len + 1);
+
+		if (!cd->cs->tear_bytes && stop < off + len)
+			stop = max_u64(round_down_u64(stop, SECTOR_SIZE), off);
+		len = (size_t)(stop - off);
+	}
 	cs_image_write(cd->inode->cache, off, buf, len);
 	cs_queue(cd->inode, off, buf, len);
 	return cd->cs->stopped ? -ERR_IO : 0;
