@@ -33,10 +33,10 @@ struct cli;
 
 struct cli_opt {
 	const char *name;
-	char letter;	     /* 0: none */
 	const char *arg;     /* the value's name in help; NULL: a flag */
 	const char *choices; /* "a|b|c": the values allowed; NULL: any */
 	const char *help;
+	char letter; /* 0: none */
 	bool later;  /* known, and not in this release */
 	bool needed; /* the verb cannot do without it (shown without brackets; the verb checks) */
 };

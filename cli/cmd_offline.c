@@ -6,6 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "core/check.h"
 #include "core/os/cleanup.h"
 
 static int fail_err(const struct cli *c, int rc, const struct err *e)
@@ -67,6 +68,7 @@ int offline_import(struct cli *c, struct store *st, const char *name, const char
 	cli_defer_signals(false);
 	if (rc < 0)
 		return fail_err(c, rc, &e);
+	POST(m != NULL);
 	return made(c,
 		    json_pack("{s:i, s:s, s:s, s:I, s:s}", "schema", 1, "volume", name, "group", m->group, "size",
 			      (json_int_t)m->volumes[i].size, "format", "raw"),
@@ -164,54 +166,41 @@ static json_t *volume_json(struct store *st, const struct repl_meta *m, uint32_t
 			 state_name(m->state), "allocated", j);
 }
 
-struct group_names {
-	unsigned n;
-	char name[STORE_GROUPS_MAX][NAME_SIZE];
+struct listing {
+	struct cli *c;
+	struct store *st;
+	json_t *volumes;
+	int exit_code;
 };
 
-static int collect(void *arg, const char *group)
+/* A group that can't be read is told about; the others are listed. */
+static int list_group(void *arg, const char *group)
 {
-	struct group_names *g = arg;
-	if (g->n == STORE_GROUPS_MAX)
-		return -ERR_LIMIT;
-	(void)snprintf(g->name[g->n++], NAME_SIZE, "%s", group);
+	struct listing *l = arg;
+	struct repl_meta *m = NULL;
+	struct err e = {0};
+	int rc = store_load_group(l->st, group, &m, &e);
+	if (rc < 0) {
+		l->exit_code = fail_err(l->c, rc, &e);
+		return 0;
+	}
+	for (uint32_t i = 0; i < m->n_volumes; i++)
+		(void)json_array_append_new(l->volumes, volume_json(l->st, m, i));
+	free(m);
 	return 0;
-}
-
-static int by_name(const void *a, const void *b)
-{
-	return strcmp(a, b);
 }
 
 int offline_list(struct cli *c, struct store *st, json_t **ret)
 {
-	struct err e = {0};
-	_cleanup_free_ struct group_names *g = calloc(1, sizeof(*g));
-	json_t *volumes = json_array();
-	int exit_code = 0;
-	int rc = g && volumes ? store_list_groups(st, collect, g) : -ERR_NOMEM;
+	struct listing l = {.c = c, .st = st, .volumes = json_array()};
+	int rc = l.volumes ? store_list_groups(st, list_group, &l) : -ERR_NOMEM;
+	store_close(st);
 	if (rc < 0) {
-		json_decref(volumes);
-		store_close(st);
+		json_decref(l.volumes);
 		return cli_fail(c, rc, "the store's groups can't be listed: %s", err_short(rc));
 	}
-	qsort(g->name, g->n, NAME_SIZE, by_name);
-	for (unsigned k = 0; k < g->n; k++) {
-		struct repl_meta *m = NULL;
-		e = (struct err){0};
-		rc = store_load_group(st, g->name[k], &m, &e);
-		if (rc < 0) {
-			exit_code = fail_err(c, rc, &e);
-			continue;
-		}
-		for (uint32_t i = 0; i < m->n_volumes; i++)
-			(void)json_array_append_new(volumes, volume_json(st, m, i));
-		free(m);
-	}
-	store_close(st);
-	json_t *doc = json_pack("{s:i, s:o}", "schema", 1, "volumes", volumes);
-	rc = made(c, doc, ret);
-	return rc ? rc : exit_code;
+	rc = made(c, json_pack("{s:i, s:o}", "schema", 1, "volumes", l.volumes), ret);
+	return rc ? rc : l.exit_code;
 }
 
 int offline_show(struct cli *c, struct store *st, const char *name, json_t **ret)

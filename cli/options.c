@@ -24,12 +24,12 @@ const struct cli_opt cli_global_opts[] = {
     {.name = "json", .help = "print one JSON document; progress as JSON lines on stderr"},
     {.name = "color", .arg = "WHEN", .choices = "auto|always|never", .help = "colour; auto: on a terminal"},
     {.name = "no-progress", .help = "no progress bar, no progress lines"},
-    {.name = "quiet", .letter = 'q', .help = "no messages and no progress; results and errors only"},
-    {.name = "verbose", .letter = 'v', .help = "say more"},
+    {.name = "quiet", .help = "no messages and no progress; results and errors only", .letter = 'q'},
+    {.name = "verbose", .help = "say more", .letter = 'v'},
     {.name = "timeout", .arg = "SEC", .help = "give up after so many seconds (exit code 124)"},
-    {.name = "yes", .letter = 'y', .help = "do not ask for confirmation"},
-    {.name = "help", .letter = 'h', .help = "this text, or that of a verb"},
-    {.name = "version", .letter = 'V', .help = "the version of repctl"},
+    {.name = "yes", .help = "do not ask for confirmation", .letter = 'y'},
+    {.name = "help", .help = "this text, or that of a verb", .letter = 'h'},
+    {.name = "version", .help = "the version of repctl", .letter = 'V'},
     {.name = NULL},
 };
 
@@ -196,7 +196,7 @@ static int take_global(struct cli *c, const struct cli_opt *o, const char *value
 		c->socket = value;
 	else if (strcmp(n, "json") == 0)
 		c->json = true;
-	else if (strcmp(n, "color") == 0)
+	else if (strcmp(n, "color") == 0 && value)
 		c->color = value[1] == 'u' ? COLOR_AUTO : value[0] == 'a' ? COLOR_ALWAYS : COLOR_NEVER;
 	else if (strcmp(n, "no-progress") == 0)
 		c->no_progress = true;
@@ -204,7 +204,7 @@ static int take_global(struct cli *c, const struct cli_opt *o, const char *value
 		c->quiet = true;
 	else if (strcmp(n, "verbose") == 0)
 		c->verbose = true;
-	else if (strcmp(n, "timeout") == 0)
+	else if (strcmp(n, "timeout") == 0 && value)
 		return cli_parse_seconds(value, &c->timeout_ms, e);
 	else if (strcmp(n, "yes") == 0)
 		c->yes = true;
@@ -476,7 +476,7 @@ static bool is_word(const char *p, size_t len, const char *word)
 int cli_parse_layer(const char *text, char name[NAME_SIZE], char layer[16], uint64_t *ret_ckpt, struct err *e)
 {
 	if (!strchr(text, '/')) {
-		uint64_t n;
+		uint64_t n = 0;
 		if (!strchr(text, '@'))
 			goto bad;
 		int rc = cli_parse_at(text, name, &n, e);

@@ -415,7 +415,7 @@ static void cycle_check(struct repl *r)
 		bitmap_clear_all(&v->cycle);
 	}
 	r->cycle_on = false;
-	r->cycle_ended_ns = r->now_ns;
+	r->cycle_next_ns = r->now_ns + max_u64(CYCLE_NS, CYCLE_REST * (r->now_ns - r->cycle_started_ns));
 	r->durable_ns = r->cycle_started_ns;
 }
 
@@ -556,7 +556,7 @@ void primary_tick(struct repl *r)
 	}
 	if (r->seq == r->applied)
 		r->progress_ns = r->now_ns;
-	if (!r->cycle_on && !r->cycle_io_busy && r->now_ns - r->cycle_ended_ns >= CYCLE_NS)
+	if (!r->cycle_on && !r->cycle_io_busy && r->now_ns >= r->cycle_next_ns)
 		cycle_start(r);
 	primary_resync_pump(r);
 	if (r->link != LINK_SYNCED || r->stopping)

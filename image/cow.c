@@ -356,7 +356,9 @@ static int zero_piece_locked(struct volume *v, struct volume_req *r, uint64_t *a
 		*at = x.off + x.len;
 		return 0;
 	}
-	piece = (struct volume_req){.kind = r->kind, .off = *at, .len = min_u64(end - *at, ZERO_PIECE)};
+	/* Pieces end between blocks: a block zeroed in two halves would never be freed. */
+	piece =
+	    (struct volume_req){.kind = r->kind, .off = *at, .len = min_u64(end - *at, ZERO_PIECE - *at % ZERO_PIECE)};
 	write_batch_locked(v, &piece, 1);
 	r->save_failed = piece.save_failed;
 	*at += piece.len;

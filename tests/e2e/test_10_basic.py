@@ -234,12 +234,14 @@ def test_listen_port_zero_and_version():
 
 def test_mount_helper():
     e2e.need_root()
-    if not (shutil.which("mount.fuse3", path="/usr/sbin:/sbin") or shutil.which("mount.fuse", path="/usr/sbin:/sbin")):
+    helper = shutil.which("mount.fuse3", path="/usr/sbin:/sbin")
+    if not helper:
         raise e2e.Skip("no mount.fuse3")
     h = Host("a")
     h.repctl("create", "vm1", "--size", "1M")
     env = dict(os.environ, PATH=e2e.bin_dir() + ":" + os.environ["PATH"])
-    e2e.run(["mount", "-t", "fuse.repfs", "-o", "rw,nosuid,nodev,durability=process,noatime", h.store, h.mnt], env=env,
+    # What mount(8) calls; itself it drops PATH, and repfs need not be installed here.
+    e2e.run([helper, h.store, h.mnt, "-o", "rw,nosuid,nodev,durability=process,noatime", "-t", "fuse.repfs"], env=env,
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         check_eq(os.stat(h.volume("vm1")).st_size, MIB, "size of the volume")
@@ -379,7 +381,7 @@ def test_size_is_fixed():
     check_eq(len(os.pread(fd, 8192, 4 * MIB - 512)), 512, "a read over the end")
     check_errno(errno.EPERM, "ftruncate to less", os.ftruncate, fd, MIB)
     check_errno(errno.EPERM, "ftruncate to more", os.ftruncate, fd, 8 * MIB)
-    check_errno(errno.EPERM, "truncate to more", os.truncate, vol, 8 * MIB)
+    check(e2e.errno_of(os.truncate, vol, 8 * MIB) in (errno.EPERM, errno.EFBIG), "truncate grew a volume")
     wait_for(lambda: "resize" in h.log_text(), "a log line that names repctl resize", 5)
     os.close(fd)
     os.close(os.open(vol, os.O_RDWR | os.O_TRUNC))
@@ -548,7 +550,7 @@ def test_kill9_leaves_enotconn_and_remounts():
     h.start()  # over its dead mount, with a handle of the old one still open
     e2e.check_bytes(vol, 0, 8192, ord("B"), "content after kill -9")
     check(e2e.errno_of(os.pread, fd, 512, 0) != 0, "a handle of the dead mount reads")
-    os.close(fd)
+    e2e.errno_of(os.close, fd)
     # written, not synced: kill -9 of the daemon loses nothing that was answered
     e2e.pwrite(vol, 8192, b"C" * 8192)
     h.kill9()
@@ -564,7 +566,7 @@ def test_sigterm_with_open_files():
     h.expect_dead = True
     h.wait_exit(0, 12)
     check(time.monotonic() - t < 11, "SIGTERM with an open file takes %.1f s" % (time.monotonic() - t))
-    os.close(fd)
+    e2e.errno_of(os.close, fd)
     h.start()
 
 
@@ -597,7 +599,8 @@ def test_corrupt_metadata():
     restore()
     h.start()
     h.stop()
-    for base in (os.path.join(h.store, "groups", "vm1"), os.path.join(h.store, "store")):
+    for name in ("groups/vm1", "store"):
+        base = os.path.join(h.store, name)
         restore()
         for copy in (".a", ".b"):
             data = bytearray(open(base + copy, "rb").read())
@@ -607,10 +610,10 @@ def test_corrupt_metadata():
         before = {f: open(f, "rb").read() for f in files}
         r = e2e.run(h.command("-f"), code=None, timeout=10)
         check(r.returncode not in (0, None), "a daemon started on corrupt metadata")
-        check(base in r.stderr, "the message does not name %s: %s" % (base, r.stderr))
+        check(h.store in r.stderr and name + ".a" in r.stderr, "the message does not name %s.a: %s" % (base, r.stderr))
         check(not e2e.is_mounted(h.mnt), "a mount is left")
-        h.repctl("list", code=1).says(base)
-        h.repctl("check", code=1).says(base)
+        h.repctl("list", code=1).says(name + "[.]a")
+        h.repctl("check", code=1).says(name + "[.]a")
         check_eq({f: open(f, "rb").read() for f in files}, before, "metadata after it was refused")
     restore()
     with open(h.disk("vm1"), "r+b") as f:

@@ -213,8 +213,9 @@ Test(intent, concurrent_sets_lose_nothing)
 		w[i] = (struct setter){t, &start, 80 + i, file, 0, 0};
 		cr_assert_eq(pthread_create(&threads[i], NULL, toggle_bit, &w[i]), 0);
 	}
-	for (unsigned i = 0; i < 8; i++) {
+	for (unsigned i = 0; i < 8; i++)
 		pthread_join(threads[i], NULL);
+	for (unsigned i = 0; i < 8; i++) {
 		cr_assert_eq(w[i].rc, 0);
 		cr_assert_eq(w[i].lost, 0);
 	}
