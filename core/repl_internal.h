@@ -95,7 +95,7 @@ struct repl {
 	uint64_t writes_in_flight; /* guests' writes past the gate and not locally done */
 	bool holding;              /* restarted primary: nothing served before the handshake */
 	uint64_t hold_until_ns;
-	bool activating, stopping, failing_over, finalising, shutdown;
+	bool activating, stopping, stop_cleared, failing_over, finalising, shutdown;
 
 	/* session */
 	enum link_state link;

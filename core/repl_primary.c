@@ -211,7 +211,7 @@ static void on_checkpoint_ack(struct repl *r, const struct wire_frame *f)
 		if (stopping) {
 			c = r->stop;
 			r->stop = NULL;
-			r->stopping = false;
+			r->stopping = r->stop_cleared = false;
 			r->stop_number = 0;
 		}
 		repl_command_done(r, c, -ERR_STATE, "the secondary did not take checkpoint %llu", (unsigned long long)number);
@@ -234,6 +234,7 @@ static void on_resync_ack(struct repl *r)
 	r->link = LINK_SYNCED;
 	r->progress_ns = r->now_ns;
 	r->error.code = 0;
+	r->cycle_next_ns = r->now_ns; /* the peer has it all durable: clear at once */
 	repl_tx(r, TX_IN_SYNC);
 	repl_log(r, 2, "in sync");
 	/* The checkpoint that ends a resync: the secondary's view stands on it. */
@@ -322,6 +323,8 @@ void primary_settings_changed(struct repl *r)
 
 /* ---- checkpoints, stop ---- */
 
+static bool cycle_start(struct repl *r);
+
 static void send_checkpoint(struct repl *r, uint64_t number, uint32_t flags)
 {
 	session_send(r, WIRE_CHECKPOINT, ++r->seq, number, r->wall_ns, (uint16_t)flags, NULL, 0);
@@ -348,8 +351,14 @@ void primary_stop_check(struct repl *r)
 {
 	if (!r->stopping || r->writes_in_flight || r->link != LINK_SYNCED || !r->is_source)
 		return;
-	if (r->stop_number)
+	if (r->stop_number || r->cycle_on || r->cycle_io_busy)
 		return;
+	/* One clear cycle over all that was written: what is clean now costs nothing at the next start. */
+	if (!r->stop_cleared) {
+		r->stop_cleared = true;
+		if (cycle_start(r))
+			return;
+	}
 	r->stop_number = ++r->ckpt_used;
 	send_checkpoint(r, r->stop_number, WIRE_CKPT_COMMAND | WIRE_CKPT_STOP);
 }
@@ -365,7 +374,7 @@ void primary_tx_done(struct repl *r, struct tx *t, int error)
 		                  (unsigned long long)t->number, err_short(error));
 		return;
 	case TX_STOPPED:
-		r->stopping = false;
+		r->stopping = r->stop_cleared = false;
 		r->stop_number = 0;
 		if (t->command == r->stop)
 			r->stop = NULL;
@@ -384,13 +393,14 @@ void primary_tx_done(struct repl *r, struct tx *t, int error)
 
 /* ---- the clear cycle ---- */
 
-static void cycle_start(struct repl *r)
+/* False: nothing was touched. */
+static bool cycle_start(struct repl *r)
 {
 	bool any = false;
 	for (uint32_t i = 0; i < r->meta->n_volumes; i++)
 		any = any || r->vol[i].touched.count;
 	if (!any)
-		return;
+		return false;
 	for (uint32_t i = 0; i < r->meta->n_volumes; i++)
 		bitmap_swap(&r->vol[i].touched, &r->vol[i].cycle);
 	r->cycle_on = true;
@@ -401,6 +411,7 @@ static void cycle_start(struct repl *r)
 	r->cycle_seq = send_barrier(r);
 	r->cycle_io.kind = REPL_FLUSH;
 	repl_submit(r, &r->cycle_io, TARGET_DISK);
+	return true;
 }
 
 static void cycle_check(struct repl *r)
@@ -417,6 +428,7 @@ static void cycle_check(struct repl *r)
 	r->cycle_on = false;
 	r->cycle_next_ns = r->now_ns + max_u64(CYCLE_NS, CYCLE_REST * (r->now_ns - r->cycle_started_ns));
 	r->durable_ns = r->cycle_started_ns;
+	primary_stop_check(r);
 }
 
 void primary_cycle_done(struct repl *r, int error)
@@ -515,7 +527,7 @@ void primary_session_lost(struct repl *r)
 	r->auto_ckpt = 0;
 	r->ckpt_wanted = false;
 	if (!repl_tx_pending(r, TX_STOPPED)) {
-		r->stopping = false;
+		r->stopping = r->stop_cleared = false;
 		r->stop_number = 0;
 	}
 	while (r->ckpts) {
@@ -557,7 +569,8 @@ void primary_tick(struct repl *r)
 	if (r->seq == r->applied)
 		r->progress_ns = r->now_ns;
 	if (!r->cycle_on && !r->cycle_io_busy && r->now_ns >= r->cycle_next_ns)
-		cycle_start(r);
+		(void)cycle_start(r);
+	primary_stop_check(r);
 	primary_resync_pump(r);
 	if (r->link != LINK_SYNCED || r->stopping)
 		return;
@@ -687,6 +700,7 @@ static void scan_done(struct repl *r, struct repl_io *io)
 				send_io(r, &z, WIRE_RESYNC_ZERO);
 			}
 			resync_sent(r, io, len);
+			r->rs_total -= min_u64(r->rs_total, units_of(len, REGION_SHIFT) << REGION_SHIFT); /* holes are not data */
 			r->rs_off = io->off + len;
 			return;
 		}

@@ -814,7 +814,8 @@ void secondary_failover(struct repl *r, struct repl_command *c)
 	if (outcome(r, c, &to) < 0)
 		return;
 	/* The shell puts the number of blocks in active into result3. */
-	if (c->result3 && !(c->flags & FAILOVER_DISCARD_ACTIVE) && to != m->base) {
+	bool stays = c->number == FAILOVER_DEFAULT && to == m->base;
+	if (c->result3 && !(c->flags & FAILOVER_DISCARD_ACTIVE) && !stays) {
 		repl_command_done(r, c, -ERR_STATE,
 		                  "the active overlay holds this side's own writes, which belong to checkpoint %llu; `--discard-active` "
 		                  "gives them up",

@@ -37,6 +37,14 @@ void session_close(struct repl *r, bool drain)
 	repl_emit(r, &(struct repl_action){.type = ACT_CLOSE, .drain = drain});
 }
 
+static void fail_pending(struct repl *r, struct repl_command **c, int code, const char *text)
+{
+	struct repl_command *x = *c;
+	*c = NULL;
+	if (x)
+		repl_command_done(r, x, code, "%s", text);
+}
+
 void session_refuse(struct repl *r, int code, const char *text)
 {
 	struct wire_refuse x = {.code = (uint16_t)(code < 0 ? -code : code)};
@@ -44,6 +52,8 @@ void session_refuse(struct repl *r, int code, const char *text)
 	int n = wire_refuse_encode(&x, r->scratch, sizeof(r->scratch));
 	if (n > 0)
 		session_send(r, WIRE_REFUSE, 0, 0, 0, 0, r->scratch, (uint32_t)n);
+	fail_pending(r, &r->protect, -(int)x.code, text);
+	fail_pending(r, &r->start, -(int)x.code, text);
 	session_close(r, true);
 }
 
@@ -135,14 +145,6 @@ static void redial_plan(struct repl *r, bool had_session)
 		r->redial_wait_ns = REDIAL_MIN_NS;
 	r->redial_ns = r->now_ns + (had_session ? 0 : r->redial_wait_ns + repl_random(r) % (r->redial_wait_ns / 2 + 1));
 	r->redial_wait_ns = min_u64(r->redial_wait_ns * 2, REDIAL_MAX_NS);
-}
-
-static void fail_pending(struct repl *r, struct repl_command **c, int code, const char *text)
-{
-	struct repl_command *x = *c;
-	*c = NULL;
-	if (x)
-		repl_command_done(r, x, code, "%s", text);
 }
 
 void session_link_down(struct repl *r, int code, const char *text)

@@ -335,6 +335,16 @@ static int first_frame(struct conn *c, const struct wire_frame *f, void *payload
 		free(payload);
 		return 0;
 	}
+	/* One primary a group: a stranger does not push out the one that is connected. */
+	mutex_lock(&g->lock);
+	bool taken = g->conn && memcmp(link_peer(g->conn->link)->store, link_peer(c->link)->store, 16) != 0;
+	mutex_unlock(&g->lock);
+	if (taken) {
+		refuse(c, ERR_STATE, "that group is connected to another host already; choose another name, or unprotect it there");
+		group_unref(g);
+		free(payload);
+		return 0;
+	}
 	if (repl_meta(g->core)->role == ROLE_STANDALONE) {
 		for (uint32_t i = 0; i < g->n_vols; i++)
 			if (atomic_load(&g->vols[i]->opens) && repl_meta(g->core)->failover_generation == 0) {
@@ -539,6 +549,7 @@ void daemon_close(struct daemon *d)
 {
 	if (d == NULL)
 		return;
+	atomic_store(&d->ending, true);
 	if (d->ctl)
 		ctl_server_stop(d->ctl);
 	mutex_lock(&d->lock);

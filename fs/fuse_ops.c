@@ -390,6 +390,7 @@ static void dir_add(struct dir *d, struct inode_id id, const char *text, const c
 		d->names = more;
 		d->room = room;
 	}
+	INVARIANT(d->names);
 	struct name *n = &d->names[d->n++];
 	n->id = id;
 	(void)snprintf(n->text, sizeof(n->text), "%s%s", text, suffix);
@@ -535,7 +536,7 @@ static void readdir_reply(fuse_req_t req, size_t size, off_t off, const struct f
 {
 	struct dir *d = (struct dir *)(uintptr_t)fi->fh; // NOLINT(performance-no-int-to-ptr)
 	int r = off == 0 || !d->names ? dir_fill(ops_of(req), d) : 0;
-	_cleanup_free_ char *buf = r ? NULL : malloc(size);
+	char *buf = r ? NULL : malloc(size);
 	if (!buf) {
 		(void)fuse_reply_err(req, r ? r : ENOMEM);
 		return;
@@ -548,6 +549,7 @@ static void readdir_reply(fuse_req_t req, size_t size, off_t off, const struct f
 		used += n;
 	}
 	(void)fuse_reply_buf(req, buf, used);
+	free(buf);
 }
 
 static void op_readdir(fuse_req_t req, fuse_ino_t ino, size_t size, off_t off, struct fuse_file_info *fi)

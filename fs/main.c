@@ -9,6 +9,7 @@
  */
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
 #include <poll.h>
 #include <signal.h>
 #include <stdio.h>
@@ -21,7 +22,6 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include "core/os/cleanup.h"
 #include "core/os/log.h"
 #include "fs/daemon.h"
 #include "fs/fuse_ops.h"
@@ -53,30 +53,38 @@ static int complain(const struct err *e)
 /* ---- paths ---------------------------------------------------------------------------------------------------------
  */
 
+/* path's folder resolved, with path's last part behind it; that need not exist. NULL: errno. Returns owned. */
+static char *path_resolve_new(const char *path)
+{
+	char folder[PATH_MAX], real[PATH_MAX], *whole;
+	size_t len = strlen(path);
+	while (len > 1 && path[len - 1] == '/')
+		len--;
+	if (len >= sizeof(folder)) {
+		errno = ENAMETOOLONG;
+		return NULL;
+	}
+	memcpy(folder, path, len);
+	folder[len] = '\0';
+	char *slash = strrchr(folder, '/');
+	const char *base = path + (slash ? slash + 1 - folder : 0);
+	int base_len = (int)(path + len - base);
+	if (slash)
+		slash[slash == folder] = '\0';
+	if (base_len == 0 || strspn(base, "./") >= (size_t)base_len || !realpath(slash ? folder : ".", real))
+		return NULL;
+	return asprintf(&whole, "%s/%.*s", strcmp(real, "/") == 0 ? "" : real, base_len, base) < 0 ? NULL : whole;
+}
+
 /* Absolute with links resolved; the last part need not exist, or may be a mount whose daemon is gone. Returns owned. */
 static int path_resolve(const char *path, char **ret, struct err *e)
 {
 	char *whole = realpath(path, NULL);
-	if (!whole && (errno == ENOENT || errno == ENOTCONN || errno == ECONNABORTED)) {
-		_cleanup_free_ char *copy = strdup(path);
-		if (!copy)
-			return err_set(e, ERR_NOMEM, "out of memory");
-		size_t len = strlen(copy);
-		while (len > 1 && copy[len - 1] == '/')
-			copy[--len] = '\0';
-		char *slash = strrchr(copy, '/');
-		const char *base = slash ? slash + 1 : copy;
-		_cleanup_free_ char *folder = NULL;
-		if (strcmp(base, ".") != 0 && strcmp(base, "..") != 0) {
-			if (slash && slash != copy)
-				*slash = '\0';
-			folder = realpath(!slash ? "." : slash == copy ? "/" : copy, NULL);
-		}
-		if (folder && asprintf(&whole, "%s/%s", strcmp(folder, "/") == 0 ? "" : folder, base) < 0)
-			return err_set(e, ERR_NOMEM, "out of memory");
-	}
+	if (!whole && (errno == ENOENT || errno == ENOTCONN || errno == ECONNABORTED))
+		whole = path_resolve_new(path);
 	if (!whole)
-		return err_set(e, ERR_USAGE, "%s: %s; make its parent folder first", path, strerror(errno));
+		return err_set(e, ERR_USAGE, "%s: %s%s", path, strerror(errno),
+			       errno == ENOENT ? "; make its parent folder first" : "");
 	*ret = whole;
 	return 0;
 }

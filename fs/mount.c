@@ -174,12 +174,11 @@ static int fusermount_run(char *const argv[], int comm_fd)
 static int fusermount_unmount(const char *path, bool lazy)
 {
 	char prog[] = "fusermount3", u[] = "-u", q[] = "-q", z[] = "-z", end[] = "--";
-	_cleanup_free_ char *copy = strdup(path);
-	if (!copy)
-		return -1;
-	char *plain[] = {prog, u, q, end, copy, NULL};
-	char *detach[] = {prog, u, q, z, end, copy, NULL};
-	return fusermount_run(lazy ? detach : plain, -1) == 0 ? 0 : -1;
+	char *copy = strdup(path);
+	char *argv[] = {prog, u, q, lazy ? z : end, lazy ? end : copy, lazy ? copy : NULL, NULL};
+	int status = copy ? fusermount_run(argv, -1) : -1;
+	free(copy);
+	return status == 0 ? 0 : -1;
 }
 
 static int receive_fd(int sock)
@@ -229,9 +228,10 @@ static int mount_by_fusermount(const char *path, const struct mount_options *o, 
 	if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, sv) < 0)
 		return err_set(e, ERR_FAILED, "mount on %s: %s", path, strerror(errno));
 	char prog[] = "fusermount3", opt[] = "-o", end[] = "--";
-	_cleanup_free_ char *copy = strdup(path);
+	char *copy = strdup(path);
 	char *argv[] = {prog, opt, list, end, copy, NULL};
 	int status = copy ? fusermount_run(argv, sv[0]) : -1;
+	free(copy);
 	(void)close(sv[0]);
 	int fd = status == 0 ? receive_fd(sv[1]) : -1;
 	(void)close(sv[1]);

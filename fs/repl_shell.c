@@ -1072,7 +1072,8 @@ int group_command(struct group *g, struct shell_command *c, struct ctl_conn *ctl
 			break;
 		}
 		if (ctl && ctl_canceled(ctl)) {
-			err = err_set(e, ERR_INTR, "interrupted; it goes on");
+			err = atomic_load(&g->d->ending) ? err_set(e, ERR_CANCELED, "the daemon is shutting down")
+			                                 : err_set(e, ERR_INTR, "interrupted; it goes on");
 			break;
 		}
 		uint64_t until = now + 200 * NS_PER_MS;

@@ -148,6 +148,7 @@ struct daemon {
 	struct mutex lock; /* tick stop, conns */
 	struct cond cond;
 	bool stop;
+	_Atomic bool ending; /* daemon_close has begun */
 	struct conn *conns;
 
 	struct mutex admin;      /* verbs that add or remove groups and volumes: one at a time */

@@ -101,8 +101,6 @@ json_t *group_status_json(struct group *g)
 	                 : json_null(),
 	        "error", error_json(&s.error), "counters", counters_json(g, &s.counters), "volumes", volumes, "jobs", json_array());
 	mutex_unlock(&g->lock);
-	const char *listen = daemon_listen_addr(g->d);
-	json_object_set_new(rest, "listen", listen ? json_string(listen) : json_null());
 	json_object_update(j, rest);
 	json_decref(rest);
 	return j;

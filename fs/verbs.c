@@ -424,7 +424,9 @@ static int wait_for(const struct call *c, struct group *g, enum wait_for what)
 		if (until && now >= until)
 			return prefixed(c, g->name, err_set(c->e, ERR_TIMEOUT, "not there in the time given"));
 		if (c->ctl && ctl_canceled(c->ctl))
-			return prefixed(c, g->name, err_set(c->e, ERR_INTR, "interrupted"));
+			return prefixed(c, g->name,
+			                atomic_load(&c->d->ending) ? err_set(c->e, ERR_CANCELED, "the daemon is shutting down")
+			                                           : err_set(c->e, ERR_INTR, "interrupted"));
 		if (c->ctl && now - told > NS_PER_SEC / 2) {
 			struct repl_status s;
 			told = now;

@@ -13,7 +13,6 @@
 #include <unistd.h>
 
 #include "core/check.h"
-#include "core/os/cleanup.h"
 #include "core/os/io.h"
 #include "image/store.h"
 #include "image/zero.h"
@@ -160,26 +159,36 @@ static int open_target(struct export_job *x, const char *part, struct err *e)
 	return 0;
 }
 
+static int export_whole(struct export_job *x, const char *part, uint8_t *buf, struct err *e)
+{
+	int rc = open_target(x, part, e);
+
+	if (rc < 0)
+		return rc;
+	rc = copy_layer(x, buf, e);
+	disk_close(x->target);
+	if (rc == 0)
+		rc = finish(x, part, e);
+	if (rc < 0)
+		(void)unlink(part);
+	return rc;
+}
+
 int volume_export(struct volume *v, enum volume_layer layer, uint64_t ckpt, const char *file, store_progress_fn fn,
 		  void *arg, struct err *e)
 {
 	struct export_job x = {.v = v, .layer = layer, .ckpt = ckpt, .file = file, .progress = fn, .arg = arg};
-	_cleanup_free_ uint8_t *buf = malloc(COPY_CHUNK);
-	_cleanup_free_ char *part = NULL;
+	uint8_t *buf = malloc(COPY_CHUNK);
+	char *part = NULL;
 	int rc;
 
-	if (asprintf(&part, "%s.part", file) < 0)
+	if (!buf || asprintf(&part, "%s.part", file) < 0) {
 		part = NULL;
-	if (!buf || !part)
-		return err_set(e, ERR_NOMEM, "export to %s: out of memory", file);
-	rc = open_target(&x, part, e);
-	if (rc < 0)
-		return rc;
-	rc = copy_layer(&x, buf, e);
-	disk_close(x.target);
-	if (rc == 0)
-		rc = finish(&x, part, e);
-	if (rc < 0)
-		(void)unlink(part);
+		rc = err_set(e, ERR_NOMEM, "export to %s: out of memory", file);
+	} else {
+		rc = export_whole(&x, part, buf, e);
+	}
+	free(part);
+	free(buf);
 	return rc;
 }

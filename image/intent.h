@@ -13,7 +13,8 @@ struct intent;
 
 /* Opens or creates (all clear) the map for a volume of `size` bytes. A bad header is -ERR_CORRUPT, named; a map whose
  * checksum of the header is right but that is shorter than the size is completed with set bits. Returns owned. */
-int intent_open(struct storage *s, const char *volume_name, uint64_t size, bool durable, struct intent **ret, struct err *e);
+int intent_open(struct storage *s, const char *volume_name, uint64_t size, bool durable, struct intent **ret,
+		struct err *e);
 void intent_close(struct intent *t);
 /* Copies the map as loaded into b (units_of(size, INTENT_SHIFT) bits). */
 void intent_load(struct intent *t, struct bitmap *b);

@@ -266,7 +266,8 @@ static int secure(struct pair *p, const struct copy *best, const struct copy *ot
 static int copy_over(struct pair *p, const struct copy *best, const struct copy *other, bool durable)
 {
 	size_t len = META_HEADER_SIZE + best->payload_len;
-	_cleanup_free_ uint8_t *raw = malloc(len);
+	uint8_t *raw = malloc(len);
+	int rc;
 
 	if (!raw)
 		return -ERR_NOMEM;
@@ -274,7 +275,9 @@ static int copy_over(struct pair *p, const struct copy *best, const struct copy 
 	put_u32(raw + 32, best->pass + 1);
 	put_u32(raw + 40, flags_for(other));
 	put_u32(raw + 44, crc32c(0, raw, 44));
-	return copy_write(p, other, raw, len, durable);
+	rc = copy_write(p, other, raw, len, durable);
+	free(raw);
+	return rc;
 }
 
 static int version_refuse(const struct copy *c, const char *what, const char *path, uint32_t version_max, struct err *e)
@@ -320,22 +323,14 @@ static int save_pair(struct pair *p, uint8_t *raw, const char kind[4], uint32_t 
 	return 0;
 }
 
-int meta_save(struct storage *s, const char *dir, const char *path, const char kind[4], uint32_t version,
-	      const void *payload, size_t len, bool durable, struct err *e)
+/* raw: room for the header, then the payload. */
+static int save_raw(struct storage *s, const char *dir, const char *path, const char kind[4], uint32_t version,
+		    uint8_t *raw, size_t len, bool durable, struct err *e)
 {
-	_cleanup_free_ uint8_t *raw = NULL;
 	const struct copy *best;
 	struct pair p;
-	int rc;
+	int rc = pair_read(&p, s, path, kind);
 
-	if (len > META_PAYLOAD_MAX)
-		return err_set(e, ERR_LIMIT, "save %s: %zu bytes are above the limit of %u", path, len,
-			       META_PAYLOAD_MAX);
-	raw = malloc(META_HEADER_SIZE + len);
-	if (!raw)
-		return err_set(e, ERR_NOMEM, "save %s: out of memory", path);
-	memcpy(raw + META_HEADER_SIZE, payload, len);
-	rc = pair_read(&p, s, path, kind);
 	if (rc < 0)
 		return err_set(e, -rc, "save %s: its two copies can't be read: %s", path, err_short(rc));
 	snprintf(p.dir, sizeof(p.dir), "%s", dir);
@@ -346,6 +341,24 @@ int meta_save(struct storage *s, const char *dir, const char *path, const char k
 		err_set(e, -rc, "save %s: %s; the record saved before stays; look at the disk under the store", path,
 			err_short(rc));
 	pair_free(&p);
+	return rc;
+}
+
+int meta_save(struct storage *s, const char *dir, const char *path, const char kind[4], uint32_t version,
+	      const void *payload, size_t len, bool durable, struct err *e)
+{
+	uint8_t *raw;
+	int rc;
+
+	if (len > META_PAYLOAD_MAX)
+		return err_set(e, ERR_LIMIT, "save %s: %zu bytes are above the limit of %u", path, len,
+			       META_PAYLOAD_MAX);
+	raw = malloc(META_HEADER_SIZE + len);
+	if (!raw)
+		return err_set(e, ERR_NOMEM, "save %s: out of memory", path);
+	memcpy(raw + META_HEADER_SIZE, payload, len);
+	rc = save_raw(s, dir, path, kind, version, raw, len, durable, e);
+	free(raw);
 	return rc;
 }
 

@@ -23,13 +23,13 @@
  * Creating the files syncs `dir` (the folder of path) when durable; a file appears under its name only when whole
  * (PATH.tmp, renamed). A record of a newer version is not overwritten: -ERR_VERSION. */
 int meta_save(struct storage *s, const char *dir, const char *path, const char kind[4], uint32_t version,
-              const void *payload, size_t len, bool durable, struct err *e);
+	      const void *payload, size_t len, bool durable, struct err *e);
 
 /* Loads the newest copy that checks out; repairs the other one when it does not match (needs a writable store;
  * a repair that fails is not an error). Returns the payload owned (free). Absent in both: -ERR_NOENT. Neither checks
  * out: -ERR_CORRUPT; a version above version_max: -ERR_VERSION; both name the file and what to do. */
 int meta_load(struct storage *s, const char *path, const char kind[4], uint32_t version_max, uint32_t *ret_version,
-              void **ret_payload, size_t *ret_len, struct err *e);
+	      void **ret_payload, size_t *ret_len, struct err *e);
 
 /* Removes both copies, absent ones are fine. Durable once the caller has synced the folder. */
 int meta_delete(struct storage *s, const char *path);

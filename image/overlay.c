@@ -188,7 +188,7 @@ static int load_words(struct overlay *o, void *arg, uint64_t block, const uint8_
 /* Cuts off what a write that was killed left of a word at the end of the map: it counts as never written. */
 static int check_sizes(struct overlay *o, const char *path, struct err *e)
 {
-	uint64_t data, map;
+	uint64_t data = 0, map = 0;
 	int rc = disk_get_size(o->data, &data);
 
 	if (rc == 0)

@@ -39,8 +39,8 @@ static inline uint64_t overlay_blocks_in(uint64_t volume_size)
 {
 	return units_of(volume_size, BLOCK_SHIFT);
 }
-bool overlay_has(const struct overlay *o, uint64_t block); /* false past the end: the volume may have grown since */
-uint64_t overlay_count(const struct overlay *o); /* blocks held */
+bool overlay_has(const struct overlay *o, uint64_t block);    /* false past the end: the volume may have grown since */
+uint64_t overlay_count(const struct overlay *o);	      /* blocks held */
 const struct bitmap *overlay_bitmap(const struct overlay *o); /* borrowed */
 
 /* One block or part of one, [off, off + len) within block. Reads the whole block and checks its checksum:

@@ -24,11 +24,12 @@ struct disk {
 
 struct extent {
 	uint64_t off, len; /* bytes */
-	bool data;         /* false: a hole, reads as zeroes */
+	bool data;	   /* false: a hole, reads as zeroes */
 };
 
 struct disk_ops {
-	/* Whole ranges or an error. Reading past the end gives zeroes (an overlay file is as long as what was saved). */
+	/* Whole ranges or an error. Reading past the end gives zeroes (an overlay file is as long as what was saved).
+	 */
 	int (*read)(struct disk *d, uint64_t off, void *buf, size_t len);
 	int (*write)(struct disk *d, uint64_t off, const void *buf, size_t len);
 	/* Make the range read as zeroes. punch: free the space; otherwise keep or make it allocated where that is
@@ -47,14 +48,14 @@ struct disk_ops {
 
 enum storage_open_flags {
 	STORAGE_CREATE = 1 << 0, /* make it if it does not exist, mode 0600 */
-	STORAGE_EXCL = 1 << 1,   /* with CREATE: -ERR_EXIST if it exists */
+	STORAGE_EXCL = 1 << 1,	 /* with CREATE: -ERR_EXIST if it exists */
 	STORAGE_TRUNC = 1 << 2,
 	STORAGE_RDONLY = 1 << 3,
 };
 
 struct storage_ops {
 	int (*open)(struct storage *s, const char *path, unsigned flags, struct disk **ret); /* returns owned */
-	int (*unlink)(struct storage *s, const char *path);                                  /* -ERR_NOENT if absent */
+	int (*unlink)(struct storage *s, const char *path);				     /* -ERR_NOENT if absent */
 	int (*rename)(struct storage *s, const char *from, const char *to);
 	int (*mkdir)(struct storage *s, const char *path); /* mode 0700; 0 if it is there already */
 	int (*rmdir)(struct storage *s, const char *path);

@@ -148,7 +148,7 @@ static int posix_extent_below(struct posix_disk *pd, uint64_t off, uint64_t end,
 static int posix_extent(struct disk *d, uint64_t off, uint64_t end, struct extent *ret)
 {
 	struct posix_disk *pd = posix_disk(d);
-	uint64_t size;
+	uint64_t size = 0;
 	int rc;
 
 	PRE(off < end);
@@ -181,7 +181,7 @@ static int write_zeroes(struct posix_disk *pd, uint64_t off, uint64_t len)
 /* Zeroes by writing, for filesystems that have no call for it. What is a hole already stays one when punching. */
 static int zero_by_writing(struct disk *d, uint64_t off, uint64_t len, bool punch)
 {
-	uint64_t size, end;
+	uint64_t size = 0, end;
 	int rc = posix_get_size(d, &size);
 
 	if (rc < 0)
@@ -270,13 +270,31 @@ static const struct disk_ops posix_disk_ops = {
     .close = posix_disk_close,
 };
 
+/* Takes fd when it returns 0. */
+static int disk_from_fd(int fd, bool devices, struct disk **ret)
+{
+	struct posix_disk *pd;
+	struct stat st;
+
+	if (fstat(fd, &st) < 0)
+		return err_from_errno(errno);
+	if (!S_ISREG(st.st_mode) && !(devices && S_ISBLK(st.st_mode)))
+		return -ERR_NOTSUP;
+	pd = calloc(1, sizeof(*pd));
+	if (!pd)
+		return -ERR_NOMEM;
+	pd->disk.ops = &posix_disk_ops;
+	pd->block_device = S_ISBLK(st.st_mode);
+	pd->fd = fd;
+	*ret = &pd->disk;
+	return 0;
+}
+
 static int disk_open_at(int dir, const char *path, unsigned flags, bool devices, struct disk **ret)
 {
 	/* O_NONBLOCK: a FIFO must not hang us before it is refused; files and block devices ignore it. */
 	int sys_flags = O_CLOEXEC | O_NOCTTY | O_NONBLOCK;
-	_cleanup_close_ int fd = -1;
-	struct posix_disk *pd;
-	struct stat st;
+	int fd, rc;
 
 	PRE(!((flags & STORAGE_RDONLY) && (flags & (STORAGE_CREATE | STORAGE_TRUNC))));
 	sys_flags |= flags & STORAGE_RDONLY ? O_RDONLY : O_RDWR;
@@ -289,19 +307,10 @@ static int disk_open_at(int dir, const char *path, unsigned flags, bool devices,
 	while (fd < 0 && errno == EINTR);
 	if (fd < 0)
 		return err_from_errno(errno);
-	if (fstat(fd, &st) < 0)
-		return err_from_errno(errno);
-	if (!S_ISREG(st.st_mode) && !(devices && S_ISBLK(st.st_mode)))
-		return -ERR_NOTSUP;
-	pd = calloc(1, sizeof(*pd));
-	if (!pd)
-		return -ERR_NOMEM;
-	pd->disk.ops = &posix_disk_ops;
-	pd->block_device = S_ISBLK(st.st_mode);
-	pd->fd = fd;
-	fd = -1;
-	*ret = &pd->disk;
-	return 0;
+	rc = disk_from_fd(fd, devices, ret);
+	if (rc < 0)
+		(void)close(fd);
+	return rc;
 }
 
 int disk_posix_open(const char *path, unsigned flags, struct disk **ret)
@@ -416,7 +425,7 @@ static int posix_list(struct storage *s, const char *path, int (*fn)(void *arg, 
 {
 	struct dirent *ent;
 	DIR *dir;
-	int fd, rc = open_folder(s, path, &fd);
+	int fd = -1, rc = open_folder(s, path, &fd);
 
 	if (rc < 0)
 		return rc;

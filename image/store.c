@@ -249,25 +249,35 @@ static int check_room(struct store *st, const char *group, struct err *e)
 	return rc;
 }
 
+static int encode_and_save(struct store *st, const struct repl_meta *m, uint8_t *buf, struct err *e)
+{
+	char path[STORE_SUBPATH_SIZE];
+	int n = repl_meta_encode(m, buf, REPL_META_ENCODED_MAX);
+
+	if (n < 0)
+		return err_set(e, -n, "save group %s: its record is above %u bytes; drop some of its checkpoints",
+			       m->group, REPL_META_ENCODED_MAX);
+	group_path(path, m->group);
+	return in_store(
+	    st, meta_save(st->storage, "groups", path, GROUP_KIND, REPL_META_VERSION, buf, (size_t)n, durable(st), e),
+	    e);
+}
+
 int store_save_group(struct store *st, const struct repl_meta *m, struct err *e)
 {
-	_cleanup_free_ uint8_t *buf = malloc(REPL_META_ENCODED_MAX);
-	char path[STORE_SUBPATH_SIZE];
+	uint8_t *buf;
 	int rc;
 
 	PRE(name_valid(m->group));
-	if (!buf)
-		return err_set(e, ERR_NOMEM, "save group %s: out of memory", m->group);
 	rc = check_room(st, m->group, e);
 	if (rc < 0)
 		return rc;
-	rc = repl_meta_encode(m, buf, REPL_META_ENCODED_MAX);
-	if (rc < 0)
-		return err_set(e, -rc, "save group %s: its record is above %u bytes; drop some of its checkpoints",
-			       m->group, REPL_META_ENCODED_MAX);
-	group_path(path, m->group);
-	rc = meta_save(st->storage, "groups", path, GROUP_KIND, REPL_META_VERSION, buf, (size_t)rc, durable(st), e);
-	return in_store(st, rc, e);
+	buf = malloc(REPL_META_ENCODED_MAX);
+	if (!buf)
+		return err_set(e, ERR_NOMEM, "save group %s: out of memory", m->group);
+	rc = encode_and_save(st, m, buf, e);
+	free(buf);
+	return rc;
 }
 
 int store_delete_group(struct store *st, const char *group, struct err *e)
@@ -409,7 +419,7 @@ static int collect_volumes(struct store *st, struct names *l)
 		_cleanup_free_ struct repl_meta *m = NULL;
 
 		rc = store_load_group(st, groups.list[i], &m, NULL);
-		for (uint32_t v = 0; rc == 0 && v < m->n_volumes; v++)
+		for (uint32_t v = 0; rc == 0 && m && v < m->n_volumes; v++)
 			rc = names_add(l, m->volumes[v].name, strlen(m->volumes[v].name));
 	}
 	names_free(&groups);

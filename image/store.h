@@ -48,7 +48,8 @@ const char *store_path(const struct store *st);
  * opened. */
 int store_set_durability(struct store *st, enum volume_durability dur, struct err *e);
 
-/* Groups. load returns owned (free); every record is validated in full (I11). Saving is repl_meta_encode + meta_save. */
+/* Groups. load returns owned (free); every record is validated in full (I11). Saving is repl_meta_encode + meta_save.
+ */
 int store_list_groups(struct store *st, int (*fn)(void *arg, const char *group), void *arg);
 int store_load_group(struct store *st, const char *group, struct repl_meta **ret, struct err *e);
 int store_save_group(struct store *st, const struct repl_meta *m, struct err *e);
@@ -57,11 +58,11 @@ int store_delete_group(struct store *st, const char *group, struct err *e);
 /* The offline forms of the verbs, also used by the daemon; the daemon passes the groups that it has loaded through
  * `find`/`saved` hooks instead of files where needed (see daemon.c). Names and sizes are validated here:
  * -ERR_USAGE with the rule that was broken. */
-bool store_name_valid(const char *name);                                  /* SPEC 13 */
-int store_check_size(uint64_t size, struct err *e);                       /* > 0, multiple of 512, <= VOLUME_SIZE_MAX */
+bool store_name_valid(const char *name);	    /* SPEC 13 */
+int store_check_size(uint64_t size, struct err *e); /* > 0, multiple of 512, <= VOLUME_SIZE_MAX */
 /* Finds the group that has the volume; returns owned copy of its record or -ERR_NOENT. */
 int store_find_volume(struct store *st, const char *volume, struct repl_meta **ret_group, uint32_t *ret_index,
-                      struct err *e);
+		      struct err *e);
 /* Adds a volume to group (made if absent; NULL: of the volume's name): folder, then record. Refused unless the group
  * is standalone. */
 int store_create_volume(struct store *st, const char *volume, uint64_t size, const char *group, struct err *e);
@@ -74,10 +75,10 @@ typedef int (*store_progress_fn)(void *arg, uint64_t done, uint64_t total);
  * on failure or cancel. format NULL: told from the magic, none means raw; "raw": taken as raw whatever the magic says.
  * qcow and qcow2, recognised or asked for, are refused by name (-ERR_NOTSUP) for now. group NULL: the volume's name. */
 int store_import(struct store *st, const char *volume, const char *file, const char *format, const char *group,
-                 store_progress_fn fn, void *arg, struct err *e);
+		 store_progress_fn fn, void *arg, struct err *e);
 /* Copies a layer of an open volume to a new sparse file; FILE must not exist, appears under its name only when
  * whole (FILE.part renamed), synced. ckpt 0 with LAYER_DISK: the disk. */
 int volume_export(struct volume *v, enum volume_layer layer, uint64_t ckpt, const char *file, store_progress_fn fn,
-                  void *arg, struct err *e);
+		  void *arg, struct err *e);
 
 #endif

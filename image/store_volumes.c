@@ -536,16 +536,18 @@ static int import_into(struct store *st, const struct import *im, struct err *e)
 {
 	const struct volume_open_args args = {
 	    .name = im->volume, .size = im->size, .durability = store_info(st)->durability};
-	_cleanup_free_ uint8_t *buf = malloc(COPY_CHUNK);
-	struct volume *v;
-	int rc;
+	struct volume *v = NULL;
+	uint8_t *buf;
+	int rc = volume_open(store_storage(st), &args, &v, e);
 
-	if (!buf)
-		return store_refuse(e, ERR_NOMEM, "import", im->volume, "out of memory");
-	rc = volume_open(store_storage(st), &args, &v, e);
 	if (rc < 0)
 		return rc;
-	rc = import_copy(im, v, buf, e);
+	buf = malloc(COPY_CHUNK);
+	if (buf)
+		rc = import_copy(im, v, buf, e);
+	else
+		rc = store_refuse(e, ERR_NOMEM, "import", im->volume, "out of memory");
+	free(buf);
 	volume_close(v);
 	return rc;
 }

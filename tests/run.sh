@@ -29,7 +29,7 @@ done
 log_dir=$root/build/log
 build_timeout_s=3600
 ctest_timeout_s=1800
-e2e_timeout_s=900
+e2e_timeout_s=1200
 long_timeout_s=7200
 tail_lines=40
 filter=${REPFS_TEST_FILTER-}
@@ -40,7 +40,7 @@ rm -rf "$log_dir"
 mkdir -p "$log_dir" || exit 2
 
 # For a test that makes the terminal or the environment matter.
-export LC_ALL=C.UTF-8
+export LC_ALL=C.UTF-8 PYTHONDONTWRITEBYTECODE=1
 unset REPFS_STORE NO_COLOR CDPATH
 
 seconds_since()
