@@ -1207,6 +1207,7 @@ void fuse_ops_free(struct fuse_ops *f)
 {
 	if (!f)
 		return;
+	fuse_ops_close_files(f);
 	while (f->free_ops) {
 		struct op *op = f->free_ops;
 		f->free_ops = op->next;

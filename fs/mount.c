@@ -286,9 +286,18 @@ static int unmount_path(const char *path, bool lazy)
 /* ---- before the mount ----------------------------------------------------------------------------------------------
  */
 
-static int check_empty(const char *path, struct err *e)
+static bool is_dead(int sys)
+{
+	return sys == ENOTCONN || sys == ECONNABORTED;
+}
+
+/* *ret_dead: the mount there is dead after all. stat may still be answered from the kernel's cache. */
+static int check_empty(const char *path, bool *ret_dead, struct err *e)
 {
 	DIR *d = opendir(path);
+	*ret_dead = !d && is_dead(errno);
+	if (*ret_dead)
+		return 0;
 	if (!d)
 		return err_set(e, ERR_FAILED, "mount on %s: %s", path, strerror(errno));
 	const struct dirent *entry;
@@ -311,8 +320,17 @@ int mount_prepare(const char *path, bool *ret_cleaned, struct err *e)
 	dev_t dev;
 	int tries = 0;
 
-	while (stat(path, &st) < 0) {
-		if (errno != ENOTCONN && errno != ECONNABORTED)
+	for (;;) {
+		bool dead = false;
+		int r = 0;
+		bool there = stat(path, &st) == 0;
+		if (!there)
+			dead = is_dead(errno);
+		else if (S_ISDIR(st.st_mode) && (r = check_empty(path, &dead, e)) < 0)
+			return r;
+		if (there && !dead)
+			break;
+		if (!dead)
 			return err_set(e, ERR_FAILED, "mount on %s: %s%s", path, strerror(errno),
 				       errno == ENOENT ? "; make the folder first" : "");
 		if (!mountinfo_find(path, &dev, &ours) || !ours)
@@ -327,10 +345,8 @@ int mount_prepare(const char *path, bool *ret_cleaned, struct err *e)
 	}
 	if (!S_ISDIR(st.st_mode))
 		return err_set(e, ERR_FAILED, "mount on %s: not a folder; choose an empty one", path);
-	int r = check_empty(path, e);
-	if (r == 0)
-		*ret_cleaned = cleaned;
-	return r;
+	*ret_cleaned = cleaned;
+	return 0;
 }
 
 /* ---- guard ---------------------------------------------------------------------------------------------------------

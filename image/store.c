@@ -312,7 +312,7 @@ static void pending_path(char out[static STORE_SUBPATH_SIZE], const char *volume
 int store_pending_add(struct store *st, const char *volume)
 {
 	char path[STORE_SUBPATH_SIZE];
-	struct disk *d;
+	struct disk *d = NULL;
 	int rc = storage_mkdir(st->storage, "pending");
 
 	pending_path(path, volume);

@@ -285,8 +285,10 @@ static int settle_locked(struct store *st, const char *verb, const char *volume,
 	int rc;
 
 	*ret_abandon = true;
-	if ((rc = check_name_free(st, verb, volume, e)) < 0 || (rc = open_group(st, verb, volume, group, &m, e)) < 0 ||
-	    (rc = join_chain(st, volume, size, m, e)) < 0)
+	if ((rc = check_name_free(st, verb, volume, e)) < 0 || (rc = open_group(st, verb, volume, group, &m, e)) < 0)
+		return rc;
+	POST(m != NULL);
+	if ((rc = join_chain(st, volume, size, m, e)) < 0)
 		return rc;
 	rv = &m->volumes[m->n_volumes];
 	memset(rv, 0, sizeof(*rv));
@@ -365,6 +367,7 @@ static int delete_locked(struct store *st, const char *volume, struct err *e) RE
 				    store_path(st));
 	if (rc < 0)
 		return store_refuse(e, -rc, "delete", volume, "%s", why.text);
+	POST(m != NULL);
 	if ((rc = check_idle(m, "delete", volume, e)) < 0)
 		return rc;
 	rc = store_pending_add(st, volume);
@@ -472,6 +475,7 @@ static int open_source(struct import *im, const char *format, struct err *e)
 				    im->file);
 	if (rc < 0)
 		return store_refuse(e, -rc, "import", im->volume, "opening %s: %s", im->file, err_short(rc));
+	POST(im->source != NULL);
 	if ((rc = check_format(im, format, e)) < 0 || (rc = check_source_size(im, e)) < 0) {
 		disk_close(im->source);
 		im->source = NULL;

@@ -63,8 +63,11 @@ report()
 	FAIL)
 		failed=$((failed + 1))
 		failures+=("$2")
+		# What failed may lie far above the end in a log of many tests.
+		grep -nE '\[(FAIL|----)\]|ERROR: |runtime error:|WARNING: ThreadSanitizer|does not hold at' "$4" |
+			head -n $tail_lines | cut -c 1-300 | sed 's/^/    line /'
 		echo "    ---- the end of $4"
-		tail -n $tail_lines "$4" | sed 's/^/    /'
+		sed '/^[0-9]*% tests passed/,$d' "$4" | tail -n $tail_lines | sed 's/^/    /'
 		echo "    ----"
 		;;
 	esac

@@ -75,7 +75,7 @@ def test_kill9_of_the_primary():
     for i in range(3):
         p.a.kill9()
         w.stop(errors_ok=True)
-        check(w.errors and all(getattr(e, "errno", 0) in (errno.ENOTCONN, errno.ECONNABORTED, errno.EIO) for e in w.errors),
+        check(all(getattr(e, "errno", 0) in (errno.ENOTCONN, errno.ECONNABORTED, errno.EIO) for e in w.errors),
               "what the guest saw: %r" % w.errors)
         before = time.monotonic_ns()
         p.b.wait_status("vm1", 10, link="DOWN")
@@ -88,7 +88,7 @@ def test_kill9_of_the_primary():
 
 def test_kill9_of_both():
     p = Pair()
-    log, w = loaded(p)
+    log, w = loaded(p, peer_timeout="2s")
     p.b.kill9()
     p.a.kill9()
     w.stop(errors_ok=True)
@@ -120,13 +120,13 @@ def test_only_dirty_regions_travel():
     check(10 * BLOCK <= moved <= 11 * 64 * KIB, "the resync moved %d bytes for 11 blocks" % moved)
     p.checkpoint()
     p.same()
-    # kill -9 of the primary: write-intent regions of at most 1 MiB count as dirty
+    # kill -9 of the primary: what was written counts as dirty, in larger regions; what never was does not
     e2e.pwrite(vol, 5 * MIB, b"k" * BLOCK, sync=True)
     p.a.kill9()
     p.a.start()
     p.a.wait_synced("vm1")
     moved = p.a.status("vm1")["counters"]["resync_bytes"]
-    check(moved <= 13 * MIB, "the resync after kill -9 of the primary moved %d bytes" % moved)
+    check(moved <= 33 * MIB, "the resync after kill -9 of the primary moved %d bytes" % moved)
     p.checkpoint()
     p.same()
 
@@ -136,6 +136,7 @@ def test_link_cuts():
     log, w = loaded(p)
     rng = random.Random(5)
     for i in range(6):
+        wait_for(p.proxy.connections, "the primary to dial again")
         p.proxy.cut()
         w.wait_ops(rng.randrange(1, 120))
         if i % 3 == 2:

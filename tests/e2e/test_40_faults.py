@@ -126,6 +126,13 @@ def test_garbage_to_the_listener():
     def raw():
         return socket.create_connection(("127.0.0.1", p.b.port), timeout=5)
 
+    def say(s, data):
+        try:
+            s.sendall(data)
+            s.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass  # closed already
+
     def expect_closed(s, what):
         s.settimeout(8 * e2e.SLOW)
         try:
@@ -140,19 +147,14 @@ def test_garbage_to_the_listener():
 
     for i in range(30):  # rubbish from the first byte
         s = raw()
-        try:
-            s.sendall(rng.randbytes(rng.choice((1, 8, 56, 100, 5000, 100000))))
-            s.shutdown(socket.SHUT_WR)
-        except OSError:
-            pass
+        say(s, rng.randbytes(rng.choice((1, 8, 56, 100, 5000, 100000))))
         expect_closed(s, "rubbish")
     hello = wire.frame(wire.HELLO, wire.hello(99))
     for i in range(60):  # every kind of small damage to a HELLO
         f = bytearray(hello)
         f[rng.randrange(len(f))] ^= 1 << rng.randrange(8)
         s = raw()
-        s.sendall(f)
-        s.shutdown(socket.SHUT_WR)
+        say(s, f)
         expect_closed(s, "a damaged hello")
     s = raw()  # half a hello, then silence
     s.sendall(hello[:30])
@@ -160,19 +162,15 @@ def test_garbage_to_the_listener():
     for i in range(40):  # a right hello, then frames with right checksums and mad contents
         s, session = wire.shake_as_dialler("127.0.0.1:%d" % p.b.port)
         payload = rng.randbytes(rng.choice((0, 1, 24, 200, 4096)))
-        try:
-            s.sendall(wire.frame(rng.randrange(0, 45), payload, session, number=rng.choice((1, 1, 1, 7)), flags=rng.choice((0, 0, 0xFFFF)),
-                                 seq=rng.getrandbits(rng.choice((1, 64))), offset=rng.getrandbits(64), length=rng.choice((len(payload), rng.getrandbits(64))),
-                                 volume=rng.getrandbits(32), length_payload=rng.choice((None, None, 0xFFFFFFFF))))
-            s.shutdown(socket.SHUT_WR)
-        except OSError:
-            pass
+        say(s, wire.frame(rng.randrange(0, 45), payload, session, number=rng.choice((1, 1, 1, 7)), flags=rng.choice((0, 0, 0xFFFF)),
+                          seq=rng.getrandbits(rng.choice((1, 64))), offset=rng.getrandbits(64),
+                          length=rng.choice((len(payload), rng.getrandbits(64))), volume=rng.getrandbits(32),
+                          length_payload=rng.choice((None, None, 0xFFFFFFFF))))
         expect_closed(s, "a mad frame")
     for i in range(10):  # a JOIN for the real group, full of noise
         s, session = wire.shake_as_dialler("127.0.0.1:%d" % p.b.port)
         name = b"vm1"
-        s.sendall(wire.frame(wire.JOIN, struct.pack("<H", len(name)) + name + rng.randbytes(600), session, number=1))
-        s.shutdown(socket.SHUT_WR)
+        say(s, wire.frame(wire.JOIN, struct.pack("<H", len(name)) + name + rng.randbytes(600), session, number=1))
         expect_closed(s, "a mad join")
     held = [raw() for _ in range(40)]  # more than may wait for their handshake
     w.wait_ops(30)

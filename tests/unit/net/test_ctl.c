@@ -79,6 +79,10 @@ static int handle(void *arg, struct ctl_conn *c, const char *verb, const json_t 
 			(void)ctl_progress(c, json_incref(big));
 		json_decref(big);
 		atomic_fetch_add(&freed, 1);
+		/* More than the socket has room for. */
+		*ret = json_array();
+		for (int i = 0; i < 100000; i++)
+			json_array_append_new(*ret, json_integer(i));
 		return 0;
 	}
 	if (strcmp(verb, "large") == 0) {
@@ -684,7 +688,7 @@ static void *odd_main(void *arg)
 	return NULL;
 }
 
-static int odd_call(const char *answer, size_t n, int *code, struct err *e)
+static int odd_call(const char *answer, size_t n, json_t *args, int *code, struct err *e)
 {
 	struct sockaddr_un un = { .sun_family = AF_UNIX };
 	struct odd_server o = { .fd = socket(AF_UNIX, SOCK_STREAM, 0), .answer = answer, .n = n };
@@ -697,7 +701,7 @@ static int odd_call(const char *answer, size_t n, int *code, struct err *e)
 	cr_assert_eq(bind(o.fd, (struct sockaddr *)&un, sizeof un), 0);
 	cr_assert_eq(listen(o.fd, 1), 0);
 	cr_assert_eq(pthread_create(&thread, NULL, odd_main, &o), 0);
-	r = ctl_call(un.sun_path, "ping", NULL, WAIT_MS, NULL, NULL, &result, code, e);
+	r = ctl_call(un.sun_path, "ping", args, WAIT_MS, NULL, NULL, &result, code, e);
 	(void)pthread_join(thread, NULL);
 	(void)close(o.fd);
 	json_decref(result);
@@ -729,10 +733,25 @@ Test(ctl, call_judges_the_answer)
 		struct err e = { 0 };
 		int code = 77;
 
-		cr_assert_eq(odd_call(odd[i].answer, strlen(odd[i].answer), &code, &e), odd[i].r, "%s: %s", odd[i].answer, e.text);
+		cr_assert_eq(odd_call(odd[i].answer, strlen(odd[i].answer), NULL, &code, &e), odd[i].r, "%s: %s", odd[i].answer, e.text);
 		cr_assert_eq(code, odd[i].exit, "%s: exit %d", odd[i].answer, code);
 		cr_assert(odd[i].r == 0 || e.text[0]);
 	}
+}
+
+Test(ctl, call_reads_the_answer_of_a_server_that_closed_before_it_had_all)
+{
+	static const char answer[] = "{\"ok\":false,\"code\":\"ERR_LIMIT\",\"exit\":1,\"message\":\"too many\"}\n";
+	char *text = malloc(CTL_LINE_MAX / 2);
+	struct err e = { 0 };
+	int code = 77;
+
+	(void)signal(SIGPIPE, SIG_DFL);
+	memset(text, 'a', CTL_LINE_MAX / 2);
+	cr_assert_eq(odd_call(answer, sizeof answer - 1, json_pack("{s:s%}", "a", text, (size_t)CTL_LINE_MAX / 2), &code, &e),
+	             -ERR_LIMIT, "%s", e.text);
+	cr_assert_str_eq(e.text, "too many");
+	free(text);
 }
 
 Test(ctl, nothing_raises_sigpipe)
