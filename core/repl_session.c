@@ -150,7 +150,7 @@ static void redial_plan(struct repl *r, bool had_session)
 void session_link_down(struct repl *r, int code, const char *text)
 {
 	bool had = r->link == LINK_RESYNC || r->link == LINK_SYNCED;
-	int fail = code == 0 || code == -ERR_IO ? -ERR_PEER : code;
+	int fail = code == 0 || code == -ERR_IO || code == -ERR_TIMEOUT ? -ERR_PEER : code;
 	char why[ERR_TEXT_MAX];
 	(void)snprintf(why, sizeof(why), "%s", text && text[0] ? text : "the connection to the peer ended");
 	if (r->link != LINK_DOWN || r->dialing)

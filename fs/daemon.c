@@ -276,8 +276,8 @@ static int make_recovery(struct daemon *d, const struct wire_join *j, struct err
 	}
 	if (!err)
 		err = store_save_group(d->store, m, e);
-	if (!err)
-		err = daemon_add_group(d, m, e);
+	if (!err && (err = daemon_add_group(d, m, e)) < 0)
+		(void)store_delete_group(d->store, m->group, NULL);
 	if (err)
 		while (made--)
 			(void)volume_delete(store_storage(d->store), j->volumes[made].name, NULL);

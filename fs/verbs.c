@@ -506,6 +506,11 @@ static int change_settings(const struct call *c, struct group *g, const json_t *
 		if (err)
 			break;
 	}
+	/* Policies that come in a later release are refused, not accepted without effect. */
+	if (!err && sc->c.settings.on_congestion != ON_CONGESTION_BLOCK)
+		err = err_set(c->e, ERR_NOTSUP, "on_congestion=ahead comes in a later release; block is what there is");
+	if (!err && sc->c.settings.on_cow_error != ON_COW_ERROR_STOP)
+		err = err_set(c->e, ERR_NOTSUP, "on_cow_error: only stop is there; the others come in a later release");
 	if (!err)
 		err = group_command(g, sc, c->ctl, deadline(c), c->e);
 	shell_command_unref(sc);

@@ -299,6 +299,11 @@ static int settle_locked(struct store *st, const char *verb, const char *volume,
 	rv->id = next_id(m);
 	rv->size = size;
 	m->n_volumes++;
+	/* An imported volume counts as written: a peer must never take it for a fresh one (SPEC 8). */
+	if (strcmp(verb, "import") == 0 && m->lineage.current == 0) {
+		m->lineage.current = random_u64_nonzero();
+		m->alone = true;
+	}
 	rc = store_save_group(st, m, e);
 	if (rc < 0)
 		*ret_abandon = surely_unnamed(st, group, volume);

@@ -1299,6 +1299,33 @@ Test(link, a_drain_ends_at_its_limit_when_the_peer_reads_but_never_closes)
 	raw_close(&p);
 }
 
+Test(link, a_drain_goes_on_when_the_peer_has_ended_its_half_but_reads)
+{
+	enum { N = 600 };
+	struct raw_pair p;
+	uint8_t *data = calloc(1, 65536), header[WIRE_HEADER_SIZE];
+	struct wire_frame f;
+	char byte;
+
+	raw_up(&p);
+	stuff(&p, N, data, 65536);
+	link_close(p.b->link, 20000);
+	(void)shutdown(p.raw.fd, SHUT_WR);
+	/* Time for a wrong end to happen before anything is read. */
+	(void)usleep(100000);
+	for (unsigned i = 1; i <= N; i++) {
+		cr_assert(raw_read(p.raw.fd, header, sizeof header), "frame %u", i);
+		cr_assert_eq(wire_header_decode(&f, p.raw.session, header, WIRE_PAYLOAD_MAX, NULL), 0);
+		cr_assert_eq(f.number, i);
+		cr_assert(raw_read(p.raw.fd, data, f.length_payload), "frame %u", i);
+	}
+	cr_assert_eq(recv(p.raw.fd, &byte, 1, 0), 0);
+	cr_assert(end_reaches(p.b, &p.b->downs, 1));
+	cr_assert_eq(atomic_load(&released), N);
+	raw_close(&p);
+	free(data);
+}
+
 Test(link, a_frame_callback_that_waits_is_backpressure_and_no_deadlock)
 {
 	enum { N = 2000 };
