@@ -43,13 +43,13 @@ enum err_code {
 #define ERR_ENUM(name, sys, exit, text) name,
 	ERR_CODES(ERR_ENUM)
 #undef ERR_ENUM
-	ERR_CODES_END
+	    ERR_CODES_END
 };
 
 #define ERR_TEXT_MAX 512
 
 struct err {
-	int code;             /* enum err_code, positive; 0: nothing set */
+	int code;		 /* enum err_code, positive; 0: nothing set */
 	char text[ERR_TEXT_MAX]; /* one sentence: what was asked, what is the matter, what to do */
 };
 
@@ -58,10 +58,10 @@ int err_set(struct err *e, int code, const char *fmt, ...) __attribute__((format
 int err_setv(struct err *e, int code, const char *fmt, va_list ap) __attribute__((format(printf, 3, 0)));
 
 /* Each takes a code of either sign. Unknown codes read as ERR_FAILED. */
-const char *err_name(int code);  /* "ERR_IO" */
+const char *err_name(int code);	 /* "ERR_IO" */
 const char *err_short(int code); /* "input/output error" */
-int err_errno(int code);         /* positive errno for a FUSE reply; 0 for 0 */
-int err_exit(int code);          /* exit code of repctl; 0 for 0 */
+int err_errno(int code);	 /* positive errno for a FUSE reply; 0 for 0 */
+int err_exit(int code);		 /* exit code of repctl; 0 for 0 */
 
 /* Negative code for a positive errno: ENOSPC and EDQUOT → -ERR_NOSPC, ENOENT → -ERR_NOENT, ENOMEM → -ERR_NOMEM,
  * EEXIST → -ERR_EXIST, EACCES/EPERM/EROFS → -ERR_PERM, everything else → -ERR_IO. */

@@ -121,8 +121,8 @@ enum lineage_decision lineage_decide(const struct wire_join *a, const struct wir
 	if (d == LINEAGE_EQUAL && (s->role != ROLE_PRIMARY || t->role != ROLE_SECONDARY))
 		return LINEAGE_NO_SOURCE;
 	if (t->role == ROLE_PRIMARY) {
-		/* The other side is ahead of a primary. It failed over [PRIMTGT]: the primary steps down; a secondary that
-		 * wrote after a stop instead is a split brain, whatever the primary did (SPEC 5). */
+		/* The other side is ahead of a primary. It failed over [PRIMTGT]: the primary steps down; a secondary
+		 * that wrote after a stop instead is a split brain, whatever the primary did (SPEC 5). */
 		if (s->role == ROLE_SECONDARY)
 			return LINEAGE_SPLIT;
 		*ret_source = source;

@@ -6,10 +6,10 @@
 #include "core/wire.h"
 
 enum lineage_decision {
-	LINEAGE_EQUAL,     /* the dirty regions of both, from the primary */
+	LINEAGE_EQUAL,	   /* the dirty regions of both, from the primary */
 	LINEAGE_PARTIAL,   /* the dirty regions of both, from `source` */
-	LINEAGE_FULL,      /* everything, from `source` */
-	LINEAGE_SPLIT,     /* both wrote alone */
+	LINEAGE_FULL,	   /* everything, from `source` */
+	LINEAGE_SPLIT,	   /* both wrote alone */
 	LINEAGE_UNRELATED, /* nothing in common: refuse */
 	LINEAGE_SHUT_OUT,  /* the primary's peer has failed over and is ahead; the primary wrote nothing alone */
 	LINEAGE_NO_SOURCE, /* neither side may be the source (both inconsistent, or the source is not a primary) */

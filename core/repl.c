@@ -25,17 +25,17 @@
 
 /* SPEC 5's moves. RUNNING→RUNNING (switchover) and same-state saves do not go through it. */
 const struct sm_table repl_states = {
-        .name = "group",
-        .n = 5,
-        .state_names = {"NONE", "RUNNING", "FAILOVER", "FAILOVER_FAILED", "DONE"},
-        .allowed =
-                {
-                        [STATE_NONE] = BIT(STATE_RUNNING) | BIT(STATE_FAILOVER) | BIT(STATE_DONE),
-                        [STATE_RUNNING] = BIT(STATE_DONE) | BIT(STATE_FAILOVER) | BIT(STATE_NONE),
-                        [STATE_FAILOVER] = BIT(STATE_DONE) | BIT(STATE_FAILOVER_FAILED),
-                        [STATE_FAILOVER_FAILED] = BIT(STATE_FAILOVER),
-                        [STATE_DONE] = BIT(STATE_NONE),
-                },
+    .name = "group",
+    .n = 5,
+    .state_names = {"NONE", "RUNNING", "FAILOVER", "FAILOVER_FAILED", "DONE"},
+    .allowed =
+	{
+	    [STATE_NONE] = BIT(STATE_RUNNING) | BIT(STATE_FAILOVER) | BIT(STATE_DONE),
+	    [STATE_RUNNING] = BIT(STATE_DONE) | BIT(STATE_FAILOVER) | BIT(STATE_NONE),
+	    [STATE_FAILOVER] = BIT(STATE_DONE) | BIT(STATE_FAILOVER_FAILED),
+	    [STATE_FAILOVER_FAILED] = BIT(STATE_FAILOVER),
+	    [STATE_DONE] = BIT(STATE_NONE),
+	},
 };
 
 void repl_state_move(struct repl_meta *m, unsigned to)
@@ -118,8 +118,8 @@ void repl_log(struct repl *r, int level, const char *fmt, ...)
 	repl_emit(r, &(struct repl_action){.type = ACT_LOG, .level = level, .text = text});
 }
 
-void repl_set_error(struct repl *r, int code, const char *operation, int volume, uint64_t off, uint64_t len, const char *fmt,
-                    ...)
+void repl_set_error(struct repl *r, int code, const char *operation, int volume, uint64_t off, uint64_t len,
+		    const char *fmt, ...)
 {
 	char text[ERR_TEXT_MAX];
 	va_list ap;
@@ -284,10 +284,10 @@ void repl_tx_run(struct repl *r)
 		}
 		r->saving = true;
 		repl_emit(r, &(struct repl_action){.type = ACT_SAVE_META,
-		                                   .meta = r->next,
-		                                   .ckpt = r->tx.opened,
-		                                   .active_id = r->tx.active_id,
-		                                   .drop = r->tx.dropped});
+						   .meta = r->next,
+						   .ckpt = r->tx.opened,
+						   .active_id = r->tx.active_id,
+						   .drop = r->tx.dropped});
 	}
 }
 
@@ -313,7 +313,8 @@ static void tx_done(struct repl *r, struct tx *t, int error)
 		break;
 	case TX_SETTINGS:
 		if (t->command && error)
-			repl_command_done(r, t->command, error, "the settings could not be saved: %s", err_short(error));
+			repl_command_done(r, t->command, error, "the settings could not be saved: %s",
+					  err_short(error));
 		else if (t->command && primary_live(r)) {
 			r->setting = t->command;
 			primary_settings_changed(r);
@@ -342,7 +343,8 @@ static void meta_saved(struct repl *r, const struct repl_event *ev)
 		r->ckpt_used = max_u64(r->ckpt_used, r->meta->ckpt_max);
 		repl_emit(r, &(struct repl_action){.type = ACT_SERVING, .meta = r->meta});
 	} else {
-		repl_set_error(r, ev->error, "metadata", -1, 0, 0, "the group's record could not be saved: %s", err_short(ev->error));
+		repl_set_error(r, ev->error, "metadata", -1, 0, 0, "the group's record could not be saved: %s",
+			       err_short(ev->error));
 	}
 	tx_done(r, &t, ev->error);
 	repl_tx_run(r);
@@ -598,7 +600,7 @@ static void guest_io_done(struct repl *r, struct repl_io *io, int error)
 	if (io->phase == PHASE_INTENT) {
 		if (error) {
 			repl_set_error(r, error, "intent", (int)io->volume, io->off, io->len,
-			               "the write-intent map could not be written: %s", err_short(error));
+				       "the write-intent map could not be written: %s", err_short(error));
 			r->writes_in_flight--;
 			io_finish(r, io, error);
 			primary_stop_check(r);
@@ -622,14 +624,16 @@ static void guest_io_done(struct repl *r, struct repl_io *io, int error)
 			r->active_writes--;
 			if (!error)
 				bitmap_set_range(&r->vol[io->volume].todo, io->off >> REGION_SHIFT,
-				                 ((io->off + io->len - 1) >> REGION_SHIFT) - (io->off >> REGION_SHIFT) + 1);
+						 ((io->off + io->len - 1) >> REGION_SHIFT) - (io->off >> REGION_SHIFT) +
+						     1);
 		}
 		io_finish(r, io, error);
 		secondary_commit_pump(r);
 		return;
 	}
 	if (error && io->save_failed && r->meta->role != ROLE_SECONDARY && r->meta->n_ckpts) {
-		/* Room for history never fails a guest's write (SPEC 3): unpinned checkpoints go first, then pinned ones. */
+		/* Room for history never fails a guest's write (SPEC 3): unpinned checkpoints go first, then pinned
+		 * ones. */
 		io->phase = PHASE_BUMP;
 		r->writes_in_flight++;
 		struct tx *t = repl_tx(r, TX_DROP);
@@ -773,10 +777,10 @@ static void cmd_protect(struct repl *r, struct repl_command *c)
 	const struct repl_meta *m = r->meta;
 	if (m->role != ROLE_STANDALONE)
 		repl_command_done(r, c, -ERR_STATE, "this host is %s for it already; %s", role_name(m->role),
-		                  is_primary(r) ? "see `status`" : "run it on the host that has the VM");
+				  is_primary(r) ? "see `status`" : "run it on the host that has the VM");
 	else if (m->state == STATE_FAILOVER || m->state == STATE_FAILOVER_FAILED)
 		repl_command_done(r, c, -ERR_STATE, "a failover is being committed (%s); wait with `wait --for=done`",
-		                  state_name(m->state));
+				  state_name(m->state));
 	else if (r->protect || r->link != LINK_DOWN)
 		repl_command_done(r, c, -ERR_BUSY, "another protect is under way");
 	else if (m->n_volumes == 0)
@@ -794,7 +798,8 @@ static void cmd_start(struct repl *r, struct repl_command *c)
 	if (m->role == ROLE_STANDALONE)
 		repl_command_done(r, c, -ERR_STATE, "it has no peer; `protect` it first");
 	else if (m->split_brain)
-		repl_command_done(r, c, -ERR_SPLIT, "split brain: both hosts wrote alone; see `diverged`, then `resolve`");
+		repl_command_done(r, c, -ERR_SPLIT,
+				  "split brain: both hosts wrote alone; see `diverged`, then `resolve`");
 	else if (m->state == STATE_RUNNING)
 		repl_command_done(r, c, -ERR_STATE, "it runs already");
 	else if (m->role == ROLE_SECONDARY)
@@ -812,7 +817,8 @@ static void cmd_stop(struct repl *r, struct repl_command *c)
 {
 	const struct repl_meta *m = r->meta;
 	if (m->role == ROLE_STANDALONE || m->state != STATE_RUNNING) {
-		repl_command_done(r, c, -ERR_STATE, "it does not run (%s, %s)", role_name(m->role), state_name(m->state));
+		repl_command_done(r, c, -ERR_STATE, "it does not run (%s, %s)", role_name(m->role),
+				  state_name(m->state));
 		return;
 	}
 	if (r->stop) {
@@ -824,7 +830,8 @@ static void cmd_stop(struct repl *r, struct repl_command *c)
 		t->command = c;
 	} else if (r->link != LINK_SYNCED) {
 		repl_command_done(r, c, -ERR_STATE, "the link is %s, not SYNCED; %s", link_state_name(r->link),
-		                  is_primary(r) ? "`wait --for=in-sync` first" : "use `failover` if the primary is lost");
+				  is_primary(r) ? "`wait --for=in-sync` first"
+						: "use `failover` if the primary is lost");
 	} else if (is_primary(r)) {
 		r->stop = c;
 		c->phase = 0;
@@ -840,13 +847,13 @@ static void cmd_checkpoint(struct repl *r, struct repl_command *c)
 {
 	const struct repl_meta *m = r->meta;
 	if (m->role == ROLE_STANDALONE || m->state != STATE_RUNNING)
-		repl_command_done(r, c, -ERR_STATE, "it does not run (%s, %s); `protect` or `start` it first", role_name(m->role),
-		                  state_name(m->state));
+		repl_command_done(r, c, -ERR_STATE, "it does not run (%s, %s); `protect` or `start` it first",
+				  role_name(m->role), state_name(m->state));
 	else if (r->link == LINK_DOWN || r->link == LINK_HANDSHAKE)
 		repl_command_done(r, c, -ERR_PEER, "%s is not connected; a checkpoint needs it in sync", peer_text(r));
 	else if (r->link != LINK_SYNCED)
 		repl_command_done(r, c, -ERR_STATE, "the link is %s, not SYNCED; `wait --for=in-sync` first",
-		                  link_state_name(r->link));
+				  link_state_name(r->link));
 	else if (r->stopping)
 		repl_command_done(r, c, -ERR_STATE, "it is being stopped");
 	else if (is_primary(r))
@@ -862,8 +869,9 @@ static void cmd_checkpoint(struct repl *r, struct repl_command *c)
 static void cmd_discard(struct repl *r, struct repl_command *c)
 {
 	if (r->meta->role != ROLE_SECONDARY || r->meta->state != STATE_RUNNING)
-		repl_command_done(r, c, -ERR_STATE, "only a running secondary has an active overlay to discard (%s, %s)",
-		                  role_name(r->meta->role), state_name(r->meta->state));
+		repl_command_done(r, c, -ERR_STATE,
+				  "only a running secondary has an active overlay to discard (%s, %s)",
+				  role_name(r->meta->role), state_name(r->meta->state));
 	else
 		repl_tx(r, TX_DISCARD)->command = c;
 }
@@ -875,10 +883,10 @@ static void cmd_drop(struct repl *r, struct repl_command *c)
 	if (i < 0)
 		repl_command_done(r, c, -ERR_NOENT, "no such checkpoint; see `checkpoints`");
 	else if (c->number == m->base || c->number == m->last_stream || c->number == m->kept ||
-	         (uint32_t)i == m->n_ckpts - 1 ||
-	         ((m->state == STATE_FAILOVER || m->state == STATE_FAILOVER_FAILED)))
-		repl_command_done(r, c, -ERR_STATE,
-		                  "it is in use (the base of the view, the last one, or one that a resync or failover needs)");
+		 (uint32_t)i == m->n_ckpts - 1 || ((m->state == STATE_FAILOVER || m->state == STATE_FAILOVER_FAILED)))
+		repl_command_done(
+		    r, c, -ERR_STATE,
+		    "it is in use (the base of the view, the last one, or one that a resync or failover needs)");
 	else if (r->merge_busy || r->dropping)
 		repl_command_done(r, c, -ERR_BUSY, "another checkpoint is being dropped");
 	else {
@@ -1051,7 +1059,8 @@ void repl_check(const struct repl *r)
 		if (!r->meta->has_peer)
 			continue;
 		/* Every dirty region has its intent bit. */
-		for (uint64_t b = bitmap_next_set(&v->dirty, 0); b != BITMAP_NONE; b = bitmap_next_set(&v->dirty, b + 1))
+		for (uint64_t b = bitmap_next_set(&v->dirty, 0); b != BITMAP_NONE;
+		     b = bitmap_next_set(&v->dirty, b + 1))
 			INVARIANT(bitmap_test(&v->intent, b >> (INTENT_SHIFT - REGION_SHIFT)));
 	}
 }

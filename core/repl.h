@@ -1,13 +1,14 @@
 /* The replication core of one group: a finite state machine without I/O, threads or clock (docs/ARCHITECTURE.md).
  *
  * Events go in through repl_step, each with the time; actions come out through the shell's `emit`, in order, during
- * the step. The shell (fs/repl_shell.c, or the simulator) carries them out and reports back with further events. It calls
- * repl_step from one thread at a time. Payload never enters the core: it sees ranges, sequence numbers, generations.
+ * the step. The shell (fs/repl_shell.c, or the simulator) carries them out and reports back with further events. It
+ * calls repl_step from one thread at a time. Payload never enters the core: it sees ranges, sequence numbers,
+ * generations.
  *
  * Rules of carrying out (the shell's side of the contract):
  *   - ACT_SEND: frames leave in the order emitted, on the session they were emitted for, or not at all.
- *   - ACT_SAVE_META is the one barrier: encode the record pointed to before repl_step returns, make it durable, make the
- *     switch that it names in memory, then report EV_META_SAVED. The core emits no second one before that.
+ *   - ACT_SAVE_META is the one barrier: encode the record pointed to before repl_step returns, make it durable, make
+ * the switch that it names in memory, then report EV_META_SAVED. The core emits no second one before that.
  *   - ACT_SUBMIT: carry out the I/O of `io`, in any order against others, report EV_IO_DONE once.
  *   - ACT_COMPLETE: the io is the owner's again; the core does not touch it any more.
  *   - emit must not call repl_step.
@@ -42,13 +43,13 @@ enum repl_kind {
 	REPL_CHECKPOINT,
 	REPL_RESYNC_DONE,
 	/* the core's own; see enum repl_target for what the shell does */
-	REPL_RESYNC_SCAN,  /* find the extent at off: shell sets hole, ext_len (<= len) */
-	REPL_RESYNC_READ,  /* read [off, off + len) into a buffer that the following ACT_SEND of this io sends */
-	REPL_MARK,         /* repl_mark every block in undo(base) .. live and active as dirty; then intent_write, sync */
-	REPL_COMMIT,       /* volume_commit over [off, off + len) */
+	REPL_RESYNC_SCAN, /* find the extent at off: shell sets hole, ext_len (<= len) */
+	REPL_RESYNC_READ, /* read [off, off + len) into a buffer that the following ACT_SEND of this io sends */
+	REPL_MARK,	  /* repl_mark every block in undo(base) .. live and active as dirty; then intent_write, sync */
+	REPL_COMMIT,	  /* volume_commit over [off, off + len) */
 	REPL_INTENT_CLEAR, /* clear the intent bits in the volumes' `clearing` maps */
 	REPL_INTENT_ALL,   /* write every set bit of the volumes' `intent` maps durably (union, full sync) */
-	REPL_MERGE,        /* volume_merge_into_older(arg) on all volumes */
+	REPL_MERGE,	   /* volume_merge_into_older(arg) on all volumes */
 };
 
 /* What ACT_SUBMIT asks for. */
@@ -66,19 +67,19 @@ struct repl_io {
 	enum repl_kind kind;
 	uint32_t volume; /* index in the group */
 	uint64_t off, len;
-	bool resync;     /* of the peer's stream: RESYNC_WRITE, RESYNC_ZERO */
-	bool internal;   /* the core's own object */
-	uint64_t seq;    /* of the peer's stream: the frame's. Of a primary: the core's, when it was sent */
-	uint64_t arg;    /* CHECKPOINT: number. MERGE: number */
-	uint32_t flags;  /* CHECKPOINT: enum wire_ckpt_flags */
-	struct lineage lineage; /* RESYNC_DONE: the source's. */
+	bool resync;		 /* of the peer's stream: RESYNC_WRITE, RESYNC_ZERO */
+	bool internal;		 /* the core's own object */
+	uint64_t seq;		 /* of the peer's stream: the frame's. Of a primary: the core's, when it was sent */
+	uint64_t arg;		 /* CHECKPOINT: number. MERGE: number */
+	uint32_t flags;		 /* CHECKPOINT: enum wire_ckpt_flags */
+	struct lineage lineage;	 /* RESYNC_DONE: the source's. */
 	enum repl_target target; /* with ACT_SUBMIT */
 	/* results the shell sets before EV_IO_DONE */
-	bool hole;        /* RESYNC_SCAN */
-	uint64_t ext_len; /* RESYNC_SCAN */
-	bool save_failed; /* old content could not be saved: the disk was not touched */
-	void *payload;    /* the shell's own: bytes of a RESYNC_READ or of a stream's WRITE */
-	uint8_t owner;    /* the shell's own */
+	bool hole;		    /* RESYNC_SCAN */
+	uint64_t ext_len;	    /* RESYNC_SCAN */
+	bool save_failed;	    /* old content could not be saved: the disk was not touched */
+	void *payload;		    /* the shell's own: bytes of a RESYNC_READ or of a stream's WRITE */
+	uint8_t owner;		    /* the shell's own */
 	struct repl_io *next_apply; /* the shell's own */
 	/* the core's */
 	uint8_t phase;
@@ -104,7 +105,7 @@ enum repl_cmd {
 	CMD_START,
 	CMD_STOP,
 	CMD_CHECKPOINT, /* flags: WIRE_CKPT_PIN; result number */
-	CMD_FAILOVER,   /* number: FAILOVER_DEFAULT, FAILOVER_LATEST, or a checkpoint; flags: enum repl_failover_flags */
+	CMD_FAILOVER, /* number: FAILOVER_DEFAULT, FAILOVER_LATEST, or a checkpoint; flags: enum repl_failover_flags */
 	CMD_DISCARD,
 	CMD_SETTINGS, /* settings: the new ones */
 	CMD_DROP,     /* number: a checkpoint */
@@ -133,7 +134,7 @@ struct repl_command {
 
 enum repl_event_type {
 	EV_TICK,       /* every 50 to 200 ms; heard_ns: when the link last heard, 0: no link */
-	EV_IO,         /* io: a guest's WRITE, ZERO, DISCARD, FLUSH */
+	EV_IO,	       /* io: a guest's WRITE, ZERO, DISCARD, FLUSH */
 	EV_IO_DONE,    /* io, error: an ACT_SUBMIT is done */
 	EV_META_SAVED, /* error: 0, or the record on disk is the old one */
 	EV_LINK_UP,    /* session, dialer: a framed connection for this group stands; peer_store */
@@ -201,13 +202,13 @@ enum repl_serving repl_serving(const struct repl_meta *m, bool holding);
 
 /* Dirty tracking of one volume; maps over regions (REGION_SIZE), intent ones over INTENT_SIZE. */
 struct repl_volume_state {
-	struct bitmap dirty;     /* may differ from the peer */
-	struct bitmap touched;   /* written since the running clear cycle began */
-	struct bitmap cycle;     /* touched before it: cleared when both hosts have it durable */
-	struct bitmap todo;      /* resync: to be sent. FAILOVER: to be committed */
-	struct bitmap intent;    /* as durable in the intent map */
-	struct bitmap hot;       /* intent regions used since the last look */
-	struct bitmap clearing;  /* intent regions being cleared by REPL_INTENT_CLEAR */
+	struct bitmap dirty;	/* may differ from the peer */
+	struct bitmap touched;	/* written since the running clear cycle began */
+	struct bitmap cycle;	/* touched before it: cleared when both hosts have it durable */
+	struct bitmap todo;	/* resync: to be sent. FAILOVER: to be committed */
+	struct bitmap intent;	/* as durable in the intent map */
+	struct bitmap hot;	/* intent regions used since the last look */
+	struct bitmap clearing; /* intent regions being cleared by REPL_INTENT_CLEAR */
 };
 size_t repl_volume_bytes(uint64_t size); /* zeroed memory for one volume's maps */
 
@@ -229,8 +230,8 @@ struct repl_init_args {
 	struct repl_meta *meta; /* taken over (the shell allocates; freed by the shell after the core's end) */
 	struct repl_meta *next; /* scratch of the same type, taken over */
 	void *volume_memory[GROUP_VOLUMES_MAX]; /* zeroed, repl_volume_bytes each, borrowed */
-	const uint8_t *store;                   /* this host's uuid, borrowed */
-	uint64_t random_seed;                   /* generations and jitter come from it: a seed per start */
+	const uint8_t *store;			/* this host's uuid, borrowed */
+	uint64_t random_seed;			/* generations and jitter come from it: a seed per start */
 	uint64_t now_ns;
 	repl_emit_fn emit;
 	void *emit_arg;
@@ -262,7 +263,7 @@ struct repl_status {
 	uint64_t commit_done, commit_total;
 	bool rpo_known;
 	uint64_t rpo_ns;
-	uint64_t checkpoint;         /* newest completed from the stream; 0: none */
+	uint64_t checkpoint;	     /* newest completed from the stream; 0: none */
 	uint64_t checkpoint_time_ns; /* wall clock; 0: not known */
 	struct repl_error error;
 	struct repl_counters counters;

@@ -1,6 +1,6 @@
 /* The private side of the replication core: shared by repl.c (dispatch, metadata, guest I/O), repl_session.c
- * (handshake), repl_primary.c (forwarding, acknowledgements, resync source, clear cycle) and repl_secondary.c (applying,
- * barriers, failover, commit). */
+ * (handshake), repl_primary.c (forwarding, acknowledgements, resync source, clear cycle) and repl_secondary.c
+ * (applying, barriers, failover, commit). */
 #ifndef REPFS_CORE_REPL_INTERNAL_H
 #define REPFS_CORE_REPL_INTERNAL_H
 
@@ -15,8 +15,8 @@
 #define RESYNC_WINDOW_MAX (UINT64_C(64) << 20) /* resync bytes sent and not applied */
 #define COMMITS_MAX 2
 #define COMMIT_MAX (512U << 10)
-#define CYCLE_NS UINT64_C(1000000000)          /* clear cycle: at least so long between two, */
-#define CYCLE_REST 4                           /* and so many times as long as the last one's flushes took */
+#define CYCLE_NS UINT64_C(1000000000) /* clear cycle: at least so long between two, */
+#define CYCLE_REST 4		      /* and so many times as long as the last one's flushes took */
 #define INTENT_LOOK_NS UINT64_C(10000000000)
 #define ACK_LAZY_NS UINT64_C(100000000)
 #define REDIAL_MIN_NS UINT64_C(50000000)
@@ -25,33 +25,33 @@
 
 enum phase {
 	PHASE_NONE,
-	PHASE_GATED,      /* list gated */
-	PHASE_CLAIM,      /* in the claims, waiting */
-	PHASE_BUMP,       /* list bumping: a generation is being begun before it starts */
+	PHASE_GATED,	  /* list gated */
+	PHASE_CLAIM,	  /* in the claims, waiting */
+	PHASE_BUMP,	  /* list bumping: a generation is being begun before it starts */
 	PHASE_CLEAR_WAIT, /* list clear_wait: its intent bits are being cleared */
-	PHASE_INTENT,     /* its intent bits are being set */
-	PHASE_IO,         /* local I/O */
-	PHASE_ACK,        /* list acks: the peer has to say something */
+	PHASE_INTENT,	  /* its intent bits are being set */
+	PHASE_IO,	  /* local I/O */
+	PHASE_ACK,	  /* list acks: the peer has to say something */
 	PHASE_BUMP_DONE,  /* list bumping: all done but the generation */
-	PHASE_FROZEN,     /* list frozen: on_disconnect=freeze */
-	PHASE_HELD,       /* list held: of the stream, not looked at yet */
-	PHASE_BARRIER,    /* of the stream: a barrier being carried out */
+	PHASE_FROZEN,	  /* list frozen: on_disconnect=freeze */
+	PHASE_HELD,	  /* list held: of the stream, not looked at yet */
+	PHASE_BARRIER,	  /* of the stream: a barrier being carried out */
 };
 
 /* Metadata changes: each one save. Ordered, one under way at a time. */
 enum tx_kind {
-	TX_BUMP,        /* begin a generation: writing without the peer */
-	TX_SECONDARY,   /* a standalone group becomes a fresh recovery copy (or, arg 1, an adopted one) */
-	TX_RESTART,     /* a stopped secondary: DONE → NONE */
-	TX_ACTIVATE,    /* source: the session begins; role primary, RUNNING */
-	TX_IN_SYNC,     /* source: the target adopted */
-	TX_SHUT_OUT,    /* a primary steps down: its peer failed over */
-	TX_SPLIT,       /* both wrote alone */
-	TX_KEEP,        /* target: local checkpoint, inconsistent, sync_from */
-	TX_ADOPT,       /* target: resync done */
-	TX_SWITCH,      /* secondary: a checkpoint from the stream */
-	TX_CKPT,        /* primary: a checkpoint completed over there */
-	TX_STOPPED,     /* primary: clean stop, or a stop of this side only */
+	TX_BUMP,      /* begin a generation: writing without the peer */
+	TX_SECONDARY, /* a standalone group becomes a fresh recovery copy (or, arg 1, an adopted one) */
+	TX_RESTART,   /* a stopped secondary: DONE → NONE */
+	TX_ACTIVATE,  /* source: the session begins; role primary, RUNNING */
+	TX_IN_SYNC,   /* source: the target adopted */
+	TX_SHUT_OUT,  /* a primary steps down: its peer failed over */
+	TX_SPLIT,     /* both wrote alone */
+	TX_KEEP,      /* target: local checkpoint, inconsistent, sync_from */
+	TX_ADOPT,     /* target: resync done */
+	TX_SWITCH,    /* secondary: a checkpoint from the stream */
+	TX_CKPT,      /* primary: a checkpoint completed over there */
+	TX_STOPPED,   /* primary: clean stop, or a stop of this side only */
 	TX_FAILOVER,
 	TX_COMMITTED,
 	TX_COMMIT_FAILED,
@@ -85,7 +85,7 @@ struct repl {
 	struct tx txq[TX_MAX];
 	unsigned tx_head, tx_count;
 	bool saving;
-	struct tx tx; /* under way */
+	struct tx tx;	    /* under way */
 	uint64_t ckpt_used; /* highest number used or heard of, may be ahead of the record */
 
 	/* requests */
@@ -93,7 +93,7 @@ struct repl {
 	struct repl_list gated, bumping, clear_wait, acks, frozen, held, window;
 	struct repl_volume_state vol[GROUP_VOLUMES_MAX];
 	uint64_t writes_in_flight; /* guests' writes past the gate and not locally done */
-	bool holding;              /* restarted primary: nothing served before the handshake */
+	bool holding;		   /* restarted primary: nothing served before the handshake */
 	uint64_t hold_until_ns;
 	bool activating, stopping, stop_cleared, failing_over, finalising, shutdown;
 
@@ -150,8 +150,8 @@ struct repl {
 	uint64_t acked_ns;
 	struct repl_io *barrier;
 	bool apply_stopped;
-	bool keeping;         /* RESYNC_BEGIN came; nothing of the stream is applied before TX_KEEP is durable */
-	bool barrier_waits;   /* a checkpoint waits for the view's writes under way */
+	bool keeping;	    /* RESYNC_BEGIN came; nothing of the stream is applied before TX_KEEP is durable */
+	bool barrier_waits; /* a checkpoint waits for the view's writes under way */
 	struct repl_command *want_ckpt;
 	/* failover, commit */
 	struct repl_command *failover;
@@ -177,13 +177,13 @@ void list_remove(struct repl_io *io);
 struct repl_io *list_pop(struct repl_list *l);
 void repl_emit(struct repl *r, struct repl_action *a);
 void repl_log(struct repl *r, int level, const char *fmt, ...) __attribute__((format(printf, 3, 4)));
-void repl_set_error(struct repl *r, int code, const char *operation, int volume, uint64_t off, uint64_t len, const char *fmt,
-                    ...) __attribute__((format(printf, 7, 8)));
+void repl_set_error(struct repl *r, int code, const char *operation, int volume, uint64_t off, uint64_t len,
+		    const char *fmt, ...) __attribute__((format(printf, 7, 8)));
 uint64_t repl_random(struct repl *r);
 void repl_submit(struct repl *r, struct repl_io *io, enum repl_target target);
 void repl_complete(struct repl *r, struct repl_io *io, int error);
 void repl_command_done(struct repl *r, struct repl_command *c, int error, const char *fmt, ...)
-        __attribute__((format(printf, 4, 5)));
+    __attribute__((format(printf, 4, 5)));
 struct tx *repl_tx(struct repl *r, enum tx_kind kind); /* queues one and returns it; repl_tx_run starts it */
 void repl_tx_run(struct repl *r);
 bool repl_tx_pending(const struct repl *r, enum tx_kind kind);
@@ -206,8 +206,8 @@ void session_join_ready(struct repl *r);
 void session_dial(struct repl *r);
 void session_tx_done(struct repl *r, struct tx *tx, int error);
 void session_union_done(struct repl *r, int error);
-void session_send(struct repl *r, unsigned type, uint64_t seq, uint64_t offset, uint64_t length, uint16_t flags, const void *data,
-                  uint32_t len);
+void session_send(struct repl *r, unsigned type, uint64_t seq, uint64_t offset, uint64_t length, uint16_t flags,
+		  const void *data, uint32_t len);
 void session_protocol_error(struct repl *r, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
 
 /* repl_primary.c */

@@ -23,7 +23,7 @@ enum state { STATE_NONE, STATE_RUNNING, STATE_FAILOVER, STATE_FAILOVER_FAILED, S
 /* Generations (SPEC 8, core/lineage.h). Random non-zero 64-bit identifiers; 0 = none. cur == 0: never written. */
 struct lineage {
 	uint64_t current;
-	uint64_t bitmap;                   /* the current one when the peer was last in sync; 0: in sync or never had one */
+	uint64_t bitmap; /* the current one when the peer was last in sync; 0: in sync or never had one */
 	uint64_t history[GENERATIONS_MAX]; /* newest first, 0-filled */
 };
 
@@ -37,8 +37,8 @@ struct repl_ckpt {
 	uint64_t number;
 	uint64_t generation; /* lineage.current of the stream it was taken from */
 	uint64_t time_ns;    /* wall clock, ns since 1970 */
-	uint8_t kind;        /* enum ckpt_kind */
-	uint8_t flags;       /* enum ckpt_flags */
+	uint8_t kind;	     /* enum ckpt_kind */
+	uint8_t flags;	     /* enum ckpt_flags */
 };
 
 struct repl_volume {
@@ -56,25 +56,27 @@ struct repl_meta {
 	bool has_peer; /* dirty tracking is on: a peer has, or had, a copy */
 	bool alone;    /* a generation was begun since the last completed handshake: further writes alone begin none */
 	bool inconsistent; /* an unfinished sync target: never a source, no view */
-	bool fresh;        /* with inconsistent: made for this sync, nothing kept, nothing saved before the first checkpoint */
+	bool fresh; /* with inconsistent: made for this sync, nothing kept, nothing saved before the first checkpoint */
 	bool split_brain;
-	bool shut_out;   /* a primary that learnt that its peer failed over: role secondary, state NONE, waits for failback */
-	bool broken;     /* on_cow_error=break: no checkpoint is valid until the next */
-	bool own_dirty;  /* an inconsistent target that had dirty regions of its own: `kept` stays pinned for good */
+	bool shut_out;	/* a primary that learnt that its peer failed over: role secondary, state NONE, waits for
+			   failback */
+	bool broken;	/* on_cow_error=break: no checkpoint is valid until the next */
+	bool own_dirty; /* an inconsistent target that had dirty regions of its own: `kept` stays pinned for good */
 	struct lineage lineage;
 	uint64_t sync_from;   /* with inconsistent: the source's generation */
 	uint64_t ckpt_max;    /* the highest number ever used or heard of; only grows */
-	uint64_t base;        /* the checkpoint that the view stands on; 0: the disk itself */
-	uint64_t last_stream; /* the newest completed one from the stream in the lineage last adopted; 0: none. A primary's
-	                       * is among its peer's, not its own */
-	uint64_t kept;        /* local one taken before an unfinished resync; 0: none */
-	uint64_t target;      /* state FAILOVER*: the checkpoint gone back to; 0: latest. Kept in DONE for "the same again" */
-	uint64_t received;    /* last failover: the local checkpoint of the disk as received; 0: none */
+	uint64_t base;	      /* the checkpoint that the view stands on; 0: the disk itself */
+	uint64_t last_stream; /* the newest completed one from the stream in the lineage last adopted; 0: none. A
+			       * primary's is among its peer's, not its own */
+	uint64_t kept;	      /* local one taken before an unfinished resync; 0: none */
+	uint64_t
+	    target; /* state FAILOVER*: the checkpoint gone back to; 0: latest. Kept in DONE for "the same again" */
+	uint64_t received; /* last failover: the local checkpoint of the disk as received; 0: none */
 	uint64_t received_bytes;
 	uint64_t failover_generation; /* the generation that the last failover began */
-	uint64_t active_id;   /* the active overlay's file; 0: none yet */
-	char peer[ADDR_SIZE]; /* HOST:PORT that this host dials; "": it does not */
-	uint8_t peer_store[16]; /* the peer's store uuid once known, else zeroes */
+	uint64_t active_id;	      /* the active overlay's file; 0: none yet */
+	char peer[ADDR_SIZE];	      /* HOST:PORT that this host dials; "": it does not */
+	uint8_t peer_store[16];	      /* the peer's store uuid once known, else zeroes */
 	struct settings settings;
 	uint32_t n_volumes;
 	struct repl_volume volumes[GROUP_VOLUMES_MAX];
@@ -108,11 +110,11 @@ const char *repl_meta_volumes_fault(const struct repl_volume *v, uint32_t n, uin
 bool repl_meta_role_state_valid(unsigned role, unsigned state);
 
 int repl_meta_find_volume(const struct repl_meta *m, const char *name); /* index or -ERR_NOENT */
-int repl_meta_find_ckpt(const struct repl_meta *m, uint64_t number);    /* index or -ERR_NOENT */
+int repl_meta_find_ckpt(const struct repl_meta *m, uint64_t number);	/* index or -ERR_NOENT */
 bool name_valid(const char *name);
 
-const char *role_name(unsigned role);           /* "primary" */
-const char *state_name(unsigned state);         /* "RUNNING" */
-const char *ckpt_kind_name(unsigned kind);      /* "stream" */
+const char *role_name(unsigned role);	   /* "primary" */
+const char *state_name(unsigned state);	   /* "RUNNING" */
+const char *ckpt_kind_name(unsigned kind); /* "stream" */
 
 #endif

@@ -5,8 +5,8 @@
  * The clear cycle: dirty bits clear lazily. Once a second, what was touched so far becomes `cycle`, `touched` starts
  * empty, a barrier goes to the peer and a local flush begins. When the peer has flushed the barrier and the local flush
  * has succeeded, regions in `cycle` that nothing touched since, and that no resync has still to send, become clean
- * [LOCALDUR, NEWER]. A write touches its regions when it starts and again when it is sent, so a write in flight over the
- * cut counts as newer.
+ * [LOCALDUR, NEWER]. A write touches its regions when it starts and again when it is sent, so a write in flight over
+ * the cut counts as newer.
  *
  * Resync: `todo` is the dirty set at the start of the session. Regions are read and sent under an exclusive claim
  * [RSLOCK]; a guest's write to a region still in `todo` is not forwarded, it will be read later. One pass converges.
@@ -77,8 +77,9 @@ void primary_local_done(struct repl *r, struct repl_io *io)
 {
 	if (io->error) {
 		/* The range stays dirty; the guest is told. */
-		repl_set_error(r, io->error, "write", (int)io->volume, io->off, io->len, "a local write to %s failed: %s",
-		               r->meta->volumes[io->volume].name, err_short(io->error));
+		repl_set_error(r, io->error, "write", (int)io->volume, io->off, io->len,
+			       "a local write to %s failed: %s", r->meta->volumes[io->volume].name,
+			       err_short(io->error));
 		int error = io->error;
 		repl_release_claim(r, io);
 		repl_complete(r, io, error);
@@ -207,14 +208,16 @@ static void on_checkpoint_ack(struct repl *r, const struct wire_frame *f)
 	bool stopping = r->stopping && number == r->stop_number;
 	if (f->length != WIRE_VOID_NONE) {
 		if (f->length == WIRE_VOID_ACTIVE)
-			repl_log(r, 2, "checkpoint %llu not taken: the secondary's active overlay is not empty", (unsigned long long)number);
+			repl_log(r, 2, "checkpoint %llu not taken: the secondary's active overlay is not empty",
+				 (unsigned long long)number);
 		if (stopping) {
 			c = r->stop;
 			r->stop = NULL;
 			r->stopping = r->stop_cleared = false;
 			r->stop_number = 0;
 		}
-		repl_command_done(r, c, -ERR_STATE, "the secondary did not take checkpoint %llu", (unsigned long long)number);
+		repl_command_done(r, c, -ERR_STATE, "the secondary did not take checkpoint %llu",
+				  (unsigned long long)number);
 		return;
 	}
 	r->counters.checkpoints++;
@@ -253,8 +256,8 @@ static void on_io_error(struct repl *r, const struct repl_event *ev)
 	for (uint32_t i = 0; i < r->meta->n_volumes; i++)
 		if (r->meta->volumes[i].id == ev->frame->volume)
 			vi = (int)i;
-	repl_set_error(r, x.code, "peer", vi, ev->frame->offset, ev->frame->length, "the peer stopped applying: %.*s", WIRE_TEXT_MAX,
-	               x.text);
+	repl_set_error(r, x.code, "peer", vi, ev->frame->offset, ev->frame->length, "the peer stopped applying: %.*s",
+		       WIRE_TEXT_MAX, x.text);
 	r->redial_wait_ns = REDIAL_MAX_NS;
 	session_close(r, false);
 	session_link_down(r, -ERR_BUSY, "the peer stopped applying");
@@ -370,8 +373,9 @@ void primary_tx_done(struct repl *r, struct tx *t, int error)
 		return;
 	case TX_CKPT:
 		r->last_ckpt_wall_ns = r->wall_ns;
-		repl_command_done(r, t->command, error, "checkpoint %llu was taken, but its number could not be saved here: %s",
-		                  (unsigned long long)t->number, err_short(error));
+		repl_command_done(r, t->command, error,
+				  "checkpoint %llu was taken, but its number could not be saved here: %s",
+				  (unsigned long long)t->number, err_short(error));
 		return;
 	case TX_STOPPED:
 		r->stopping = r->stop_cleared = false;
@@ -420,7 +424,8 @@ static void cycle_check(struct repl *r)
 		return;
 	for (uint32_t i = 0; i < r->meta->n_volumes; i++) {
 		struct repl_volume_state *v = &r->vol[i];
-		for (uint64_t b = bitmap_next_set(&v->cycle, 0); b != BITMAP_NONE; b = bitmap_next_set(&v->cycle, b + 1))
+		for (uint64_t b = bitmap_next_set(&v->cycle, 0); b != BITMAP_NONE;
+		     b = bitmap_next_set(&v->cycle, b + 1))
 			if (!bitmap_test(&v->touched, b) && !bitmap_test(&v->todo, b))
 				bitmap_clear(&v->dirty, b);
 		bitmap_clear_all(&v->cycle);
@@ -457,7 +462,8 @@ static void intent_look(struct repl *r)
 	bool any = false;
 	for (uint32_t i = 0; i < r->meta->n_volumes; i++) {
 		struct repl_volume_state *v = &r->vol[i];
-		for (uint64_t b = bitmap_next_set(&v->intent, 0); b != BITMAP_NONE; b = bitmap_next_set(&v->intent, b + 1)) {
+		for (uint64_t b = bitmap_next_set(&v->intent, 0); b != BITMAP_NONE;
+		     b = bitmap_next_set(&v->intent, b + 1)) {
 			uint64_t first = b << per, n = min_u64(UINT64_C(1) << per, v->dirty.nbits - first);
 			if (bitmap_test(&v->hot, b) || bitmap_any(&v->dirty, first, n))
 				continue;
@@ -560,7 +566,8 @@ void primary_tick(struct repl *r)
 		return;
 	/* Something outstanding made no progress for four times peer_timeout: a hung disk behind a live daemon. */
 	if (r->seq > r->applied && r->now_ns - r->progress_ns > 4 * s->peer_timeout_ms * UINT64_C(1000000)) {
-		repl_set_error(r, ERR_TIMEOUT, "peer", -1, 0, 0, "the peer made no progress for four times peer_timeout");
+		repl_set_error(r, ERR_TIMEOUT, "peer", -1, 0, 0,
+			       "the peer made no progress for four times peer_timeout");
 		session_close(r, false);
 		session_link_down(r, -ERR_PEER, "the peer made no progress");
 		r->session = 0;
@@ -656,7 +663,8 @@ void primary_resync_pump(struct repl *r)
 			return;
 	for (uint32_t i = 0; i < r->meta->n_volumes; i++)
 		if (r->vol[i].todo.count) {
-			if (r->rs_vol >= r->meta->n_volumes) /* a region that failed or was passed over: go round again */
+			if (r->rs_vol >=
+			    r->meta->n_volumes) /* a region that failed or was passed over: go round again */
 				r->rs_vol = 0, r->rs_off = 0;
 			return;
 		}
@@ -700,7 +708,8 @@ static void scan_done(struct repl *r, struct repl_io *io)
 				send_io(r, &z, WIRE_RESYNC_ZERO);
 			}
 			resync_sent(r, io, len);
-			r->rs_total -= min_u64(r->rs_total, units_of(len, REGION_SHIFT) << REGION_SHIFT); /* holes are not data */
+			r->rs_total -=
+			    min_u64(r->rs_total, units_of(len, REGION_SHIFT) << REGION_SHIFT); /* holes are not data */
 			r->rs_off = io->off + len;
 			return;
 		}
@@ -722,8 +731,9 @@ void primary_resync_io_done(struct repl *r, struct repl_io *io, int error)
 	}
 	if (error) {
 		repl_release_claim(r, io);
-		repl_set_error(r, error, "resync", (int)io->volume, io->off, io->len, "reading %s for the resync failed: %s",
-		               r->meta->volumes[io->volume].name, err_short(error));
+		repl_set_error(r, error, "resync", (int)io->volume, io->off, io->len,
+			       "reading %s for the resync failed: %s", r->meta->volumes[io->volume].name,
+			       err_short(error));
 		r->redial_wait_ns = REDIAL_MAX_NS;
 		session_close(r, false);
 		return;

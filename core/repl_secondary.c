@@ -1,8 +1,8 @@
 /* The receiving side: applying the stream, barriers, checkpoints, resync as target; and failover with its commit.
  *
  * The stream: requests come in order into `held`; up to the next barrier they move to `window`, claim their blocks and
- * are applied in any order that the claims allow (overlapping ones in the order of the stream, I6). A barrier waits until
- * the window is empty; nothing behind it starts before it is done (I12) [FLBARRIER, CKBARRIER, RSBARRIER].
+ * are applied in any order that the claims allow (overlapping ones in the order of the stream, I6). A barrier waits
+ * until the window is empty; nothing behind it starts before it is done (I12) [FLBARRIER, CKBARRIER, RSBARRIER].
  *
  *   FLUSH          disks synced → flushed = its number [FLACK]
  *   CHECKPOINT     disks synced (in `power`) [CKFLUSH] → one metadata write switches the epoch of all volumes (I7)
@@ -46,7 +46,7 @@ void secondary_stream(struct repl *r, struct repl_io *io)
 	if (io->seq != r->in_seq + 1) {
 		repl_complete(r, io, -ERR_CANCELED);
 		session_protocol_error(r, "sequence number %llu after %llu", (unsigned long long)io->seq,
-		                       (unsigned long long)r->in_seq);
+				       (unsigned long long)r->in_seq);
 		return;
 	}
 	bool done = io->kind == REPL_RESYNC_DONE;
@@ -61,7 +61,7 @@ void secondary_stream(struct repl *r, struct repl_io *io)
 	if (io->kind == REPL_CHECKPOINT) {
 		if (io->arg <= r->ckpt_used) {
 			session_protocol_error(r, "checkpoint %llu after %llu", (unsigned long long)io->arg,
-			                       (unsigned long long)r->ckpt_used);
+					       (unsigned long long)r->ckpt_used);
 			repl_complete(r, io, -ERR_CANCELED);
 			return;
 		}
@@ -156,8 +156,8 @@ static void stop_applying(struct repl *r, const struct repl_io *io, int error, c
 		return;
 	r->apply_stopped = true;
 	const char *name = r->meta->volumes[io->volume].name;
-	repl_set_error(r, error, "apply", (int)io->volume, io->off, io->len, "%s: %s of %s: %s; applying stopped", r->meta->group, what,
-	               name, err_short(error));
+	repl_set_error(r, error, "apply", (int)io->volume, io->off, io->len, "%s: %s of %s: %s; applying stopped",
+		       r->meta->group, what, name, err_short(error));
 	if (r->link == LINK_DOWN || r->closing)
 		return;
 	struct wire_refuse x = {.code = (uint16_t)-error};
@@ -225,7 +225,8 @@ static void checkpoint_void(struct repl *r, struct repl_io *io, enum wire_void w
 	if (io->session == r->session)
 		session_send(r, WIRE_CHECKPOINT_ACK, 0, io->arg, why, 0, NULL, 0);
 	if (why == WIRE_VOID_ACTIVE)
-		repl_log(r, 2, "checkpoint %llu not taken: the active overlay is not empty", (unsigned long long)io->arg);
+		repl_log(r, 2, "checkpoint %llu not taken: the active overlay is not empty",
+			 (unsigned long long)io->arg);
 }
 
 static void barrier_done(struct repl *r, struct repl_io *io, int error)
@@ -279,8 +280,9 @@ void secondary_ack(struct repl *r, bool now)
 	if (memcmp(&a, &r->acked, sizeof(a)) == 0)
 		return;
 	uint64_t p = r->meta->settings.protocol;
-	bool due = now || r->now_ns - r->acked_ns >= ACK_LAZY_NS || (p == PROTOCOL_B && a.received != r->acked.received) ||
-	           (p == PROTOCOL_C && a.applied != r->acked.applied);
+	bool due = now || r->now_ns - r->acked_ns >= ACK_LAZY_NS ||
+		   (p == PROTOCOL_B && a.received != r->acked.received) ||
+		   (p == PROTOCOL_C && a.applied != r->acked.applied);
 	if (!due)
 		return;
 	r->acked = a;
@@ -344,10 +346,10 @@ static void add_ckpt(struct repl *r, struct repl_meta *m, uint64_t number, enum 
 	INVARIANT(m->n_ckpts < GROUP_CKPTS_MAX);
 	INVARIANT(m->n_ckpts == 0 || m->ckpts[m->n_ckpts - 1].number < number);
 	m->ckpts[m->n_ckpts++] = (struct repl_ckpt){.number = number,
-	                                            .generation = m->lineage.current,
-	                                            .time_ns = r->wall_ns,
-	                                            .kind = (uint8_t)kind,
-	                                            .flags = (uint8_t)flags};
+						    .generation = m->lineage.current,
+						    .time_ns = r->wall_ns,
+						    .kind = (uint8_t)kind,
+						    .flags = (uint8_t)flags};
 	m->ckpt_max = max_u64(m->ckpt_max, number);
 }
 
@@ -382,7 +384,8 @@ static void prepare_keep(struct repl *r, struct tx *t, struct repl_meta *m)
 static void prepare_adopt(struct tx *t, struct repl_meta *m)
 {
 	uint64_t old = m->lineage.current;
-	bool related = old == 0 || old == t->lineage.current || old == t->lineage.bitmap || lineage_has(&t->lineage, old);
+	bool related =
+	    old == 0 || old == t->lineage.current || old == t->lineage.bitmap || lineage_has(&t->lineage, old);
 	lineage_adopt(&m->lineage, &t->lineage);
 	/* [LASTLIN] what the followed lineage has discarded is no default target any more */
 	if (!related || m->own_dirty) {
@@ -570,7 +573,8 @@ static void switched(struct repl *r, struct tx *t, int error)
 	if (error) {
 		checkpoint_void(r, io, WIRE_VOID_ERROR);
 		if (r->want_ckpt) {
-			repl_command_done(r, r->want_ckpt, error, "the checkpoint could not be saved: %s", err_short(error));
+			repl_command_done(r, r->want_ckpt, error, "the checkpoint could not be saved: %s",
+					  err_short(error));
 			r->want_ckpt = NULL;
 		}
 		barrier_end(r, io);
@@ -609,7 +613,8 @@ static void adopted(struct repl *r, struct tx *t, int error)
 		secondary_run(r);
 		return;
 	}
-	for (uint32_t i = 0; i < r->meta->n_volumes; i++) { /* the end of the resync is durable: its own bits go [TGTBITS] */
+	for (uint32_t i = 0; i < r->meta->n_volumes;
+	     i++) { /* the end of the resync is durable: its own bits go [TGTBITS] */
 		bitmap_clear_all(&r->vol[i].dirty);
 		bitmap_clear_all(&r->vol[i].touched);
 	}
@@ -630,7 +635,8 @@ static void failed_over(struct repl *r, struct tx *t, int error)
 	r->failing_over = false;
 	r->marked = !error;
 	if (error) {
-		repl_command_done(r, c, error, "the failover could not be saved: %s; nothing was changed", err_short(error));
+		repl_command_done(r, c, error, "the failover could not be saved: %s; nothing was changed",
+				  err_short(error));
 		return;
 	}
 	const struct repl_meta *m = r->meta;
@@ -699,8 +705,9 @@ void secondary_tx_done(struct repl *r, struct tx *t, int error)
 	case TX_DROP:
 		if (t->io) { /* for room: try the write again */
 			t->io->claim.next_ready = NULL;
-			repl_log(r, 0, "no room to keep checkpoint %llu: it was dropped so that the guest's write succeeds",
-			         (unsigned long long)t->dropped);
+			repl_log(r, 0,
+				 "no room to keep checkpoint %llu: it was dropped so that the guest's write succeeds",
+				 (unsigned long long)t->dropped);
 			t->io->phase = PHASE_IO;
 			if (error) {
 				r->writes_in_flight--;
@@ -740,9 +747,10 @@ static int outcome(struct repl *r, struct repl_command *c, uint64_t *ret)
 		to = m->last_stream;
 		if (to == 0 && !force) {
 			repl_command_done(r, c, -ERR_STATE,
-			                  "there is no checkpoint from the stream to go back to%s; `--to latest` takes the disk as received, "
-			                  "`--force` what there is",
-			                  m->inconsistent ? " and the first sync has not ended" : "");
+					  "there is no checkpoint from the stream to go back to%s; `--to latest` takes "
+					  "the disk as received, "
+					  "`--force` what there is",
+					  m->inconsistent ? " and the first sync has not ended" : "");
 			return -ERR_STATE;
 		}
 		if (to == 0)
@@ -754,13 +762,15 @@ static int outcome(struct repl *r, struct repl_command *c, uint64_t *ret)
 		} else if (m->n_ckpts && m->last_stream) {
 			to = m->last_stream;
 		} else if (!force) {
-			repl_command_done(r, c, -ERR_STATE,
-			                  "the first sync has not ended: the disk is incomplete; `--force` takes it as it is");
+			repl_command_done(
+			    r, c, -ERR_STATE,
+			    "the first sync has not ended: the disk is incomplete; `--force` takes it as it is");
 			return -ERR_STATE;
 		}
 	}
 	if (to != FAILOVER_LATEST && repl_meta_find_ckpt(m, to) < 0) {
-		repl_command_done(r, c, -ERR_NOENT, "no checkpoint %llu here; see `checkpoints`", (unsigned long long)to);
+		repl_command_done(r, c, -ERR_NOENT, "no checkpoint %llu here; see `checkpoints`",
+				  (unsigned long long)to);
 		return -ERR_NOENT;
 	}
 	*ret = to;
@@ -772,7 +782,7 @@ void secondary_failover(struct repl *r, struct repl_command *c)
 	const struct repl_meta *m = r->meta;
 	if (m->role == ROLE_PRIMARY) {
 		repl_command_done(r, c, -ERR_STATE, "this host is primary for it; run it on the peer (%s)",
-		                  m->peer[0] ? m->peer : "unknown");
+				  m->peer[0] ? m->peer : "unknown");
 		return;
 	}
 	if (r->failing_over) {
@@ -781,13 +791,14 @@ void secondary_failover(struct repl *r, struct repl_command *c)
 	}
 	if (m->role == ROLE_STANDALONE) {
 		if (m->failover_generation == 0) {
-			repl_command_done(r, c, -ERR_STATE, "it is standalone on this host: there is nothing to fail over from");
+			repl_command_done(r, c, -ERR_STATE,
+					  "it is standalone on this host: there is nothing to fail over from");
 			return;
 		}
 		if (!same_outcome(m, c->number)) {
 			repl_command_done(r, c, -ERR_STATE, "it has failed over to %s%llu already",
-			                  m->target ? "checkpoint " : "latest, checkpoint ",
-			                  (unsigned long long)(m->target ? m->target : m->received));
+					  m->target ? "checkpoint " : "latest, checkpoint ",
+					  (unsigned long long)(m->target ? m->target : m->received));
 			return;
 		}
 		c->result = m->target;
@@ -803,11 +814,13 @@ void secondary_failover(struct repl *r, struct repl_command *c)
 		return;
 	}
 	if (m->state == STATE_DONE) {
-		repl_command_done(r, c, -ERR_STATE, "replication is stopped: this host owns its disk already; `unprotect` frees it");
+		repl_command_done(r, c, -ERR_STATE,
+				  "replication is stopped: this host owns its disk already; `unprotect` frees it");
 		return;
 	}
 	if (m->shut_out && !(c->flags & FAILOVER_FORCE)) {
-		repl_command_done(r, c, -ERR_STATE, "the peer has failed over; run `failback` there, or `--force` to make two lineages");
+		repl_command_done(r, c, -ERR_STATE,
+				  "the peer has failed over; run `failback` there, or `--force` to make two lineages");
 		return;
 	}
 	uint64_t to;
@@ -817,9 +830,10 @@ void secondary_failover(struct repl *r, struct repl_command *c)
 	bool stays = c->number == FAILOVER_DEFAULT && to == m->base;
 	if (c->result3 && !(c->flags & FAILOVER_DISCARD_ACTIVE) && !stays) {
 		repl_command_done(r, c, -ERR_STATE,
-		                  "the active overlay holds this side's own writes, which belong to checkpoint %llu; `--discard-active` "
-		                  "gives them up",
-		                  (unsigned long long)m->base);
+				  "the active overlay holds this side's own writes, which belong to checkpoint %llu; "
+				  "`--discard-active` "
+				  "gives them up",
+				  (unsigned long long)m->base);
 		return;
 	}
 	r->failover = c;
@@ -840,8 +854,8 @@ void secondary_failover(struct repl *r, struct repl_command *c)
 /* Goes on when all that was received is applied and no write to active is under way. */
 void secondary_failover_go(struct repl *r)
 {
-	if (!r->failing_over || !secondary_quiet(r) || r->writes_in_flight || r->mark_busy || r->marked || r->clear_busy ||
-	    r->merge_busy || r->sync_busy || r->union_busy || r->saving || r->tx_count)
+	if (!r->failing_over || !secondary_quiet(r) || r->writes_in_flight || r->mark_busy || r->marked ||
+	    r->clear_busy || r->merge_busy || r->sync_busy || r->union_busy || r->saving || r->tx_count)
 		return;
 	/* From the older of the target and the base: what differs from the primary, and what has to go back. */
 	uint64_t to = r->failover_outcome, base = r->meta->base;
@@ -892,7 +906,8 @@ static bool commit_next(struct repl *r, struct repl_io *io)
 			uint64_t off = first << REGION_SHIFT;
 			io->volume = r->commit_vol;
 			io->off = off;
-			io->len = min_u64(min_u64(end << REGION_SHIFT, r->meta->volumes[r->commit_vol].size) - off, COMMIT_MAX);
+			io->len = min_u64(min_u64(end << REGION_SHIFT, r->meta->volumes[r->commit_vol].size) - off,
+					  COMMIT_MAX);
 			r->commit_off = off + io->len;
 			return true;
 		}
@@ -949,7 +964,8 @@ static void commit_failed(struct repl *r, const struct repl_io *io, int error)
 	r->commit_stopped = true;
 	r->finalising = false;
 	repl_set_error(r, error, "commit", io ? (int)io->volume : -1, io ? io->off : 0, io ? io->len : 0,
-	               "the commit of the failover met an error: %s; run `failover` again when it is mended", err_short(error));
+		       "the commit of the failover met an error: %s; run `failover` again when it is mended",
+		       err_short(error));
 	repl_tx(r, TX_COMMIT_FAILED);
 }
 
@@ -970,12 +986,14 @@ static void mark_done(struct repl *r, int error)
 {
 	r->mark_busy = false;
 	if (error) {
-		repl_set_error(r, error, "failover", -1, 0, 0, "the dirty map could not be written: %s", err_short(error));
+		repl_set_error(r, error, "failover", -1, 0, 0, "the dirty map could not be written: %s",
+			       err_short(error));
 		if (r->failing_over) {
 			struct repl_command *c = r->failover;
 			r->failover = NULL;
 			r->failing_over = false;
-			repl_command_done(r, c, error, "the dirty map could not be written: %s; nothing was changed", err_short(error));
+			repl_command_done(r, c, error, "the dirty map could not be written: %s; nothing was changed",
+					  err_short(error));
 		} else {
 			commit_failed(r, NULL, error);
 		}
@@ -1014,9 +1032,11 @@ static void synced(struct repl *r, int error)
 static void merged(struct repl *r, int error)
 {
 	if (error) {
-		repl_log(r, 0, "merging checkpoint %llu failed: %s", (unsigned long long)r->merge_io.arg, err_short(error));
+		repl_log(r, 0, "merging checkpoint %llu failed: %s", (unsigned long long)r->merge_io.arg,
+			 err_short(error));
 		r->merge_busy = false;
-		repl_command_done(r, r->dropping, error, "its blocks could not be merged into the older one: %s", err_short(error));
+		repl_command_done(r, r->dropping, error, "its blocks could not be merged into the older one: %s",
+				  err_short(error));
 		r->dropping = NULL;
 		return;
 	}

@@ -16,8 +16,8 @@
 
 #include "core/check.h"
 
-void session_send(struct repl *r, unsigned type, uint64_t seq, uint64_t offset, uint64_t length, uint16_t flags, const void *data,
-                  uint32_t len)
+void session_send(struct repl *r, unsigned type, uint64_t seq, uint64_t offset, uint64_t length, uint16_t flags,
+		  const void *data, uint32_t len)
 {
 	struct repl_action a = {.type = ACT_SEND, .data = data, .data_len = len};
 	a.frame.type = (uint16_t)type;
@@ -91,8 +91,8 @@ void repl_join(const struct repl *r, struct wire_join *j)
 	j->n_volumes = m->n_volumes;
 	memcpy(j->volumes, m->volumes, m->n_volumes * sizeof(m->volumes[0]));
 	j->flags = (m->alone ? WIRE_JOIN_ALONE : 0U) | (m->inconsistent ? WIRE_JOIN_INCONSISTENT : 0U) |
-	           (m->split_brain ? WIRE_JOIN_SPLIT : 0U) | (r->holding ? WIRE_JOIN_HOLDING : 0U) |
-	           (r->start ? WIRE_JOIN_START : 0U) | (r->protect ? WIRE_JOIN_PROTECT : 0U);
+		   (m->split_brain ? WIRE_JOIN_SPLIT : 0U) | (r->holding ? WIRE_JOIN_HOLDING : 0U) |
+		   (r->start ? WIRE_JOIN_START : 0U) | (r->protect ? WIRE_JOIN_PROTECT : 0U);
 	if (r->protect && (r->protect->flags & WIRE_JOIN_ADOPT))
 		j->flags |= WIRE_JOIN_ADOPT;
 	if (m->fresh || (m->role == ROLE_SECONDARY && m->lineage.current == 0 && m->sync_from == 0))
@@ -187,7 +187,8 @@ static bool volumes_match(struct repl *r, const struct wire_join *j, char *why, 
 {
 	const struct repl_meta *m = r->meta;
 	if (j->n_volumes != m->n_volumes) {
-		(void)snprintf(why, size, "group %s has %u volumes here and %u there", m->group, m->n_volumes, j->n_volumes);
+		(void)snprintf(why, size, "group %s has %u volumes here and %u there", m->group, m->n_volumes,
+			       j->n_volumes);
 		return false;
 	}
 	for (uint32_t i = 0; i < j->n_volumes; i++) {
@@ -198,8 +199,8 @@ static bool volumes_match(struct repl *r, const struct wire_join *j, char *why, 
 		}
 		if (m->volumes[k].size != j->volumes[i].size) {
 			(void)snprintf(why, size, "volume %s has %llu bytes here and %llu there; make the sizes equal",
-			               j->volumes[i].name, (unsigned long long)m->volumes[k].size,
-			               (unsigned long long)j->volumes[i].size);
+				       j->volumes[i].name, (unsigned long long)m->volumes[k].size,
+				       (unsigned long long)j->volumes[i].size);
 			return false;
 		}
 	}
@@ -215,15 +216,17 @@ static void listener_answer(struct repl *r)
 	const struct wire_join *j = &r->theirs;
 	bool protect = (j->flags & WIRE_JOIN_PROTECT) != 0;
 	if (m->state == STATE_FAILOVER || m->state == STATE_FAILOVER_FAILED) { /* [FODEFER] */
-		session_refuse(r, ERR_BUSY, "this host has failed over and is still committing; it answers when that has ended");
+		session_refuse(r, ERR_BUSY,
+			       "this host has failed over and is still committing; it answers when that has ended");
 		return;
 	}
 	if (protect && m->role == ROLE_STANDALONE) {
 		bool written = m->lineage.current != 0;
 		if (written && !(j->flags & WIRE_JOIN_ADOPT)) {
 			session_refuse(r, ERR_STATE,
-			               "the peer has a volume of that name that was written already; `protect --adopt` takes it over "
-			               "(its content is kept as a checkpoint)");
+				       "the peer has a volume of that name that was written already; `protect --adopt` "
+				       "takes it over "
+				       "(its content is kept as a checkpoint)");
 			return;
 		}
 		struct tx *t = repl_tx(r, TX_SECONDARY);
@@ -325,12 +328,12 @@ static void decide(struct repl *r)
 	repl_join(r, &mine);
 	int source = 0;
 	enum lineage_decision d =
-	        r->dialer ? lineage_decide(&mine, &r->theirs, &source) : lineage_decide(&r->theirs, &mine, &source);
+	    r->dialer ? lineage_decide(&mine, &r->theirs, &source) : lineage_decide(&r->theirs, &mine, &source);
 	bool me = (source == 0) == r->dialer;
 	r->decision = d;
 	r->ckpt_used = max_u64(r->ckpt_used, r->theirs.ckpt_max); /* [NUMMAX]; in the record with the next save */
 	repl_log(r, 2, "handshake: %s%s", lineage_decision_name(d),
-	         d <= LINEAGE_FULL ? (me ? ", this host is the source" : ", this host is the target") : "");
+		 d <= LINEAGE_FULL ? (me ? ", this host is the source" : ", this host is the target") : "");
 	switch (d) {
 	case LINEAGE_EQUAL:
 	case LINEAGE_PARTIAL:
@@ -360,8 +363,11 @@ static void decide(struct repl *r)
 		repl_tx(r, TX_SPLIT);
 		return;
 	case LINEAGE_UNRELATED:
-		repl_set_error(r, ERR_STATE, "handshake", -1, 0, 0, "the two copies of %s have nothing in common", r->meta->group);
-		session_refuse(r, ERR_STATE, "the two copies have nothing in common; protect afresh, with --adopt to take the other over");
+		repl_set_error(r, ERR_STATE, "handshake", -1, 0, 0, "the two copies of %s have nothing in common",
+			       r->meta->group);
+		session_refuse(
+		    r, ERR_STATE,
+		    "the two copies have nothing in common; protect afresh, with --adopt to take the other over");
 		return;
 	case LINEAGE_NO_SOURCE:
 		session_refuse(r, ERR_STATE, "neither copy may be the source: no consistent primary among them");
@@ -426,7 +432,8 @@ void session_union_done(struct repl *r, int error)
 	if (r->union_io.session != r->session || r->link != LINK_HANDSHAKE || r->closing)
 		return;
 	if (error) {
-		repl_set_error(r, error, "intent", -1, 0, 0, "the write-intent map could not be written: %s", err_short(error));
+		repl_set_error(r, error, "intent", -1, 0, 0, "the write-intent map could not be written: %s",
+			       err_short(error));
 		session_refuse(r, ERR_IO, "the source could not write its dirty map");
 		return;
 	}
@@ -485,7 +492,8 @@ void session_tx_done(struct repl *r, struct tx *t, int error)
 			return;
 		r->holding = false;
 		repl_set_error(r, ERR_STATE, "handshake", -1, 0, 0,
-		               "the peer has failed over; this host is no longer primary. `failback` on the peer makes this copy follow");
+			       "the peer has failed over; this host is no longer primary. `failback` on the peer makes "
+			       "this copy follow");
 		session_close(r, true);
 		struct repl_list waiting = r->frozen;
 		r->frozen = (struct repl_list){0};
@@ -500,11 +508,14 @@ void session_tx_done(struct repl *r, struct tx *t, int error)
 	}
 	case TX_SPLIT:
 		r->holding = false;
-		repl_set_error(r, ERR_SPLIT, "handshake", -1, 0, 0,
-		               "split brain: both hosts wrote %s alone; replication is halted. See `diverged`, then `resolve`",
-		               r->meta->group);
-		fail_pending(r, &r->protect, -ERR_SPLIT, "split brain: both hosts wrote alone; see `diverged`, then `resolve`");
-		fail_pending(r, &r->start, -ERR_SPLIT, "split brain: both hosts wrote alone; see `diverged`, then `resolve`");
+		repl_set_error(
+		    r, ERR_SPLIT, "handshake", -1, 0, 0,
+		    "split brain: both hosts wrote %s alone; replication is halted. See `diverged`, then `resolve`",
+		    r->meta->group);
+		fail_pending(r, &r->protect, -ERR_SPLIT,
+			     "split brain: both hosts wrote alone; see `diverged`, then `resolve`");
+		fail_pending(r, &r->start, -ERR_SPLIT,
+			     "split brain: both hosts wrote alone; see `diverged`, then `resolve`");
 		session_close(r, true);
 		repl_emit(r, &(struct repl_action){.type = ACT_SERVING, .meta = r->meta});
 		return;
@@ -608,8 +619,8 @@ void session_frame(struct repl *r, const struct repl_event *ev)
 static bool should_dial(const struct repl *r)
 {
 	const struct repl_meta *m = r->meta;
-	return r->link == LINK_DOWN && !r->dialing && !r->shutdown && !r->protect && !r->start && m->role == ROLE_PRIMARY &&
-	       m->state == STATE_RUNNING && m->peer[0] && !m->split_brain;
+	return r->link == LINK_DOWN && !r->dialing && !r->shutdown && !r->protect && !r->start &&
+	       m->role == ROLE_PRIMARY && m->state == STATE_RUNNING && m->peer[0] && !m->split_brain;
 }
 
 void session_tick(struct repl *r)

@@ -47,7 +47,7 @@ enum settings_id {
 #define SETTINGS_ID(field, key, kind, def, min, max, choices) SETTING_##field,
 	SETTINGS(SETTINGS_ID)
 #undef SETTINGS_ID
-	SETTINGS_COUNT
+	    SETTINGS_COUNT
 };
 
 void settings_default(struct settings *s);
@@ -60,8 +60,8 @@ void settings_format(const struct settings *s, unsigned i, char *buf, size_t siz
  * default, values out of bounds and a key given twice fail the reader (*s is then untouched). */
 void settings_encode(const struct settings *s, struct wbuf *w);
 void settings_decode(struct settings *s, struct rbuf *r);
-#define SETTINGS_KEY_SIZE 64   /* a key in the encoding, with a terminator */
-#define SETTINGS_KEYS_MAX 128U /* keys in one encoding, known or not */
+#define SETTINGS_KEY_SIZE 64		       /* a key in the encoding, with a terminator */
+#define SETTINGS_KEYS_MAX 128U		       /* keys in one encoding, known or not */
 bool settings_valid(const struct settings *s); /* every value within its bounds */
 
 /* "20G", "512", "1.5T" (powers of 1024; an optional trailing B or iB) to bytes. -ERR_USAGE. */

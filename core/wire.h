@@ -19,7 +19,7 @@
 #define WIRE_HEADER_SIZE 56
 #define WIRE_PAYLOAD_MAX (2U << 20)
 #define WIRE_SPAN_MAX (UINT64_C(1) << 30) /* bytes of one ZERO, DISCARD, RESYNC_ZERO: bounds one request's work */
-#define WIRE_HELLO_MAX 4096 /* largest payload before the handshake is complete */
+#define WIRE_HELLO_MAX 4096		  /* largest payload before the handshake is complete */
 #define WIRE_TEXT_MAX 480
 #define WIRE_SETTINGS_MAX 4096 /* largest SETTINGS payload */
 /* Largest checkpoint number that a peer may bring: what is left above it is more than can ever be counted, so no peer
@@ -32,33 +32,34 @@ enum wire_features {
 
 /* X(name, value, payload kind) */
 #define WIRE_TYPES(X)                                                                                                  \
-	X(HELLO, 1)           /* wire_hello */                                                                         \
-	X(REPORT, 2)          /* wire_report */                                                                        \
-	X(JOIN, 3)            /* wire_join: the sender's view of one group */                                          \
-	X(REFUSE, 4)          /* wire_refuse: fatal for the connection */                                              \
-	X(PING, 5)            /* offset: an opaque token */                                                            \
-	X(PONG, 6)            /* offset: the ping's token */                                                           \
-	X(GOODBYE, 7)         /* offset: enum wire_goodbye; the sender closes after it */                              \
-	X(WRITE, 16)          /* seq volume offset length; payload: length bytes */                                    \
-	X(ZERO, 17)           /* seq volume offset length */                                                           \
-	X(DISCARD, 18)        /* seq volume offset length */                                                           \
-	X(FLUSH, 19)          /* seq: a barrier */                                                                     \
-	X(CHECKPOINT, 20)     /* seq; offset: number; flags: enum wire_ckpt_flags; length: wall clock ns. A barrier */  \
-	X(RESYNC_WRITE, 21)   /* as WRITE */                                                                           \
-	X(RESYNC_ZERO, 22)    /* as ZERO */                                                                            \
-	X(RESYNC_DONE, 23)    /* seq; payload: wire_lineage of the source. A barrier */                                \
-	X(DIRTY, 24)          /* volume; payload: (u64 offset, u64 length)*: the target's dirty ranges */              \
-	X(DIRTY_END, 25)      /* no more of them */                                                                    \
-	X(RESYNC_BEGIN, 26)   /* source → target; offset: source's generation; length: bytes to do */                  \
-	X(RESYNC_READY, 27)   /* target → source: marked inconsistent, durable; offset: target's ckpt_max */           \
-	X(ACK, 32)            /* payload: wire_ack */                                                                  \
-	X(CHECKPOINT_ACK, 33) /* offset: number; length: enum wire_void; seq: bytes of active that taking it emptied */ \
-	X(RESYNC_ACK, 34)     /* seq: adopted */                                                                       \
-	X(IO_ERROR, 35)       /* seq volume offset length; payload: wire_refuse (code and text): applying stopped */   \
-	X(CHECKPOINT_WANT, 36) /* secondary → primary: take one now; offset: enum wire_ckpt_flags, no STOP */          \
-	X(SETTINGS, 37)       /* payload: settings_encode; seq: token */                                               \
-	X(SETTINGS_ACK, 38)   /* seq: token */                                                                         \
-	X(STOP_WANT, 39)      /* secondary → primary: stop the group cleanly */
+	X(HELLO, 1)	    /* wire_hello */                                                                           \
+	X(REPORT, 2)	    /* wire_report */                                                                          \
+	X(JOIN, 3)	    /* wire_join: the sender's view of one group */                                            \
+	X(REFUSE, 4)	    /* wire_refuse: fatal for the connection */                                                \
+	X(PING, 5)	    /* offset: an opaque token */                                                              \
+	X(PONG, 6)	    /* offset: the ping's token */                                                             \
+	X(GOODBYE, 7)	    /* offset: enum wire_goodbye; the sender closes after it */                                \
+	X(WRITE, 16)	    /* seq volume offset length; payload: length bytes */                                      \
+	X(ZERO, 17)	    /* seq volume offset length */                                                             \
+	X(DISCARD, 18)	    /* seq volume offset length */                                                             \
+	X(FLUSH, 19)	    /* seq: a barrier */                                                                       \
+	X(CHECKPOINT, 20)   /* seq; offset: number; flags: enum wire_ckpt_flags; length: wall clock ns. A barrier */   \
+	X(RESYNC_WRITE, 21) /* as WRITE */                                                                             \
+	X(RESYNC_ZERO, 22)  /* as ZERO */                                                                              \
+	X(RESYNC_DONE, 23)  /* seq; payload: wire_lineage of the source. A barrier */                                  \
+	X(DIRTY, 24)	    /* volume; payload: (u64 offset, u64 length)*: the target's dirty ranges */                \
+	X(DIRTY_END, 25)    /* no more of them */                                                                      \
+	X(RESYNC_BEGIN, 26) /* source → target; offset: source's generation; length: bytes to do */                  \
+	X(RESYNC_READY, 27) /* target → source: marked inconsistent, durable; offset: target's ckpt_max */           \
+	X(ACK, 32)	    /* payload: wire_ack */                                                                    \
+	X(CHECKPOINT_ACK,                                                                                              \
+	  33)		  /* offset: number; length: enum wire_void; seq: bytes of active that taking it emptied */    \
+	X(RESYNC_ACK, 34) /* seq: adopted */                                                                           \
+	X(IO_ERROR, 35)	  /* seq volume offset length; payload: wire_refuse (code and text): applying stopped */       \
+	X(CHECKPOINT_WANT, 36) /* secondary → primary: take one now; offset: enum wire_ckpt_flags, no STOP */        \
+	X(SETTINGS, 37)	       /* payload: settings_encode; seq: token */                                              \
+	X(SETTINGS_ACK, 38)    /* seq: token */                                                                        \
+	X(STOP_WANT, 39)       /* secondary → primary: stop the group cleanly */
 
 enum wire_type {
 #define WIRE_ENUM(name, value) WIRE_##name = (value),
@@ -90,7 +91,7 @@ void wire_header_encode(const struct wire_frame *f, uint64_t session, uint8_t ou
  * too. -ERR_PROTO (also for a type it does not know), *f untouched. What only the session knows (the frame's number,
  * the volume and its size, the payload's CRC, whether the type is expected now) is the caller's to check. */
 int wire_header_decode(struct wire_frame *f, uint64_t session, const uint8_t in[WIRE_HEADER_SIZE], uint32_t payload_max,
-                       struct err *e);
+		       struct err *e);
 const char *wire_type_name(unsigned type);
 
 struct wire_hello {
@@ -108,7 +109,7 @@ int wire_negotiate(const struct wire_hello *mine, const struct wire_hello *their
 uint64_t wire_session(uint64_t dialer_nonce, uint64_t listener_nonce);
 
 struct wire_refuse {
-	uint16_t code; /* enum err_code, as a stable number: docs/protocol.md */
+	uint16_t code;		  /* enum err_code, as a stable number: docs/protocol.md */
 	char text[WIRE_TEXT_MAX]; /* encoded and decoded as printable ASCII, other bytes as '?' */
 };
 int wire_refuse_encode(const struct wire_refuse *x, void *buf, size_t size);
@@ -124,14 +125,14 @@ void wire_lineage_encode(const struct lineage *l, struct wbuf *w);
 void wire_lineage_decode(struct lineage *l, struct rbuf *r);
 
 enum wire_join_flags {
-	WIRE_JOIN_PROTECT = 1 << 0,      /* make (or adopt) the recovery volumes */
-	WIRE_JOIN_ADOPT = 1 << 1,        /* adopt even if it was written */
-	WIRE_JOIN_START = 1 << 2,        /* after a stop: DONE → NONE → RUNNING */
-	WIRE_JOIN_ALONE = 1 << 3,        /* meta.alone */
+	WIRE_JOIN_PROTECT = 1 << 0,	 /* make (or adopt) the recovery volumes */
+	WIRE_JOIN_ADOPT = 1 << 1,	 /* adopt even if it was written */
+	WIRE_JOIN_START = 1 << 2,	 /* after a stop: DONE → NONE → RUNNING */
+	WIRE_JOIN_ALONE = 1 << 3,	 /* meta.alone */
 	WIRE_JOIN_INCONSISTENT = 1 << 4, /* meta.inconsistent */
-	WIRE_JOIN_HOLDING = 1 << 5,      /* a restarted primary that has served nothing yet */
-	WIRE_JOIN_SPLIT = 1 << 6,        /* the sender stands halted by split brain */
-	WIRE_JOIN_FRESH = 1 << 7,        /* meta.fresh, or never written */
+	WIRE_JOIN_HOLDING = 1 << 5,	 /* a restarted primary that has served nothing yet */
+	WIRE_JOIN_SPLIT = 1 << 6,	 /* the sender stands halted by split brain */
+	WIRE_JOIN_FRESH = 1 << 7,	 /* meta.fresh, or never written */
 };
 
 /* What each side says of a group when a connection is made for it. */

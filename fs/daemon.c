@@ -1,7 +1,7 @@
 /* The daemon: the store, its groups and their volumes by name, connections, the clock.
  *
- * A connection is accepted without a group; its first frame is a JOIN that names one. A group that does not exist here is
- * made if the JOIN asks to protect (SPEC 13: without TLS every peer that may connect may do that).
+ * A connection is accepted without a group; its first frame is a JOIN that names one. A group that does not exist here
+ * is made if the JOIN asks to protect (SPEC 13: without TLS every peer that may connect may do that).
  */
 #include "fs/daemon.h"
 
@@ -182,10 +182,12 @@ bool daemon_addr_allowed(const struct daemon *d, const char *addr, struct err *e
 	char host[ADDR_SIZE], port[16];
 	if (addr_split(addr, host, sizeof(host), port, sizeof(port), e) < 0)
 		return false;
-	if (d->cfg.insecure || strcmp(host, "localhost") == 0 || strncmp(host, "127.", 4) == 0 || strcmp(host, "::1") == 0)
+	if (d->cfg.insecure || strcmp(host, "localhost") == 0 || strncmp(host, "127.", 4) == 0 ||
+	    strcmp(host, "::1") == 0)
 		return true;
-	err_set(e, ERR_PERM, "%s is not loopback, and there is no key: start the daemon with `insecure` to allow it in the clear",
-	        addr);
+	err_set(e, ERR_PERM,
+		"%s is not loopback, and there is no key: start the daemon with `insecure` to allow it in the clear",
+		addr);
 	return false;
 }
 
@@ -265,12 +267,13 @@ static int make_recovery(struct daemon *d, const struct wire_join *j, struct err
 		struct gvol *other = gvol_find(d, j->volumes[made].name);
 		if (other) {
 			gvol_unref(other);
-			err = err_set(e, ERR_STATE, "a volume %s is there already, in another group", j->volumes[made].name);
+			err = err_set(e, ERR_STATE, "a volume %s is there already, in another group",
+				      j->volumes[made].name);
 			break;
 		}
 		m->volumes[m->n_volumes++] = j->volumes[made];
 		err = volume_create(store_storage(d->store), j->volumes[made].name, j->volumes[made].size,
-		                    store_info(d->store)->durability, e);
+				    store_info(d->store)->durability, e);
 		if (err)
 			break;
 	}
@@ -340,7 +343,8 @@ static int first_frame(struct conn *c, const struct wire_frame *f, void *payload
 	bool taken = g->conn && memcmp(link_peer(g->conn->link)->store, link_peer(c->link)->store, 16) != 0;
 	mutex_unlock(&g->lock);
 	if (taken) {
-		refuse(c, ERR_STATE, "that group is connected to another host already; choose another name, or unprotect it there");
+		refuse(c, ERR_STATE,
+		       "that group is connected to another host already; choose another name, or unprotect it there");
 		group_unref(g);
 		free(payload);
 		return 0;
@@ -349,8 +353,9 @@ static int first_frame(struct conn *c, const struct wire_frame *f, void *payload
 		for (uint32_t i = 0; i < g->n_vols; i++)
 			if (atomic_load(&g->vols[i]->opens) && repl_meta(g->core)->failover_generation == 0) {
 				char text[WIRE_TEXT_MAX];
-				(void)snprintf(text, sizeof(text), "volume %s is open on that host; close it there first",
-				               g->vols[i]->name);
+				(void)snprintf(text, sizeof(text),
+					       "volume %s is open on that host; close it there first",
+					       g->vols[i]->name);
 				refuse(c, ERR_STATE, text);
 				group_unref(g);
 				free(payload);
@@ -516,7 +521,8 @@ int daemon_open(const struct daemon_config *cfg, struct daemon **ret, struct err
 		err = store_list_groups(d->store, load_group, &l);
 	}
 	if (!err && cfg->listen)
-		err = link_server_start(cfg->listen, cfg->insecure, &d->self, daemon_link_callbacks(false), d, &d->server, e);
+		err = link_server_start(cfg->listen, cfg->insecure, &d->self, daemon_link_callbacks(false), d,
+					&d->server, e);
 	if (!err && (err = thread_start(&d->ticker, "ticker", tick_main, d)) < 0)
 		(void)err_set(e, -err, "the clock's thread could not be started");
 	if (err) {
@@ -532,7 +538,8 @@ int daemon_open(const struct daemon_config *cfg, struct daemon **ret, struct err
 	return 0;
 }
 
-static int serve_command(void *arg, struct ctl_conn *c, const char *verb, const json_t *args, json_t **ret, struct err *e)
+static int serve_command(void *arg, struct ctl_conn *c, const char *verb, const json_t *args, json_t **ret,
+			 struct err *e)
 {
 	return daemon_command(arg, c, verb, args, ret, e);
 }
@@ -575,7 +582,8 @@ void daemon_close(struct daemon *d)
 			int err = volume_sync(g->vols[i]->vol);
 			err = err ? err : volume_sync_active(g->vols[i]->vol);
 			if (err)
-				log_error(g->name, "volume %s could not be flushed: %s", g->vols[i]->name, err_short(err));
+				log_error(g->name, "volume %s could not be flushed: %s", g->vols[i]->name,
+					  err_short(err));
 		}
 	daemon_free(d);
 }

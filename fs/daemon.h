@@ -34,9 +34,9 @@ struct daemon_config {
 	const char *store;  /* path */
 	const char *mount;  /* for status paths; NULL: none */
 	const char *listen; /* HOST:PORT or NULL */
-	bool insecure;      /* accept and dial non-loopback peers without TLS */
+	bool insecure;	    /* accept and dial non-loopback peers without TLS */
 	unsigned threads;   /* workers; 0: pick */
-	int durability;     /* enum volume_durability; -1: the store's own */
+	int durability;	    /* enum volume_durability; -1: the store's own */
 	struct daemon_hooks hooks;
 };
 
@@ -52,7 +52,8 @@ void daemon_close(struct daemon *d);
 const char *daemon_listen_addr(const struct daemon *d); /* as bound; NULL: none */
 const char *daemon_store_path(const struct daemon *d);
 /* The verb, as over the control socket; c may be NULL (tests). docs/control.md lists verbs and arguments. */
-int daemon_command(struct daemon *d, struct ctl_conn *c, const char *verb, const json_t *args, json_t **ret, struct err *e);
+int daemon_command(struct daemon *d, struct ctl_conn *c, const char *verb, const json_t *args, json_t **ret,
+		   struct err *e);
 /* {"schema":1,"groups":[...]}; group NULL: all; new reference; NULL if there is no such group. */
 json_t *daemon_status(struct daemon *d, const char *group);
 
@@ -62,8 +63,8 @@ void daemon_each_volume(struct daemon *d, void (*fn)(void *arg, const char *name
 void daemon_each_group(struct daemon *d, void (*fn)(void *arg, const char *name, uint32_t id), void *arg);
 bool daemon_has_group(struct daemon *d, const char *name, uint32_t *ret_id);
 bool daemon_group_name(struct daemon *d, uint32_t id, char name[NAME_SIZE]); /* false: gone */
-struct gvol *gvol_find(struct daemon *d, const char *name); /* a reference, or NULL */
-struct gvol *gvol_by_id(struct daemon *d, uint32_t id);     /* a reference, or NULL: deleted meanwhile */
+struct gvol *gvol_find(struct daemon *d, const char *name);		     /* a reference, or NULL */
+struct gvol *gvol_by_id(struct daemon *d, uint32_t id); /* a reference, or NULL: deleted meanwhile */
 struct gvol *gvol_ref(struct gvol *v);
 void gvol_unref(struct gvol *v); /* NULL is fine */
 const char *gvol_name(const struct gvol *v);
@@ -72,10 +73,10 @@ uint64_t gvol_size(struct gvol *v);
 
 /* ---- files ---- */
 enum gvol_file {
-	GVOL_VOLUME,  /* volumes/NAME: what the group's role and state say */
-	GVOL_ACTIVE,  /* overlays/NAME/active */
-	GVOL_HIDDEN,  /* overlays/NAME/hidden */
-	GVOL_CKPT,    /* checkpoints/NAME/N */
+	GVOL_VOLUME, /* volumes/NAME: what the group's role and state say */
+	GVOL_ACTIVE, /* overlays/NAME/active */
+	GVOL_HIDDEN, /* overlays/NAME/hidden */
+	GVOL_CKPT,   /* checkpoints/NAME/N */
 };
 
 struct gvol_attr {
@@ -100,17 +101,17 @@ unsigned gvol_cached_opens(struct gvol *v);
 
 /* Reads, in the caller's thread; may wait while a restarted primary holds its I/O. h NULL: no staleness check.
  * off + len <= size. */
-int gvol_read(struct gvol *v, const struct gvol_handle *h, enum gvol_file file, uint64_t ckpt, uint64_t off, uint64_t len,
-              void *buf);
+int gvol_read(struct gvol *v, const struct gvol_handle *h, enum gvol_file file, uint64_t ckpt, uint64_t off,
+	      uint64_t len, void *buf);
 
 /* One write, zero, discard or flush. Zero-fill, set the first part, submit. done is called exactly once, from the
  * submitting thread before gvol_submit returns or later from another, without locks; then the gio is the caller's
  * again. data (GIO_WRITE) must stay valid until gvol_submit returns: it is copied if needed longer. */
 struct gio {
-	struct gvol *v;                /* a reference held by the caller until done */
-	const struct gvol_handle *h;   /* may be NULL */
-	enum repl_kind kind;           /* REPL_WRITE, REPL_ZERO, REPL_DISCARD, REPL_FLUSH */
-	uint64_t off, len;             /* within the size; ignored by FLUSH */
+	struct gvol *v;		     /* a reference held by the caller until done */
+	const struct gvol_handle *h; /* may be NULL */
+	enum repl_kind kind;	     /* REPL_WRITE, REPL_ZERO, REPL_DISCARD, REPL_FLUSH */
+	uint64_t off, len;	     /* within the size; ignored by FLUSH */
 	const void *data;
 	void (*done)(struct gio *g, int error);
 	void *user;

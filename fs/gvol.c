@@ -117,8 +117,8 @@ static int read_volume(struct group *g, struct gvol *v, uint64_t off, uint64_t l
 	}
 }
 
-int gvol_read(struct gvol *v, const struct gvol_handle *h, enum gvol_file file, uint64_t ckpt, uint64_t off, uint64_t len,
-              void *buf)
+int gvol_read(struct gvol *v, const struct gvol_handle *h, enum gvol_file file, uint64_t ckpt, uint64_t off,
+	      uint64_t len, void *buf)
 {
 	struct group *g = group_of(v);
 	if (g == NULL)
@@ -269,10 +269,11 @@ static void waiter_done(struct gio *gio, int error)
 }
 
 static int submit_and_wait(struct gvol *v, const struct gvol_handle *h, enum repl_kind kind, uint64_t off, uint64_t len,
-                           const void *data)
+			   const void *data)
 {
 	struct waiter w = {.done = false};
-	struct gio gio = {.v = v, .h = h, .kind = kind, .off = off, .len = len, .data = data, .done = waiter_done, .user = &w};
+	struct gio gio = {
+	    .v = v, .h = h, .kind = kind, .off = off, .len = len, .data = data, .done = waiter_done, .user = &w};
 	mutex_init(&w.m);
 	cond_init(&w.c);
 	gvol_submit(&gio);

@@ -2,8 +2,8 @@
  *
  * A step runs under group.lock; what it emits is collected in an outbox. Frames are queued to the link at once, under
  * the lock, so they leave in order; everything else is done after the lock is released. The thread of a guest's request
- * carries out that request's own I/O itself, so that a write in the common case costs no hand-over; everything else goes
- * to the pool.
+ * carries out that request's own I/O itself, so that a write in the common case costs no hand-over; everything else
+ * goes to the pool.
  *
  * A guest's data is copied once, before the first step, when a session stands: the copy is written locally and then
  * belongs to the link. Without a session it is copied only if the request has to wait.
@@ -227,7 +227,8 @@ static struct volume_req req_of(const struct repl_io *io)
 	if (io->kind == REPL_WRITE && io->owner == OWNER_STREAM)
 		q.buf = io->payload;
 	else if (io->kind == REPL_WRITE)
-		q.buf = gio_of((struct repl_io *)io)->copy ? gio_of((struct repl_io *)io)->copy : gio_of((struct repl_io *)io)->data;
+		q.buf = gio_of((struct repl_io *)io)->copy ? gio_of((struct repl_io *)io)->copy
+							   : gio_of((struct repl_io *)io)->data;
 	return q;
 }
 
@@ -787,7 +788,8 @@ static void own_parked(struct group *g, struct gio *gio)
 		return;
 	/* It cannot be called back from the core, so memory has to be found: at most 1 MiB. */
 	while ((gio->copy = malloc(gio->len)) == NULL) {
-		log_error(g->name, "out of memory for a waiting write of %llu bytes; trying again", (unsigned long long)gio->len);
+		log_error(g->name, "out of memory for a waiting write of %llu bytes; trying again",
+			  (unsigned long long)gio->len);
 		(void)poll(NULL, 0, 10);
 	}
 	memcpy(gio->copy, gio->data, gio->len);
@@ -989,10 +991,8 @@ void group_attach(struct group *g, struct conn *c, const struct wire_frame *f, v
 	struct conn *old = g->conn;
 	g->conn = c;
 	cond_broadcast(&g->cond); /* the old one's receiver may wait for room */
-	struct repl_event ev = {.type = EV_LINK_UP,
-	                        .session = c->session,
-	                        .dialer = c->dialled,
-	                        .peer_store = link_peer(c->link)->store};
+	struct repl_event ev = {
+	    .type = EV_LINK_UP, .session = c->session, .dialer = c->dialled, .peer_store = link_peer(c->link)->store};
 	step(g, &ev);
 	if (f) {
 		ev = (struct repl_event){.type = EV_FRAME, .session = c->session, .frame = f, .payload = payload};
@@ -1073,7 +1073,7 @@ int group_command(struct group *g, struct shell_command *c, struct ctl_conn *ctl
 		}
 		if (ctl && ctl_canceled(ctl)) {
 			err = atomic_load(&g->d->ending) ? err_set(e, ERR_CANCELED, "the daemon is shutting down")
-			                                 : err_set(e, ERR_INTR, "interrupted; it goes on");
+							 : err_set(e, ERR_INTR, "interrupted; it goes on");
 			break;
 		}
 		uint64_t until = now + 200 * NS_PER_MS;
@@ -1137,11 +1137,11 @@ static int open_volume(struct group *g, const struct repl_meta *m, uint32_t i, s
 	for (uint32_t k = 0; k < m->n_ckpts; k++)
 		numbers[k] = m->ckpts[k].number;
 	struct volume_open_args a = {.name = v->name,
-	                             .size = m->volumes[i].size,
-	                             .durability = store_info(st)->durability,
-	                             .ckpts = numbers,
-	                             .n_ckpts = m->n_ckpts,
-	                             .active_id = m->active_id};
+				     .size = m->volumes[i].size,
+				     .durability = store_info(st)->durability,
+				     .ckpts = numbers,
+				     .n_ckpts = m->n_ckpts,
+				     .active_id = m->active_id};
 	int err = volume_open(store_storage(st), &a, &v->vol, e);
 	if (!err)
 		err = intent_open(store_storage(st), v->name, a.size, a.durability == DURABILITY_POWER, &v->intent, e);
@@ -1182,10 +1182,10 @@ int group_open(struct daemon *d, const struct repl_meta *m, uint32_t id, struct 
 	pthread_rwlock_init(&g->view, &attr);
 	pthread_rwlockattr_destroy(&attr);
 	struct repl_init_args a = {.store = store_info(d->store)->uuid,
-	                           .random_seed = random_u64_nonzero(),
-	                           .now_ns = clock_mono_ns(),
-	                           .emit = emit,
-	                           .emit_arg = g};
+				   .random_seed = random_u64_nonzero(),
+				   .now_ns = clock_mono_ns(),
+				   .emit = emit,
+				   .emit_arg = g};
 	int err = 0;
 	g->core = malloc(repl_size());
 	g->saving = malloc(sizeof(*g->saving));

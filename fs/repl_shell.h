@@ -1,8 +1,8 @@
 /* The shell of the replication core: one `struct group` for each group, with its volumes, its link and the threads'
  * side of every action (core/repl.h). Private to fs/: daemon.c owns the groups, verbs.c drives them.
  *
- * Lock order (docs/LOCKING.md): daemon.names → group.lock → the link's queue. group.view is taken with none of them held
- * and is held across reads and writes of the view; group.lock is never held across I/O.
+ * Lock order (docs/LOCKING.md): daemon.names → group.lock → the link's queue. group.view is taken with none of them
+ * held and is held across reads and writes of the view; group.lock is never held across I/O.
  */
 #ifndef REPFS_FS_REPL_SHELL_H
 #define REPFS_FS_REPL_SHELL_H
@@ -85,7 +85,7 @@ struct group {
 	struct repl_meta *metas[2];
 	struct outbox *out; /* while a step runs */
 	struct conn *conn;  /* the current one, or NULL */
-	unsigned conns;     /* not yet down */
+	unsigned conns;	    /* not yet down */
 	uint64_t sessions;  /* given so far */
 	uint64_t stream_bytes;
 	struct repl_list apply; /* stream requests to be written */
@@ -151,14 +151,14 @@ struct daemon {
 	_Atomic bool ending; /* daemon_close has begun */
 	struct conn *conns;
 
-	struct mutex admin;      /* verbs that add or remove groups and volumes: one at a time */
-	pthread_rwlock_t names;  /* groups, gvols: lists and ids */
-	struct group *groups;    /* in name order */
-	struct gvol *gvols;      /* in name order */
+	struct mutex admin;	/* verbs that add or remove groups and volumes: one at a time */
+	pthread_rwlock_t names; /* groups, gvols: lists and ids */
+	struct group *groups;	/* in name order */
+	struct gvol *gvols;	/* in name order */
 	uint32_t next_id;
 };
 
-struct group *daemon_group(struct daemon *d, const char *name);       /* by group or volume name; a reference */
+struct group *daemon_group(struct daemon *d, const char *name);	      /* by group or volume name; a reference */
 struct group *daemon_group_exact(struct daemon *d, const char *name); /* a reference */
 int daemon_add_group(struct daemon *d, const struct repl_meta *m, struct err *e);
 /* Takes a group out of the daemon: no handle may be open. -ERR_BUSY names the volume. */

@@ -1,5 +1,5 @@
-/* Status as JSON (SPEC 14): what `repctl status --json` prints and status/GROUP.json holds. What this host does not know is
- * null, never absent and never guessed (I17). */
+/* Status as JSON (SPEC 14): what `repctl status --json` prints and status/GROUP.json holds. What this host does not
+ * know is null, never absent and never guessed (I17). */
 #include <stdio.h>
 #include <string.h>
 
@@ -12,9 +12,9 @@ static json_t *error_json(const struct repl_error *x)
 		return json_null();
 	char t[40];
 	clock_format(x->time_ns, t, sizeof(t));
-	return json_pack("{s:s, s:s, s:o, s:I, s:I, s:s, s:s}", "code", err_name(x->code), "operation", x->operation, "volume",
-	                 x->volume[0] ? json_string(x->volume) : json_null(), "offset", (json_int_t)x->off, "length",
-	                 (json_int_t)x->len, "time", t, "text", x->text);
+	return json_pack("{s:s, s:s, s:o, s:I, s:I, s:s, s:s}", "code", err_name(x->code), "operation", x->operation,
+			 "volume", x->volume[0] ? json_string(x->volume) : json_null(), "offset", (json_int_t)x->off,
+			 "length", (json_int_t)x->len, "time", t, "text", x->text);
 }
 
 static json_t *volume_json(struct group *g, const struct repl_meta *m, uint32_t i)
@@ -24,11 +24,12 @@ static json_t *volume_json(struct group *g, const struct repl_meta *m, uint32_t 
 	char path[4096 + NAME_SIZE];
 	volume_counters(v->vol, &c);
 	(void)snprintf(path, sizeof(path), "%s/volumes/%s", g->d->cfg.mount ? g->d->cfg.mount : "", v->name);
-	return json_pack("{s:s, s:I, s:I, s:o, s:I, s:I, s:I, s:I}", "name", v->name, "id", (json_int_t)m->volumes[i].id, "size",
-	                 (json_int_t)volume_size(v->vol), "path", g->d->cfg.mount ? json_string(path) : json_null(),
-	                 "active_bytes", (json_int_t)(volume_active_blocks(v->vol) * BLOCK_SIZE), "hidden_bytes",
-	                 (json_int_t)(volume_undo_blocks(v->vol, 0) * BLOCK_SIZE), "history_bytes", (json_int_t)c.history_bytes,
-	                 "checkpoints", (json_int_t)m->n_ckpts);
+	return json_pack("{s:s, s:I, s:I, s:o, s:I, s:I, s:I, s:I}", "name", v->name, "id",
+			 (json_int_t)m->volumes[i].id, "size", (json_int_t)volume_size(v->vol), "path",
+			 g->d->cfg.mount ? json_string(path) : json_null(), "active_bytes",
+			 (json_int_t)(volume_active_blocks(v->vol) * BLOCK_SIZE), "hidden_bytes",
+			 (json_int_t)(volume_undo_blocks(v->vol, 0) * BLOCK_SIZE), "history_bytes",
+			 (json_int_t)c.history_bytes, "checkpoints", (json_int_t)m->n_ckpts);
 }
 
 static json_t *counters_json(struct group *g, const struct repl_counters *c)
@@ -39,10 +40,11 @@ static json_t *counters_json(struct group *g, const struct repl_counters *c)
 		volume_counters(g->vols[i]->vol, &vc);
 		cow += vc.cow_bytes;
 	}
-	return json_pack("{s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I}", "writes", (json_int_t)c->writes, "write_bytes",
-	                 (json_int_t)c->write_bytes, "flushes", (json_int_t)c->flushes, "sent_bytes", (json_int_t)c->sent_bytes,
-	                 "received_bytes", (json_int_t)c->received_bytes, "resync_bytes", (json_int_t)c->resync_bytes, "cow_bytes",
-	                 (json_int_t)cow, "checkpoints", (json_int_t)c->checkpoints, "reconnects", (json_int_t)c->reconnects);
+	return json_pack("{s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I}", "writes", (json_int_t)c->writes,
+			 "write_bytes", (json_int_t)c->write_bytes, "flushes", (json_int_t)c->flushes, "sent_bytes",
+			 (json_int_t)c->sent_bytes, "received_bytes", (json_int_t)c->received_bytes, "resync_bytes",
+			 (json_int_t)c->resync_bytes, "cow_bytes", (json_int_t)cow, "checkpoints",
+			 (json_int_t)c->checkpoints, "reconnects", (json_int_t)c->reconnects);
 }
 
 static json_t *resync_json(const struct repl_status *s)
@@ -50,9 +52,9 @@ static json_t *resync_json(const struct repl_status *s)
 	if (!s->resync)
 		return json_null();
 	uint64_t left = s->resync_total - s->resync_done;
-	return json_pack("{s:I, s:I, s:I, s:o}", "done", (json_int_t)s->resync_done, "total", (json_int_t)s->resync_total, "rate",
-	                 (json_int_t)s->resync_rate, "eta_s",
-	                 s->resync_rate ? json_real((double)left / (double)s->resync_rate) : json_null());
+	return json_pack("{s:I, s:I, s:I, s:o}", "done", (json_int_t)s->resync_done, "total",
+			 (json_int_t)s->resync_total, "rate", (json_int_t)s->resync_rate, "eta_s",
+			 s->resync_rate ? json_real((double)left / (double)s->resync_rate) : json_null());
 }
 
 static json_t *peer_json(struct group *g, const struct repl_meta *m)
@@ -86,20 +88,25 @@ json_t *group_status_json(struct group *g)
 	bool valid = s.checkpoint != 0 && !m->broken;
 	char protocol[8];
 	settings_format(&m->settings, SETTING_protocol, protocol, sizeof(protocol));
-	json_t *j = json_pack(
-	        "{s:s, s:s, s:s, s:s, s:s, s:s, s:o, s:o, s:o, s:o, s:o, s:b, s:b}", "group", g->name, "role", role_name(m->role),
-	        "state", state_name(m->state), "link", link_state_name(s.link), "protocol", protocol, "health",
-	        m->split_brain ? "split_brain" : s.degraded ? "degraded" : "ok", "reasons", reasons, "peer", peer_json(g, m),
-	        "generation", m->lineage.current ? json_string(gen) : json_null(), "checkpoint",
-	        s.checkpoint ? json_integer((json_int_t)s.checkpoint) : json_null(), "checkpoint_age_s",
-	        seconds_since(s.checkpoint_time_ns), "checkpoint_valid", (int)valid, "split_brain", (int)m->split_brain);
+	json_t *j = json_pack("{s:s, s:s, s:s, s:s, s:s, s:s, s:o, s:o, s:o, s:o, s:o, s:b, s:b}", "group", g->name,
+			      "role", role_name(m->role), "state", state_name(m->state), "link",
+			      link_state_name(s.link), "protocol", protocol, "health",
+			      m->split_brain ? "split_brain"
+			      : s.degraded   ? "degraded"
+					     : "ok",
+			      "reasons", reasons, "peer", peer_json(g, m), "generation",
+			      m->lineage.current ? json_string(gen) : json_null(), "checkpoint",
+			      s.checkpoint ? json_integer((json_int_t)s.checkpoint) : json_null(), "checkpoint_age_s",
+			      seconds_since(s.checkpoint_time_ns), "checkpoint_valid", (int)valid, "split_brain",
+			      (int)m->split_brain);
 	json_t *rest = json_pack(
-	        "{s:o, s:I, s:I, s:o, s:o, s:o, s:o, s:o, s:o}", "rpo_s",
-	        s.rpo_known ? json_real((double)s.rpo_ns / (double)NS_PER_SEC) : json_null(), "dirty_bytes",
-	        (json_int_t)s.dirty_bytes, "queue_bytes", (json_int_t)s.queue_bytes, "resync", resync_json(&s), "commit",
-	        s.commit ? json_pack("{s:I, s:I}", "done", (json_int_t)s.commit_done, "total", (json_int_t)s.commit_total)
-	                 : json_null(),
-	        "error", error_json(&s.error), "counters", counters_json(g, &s.counters), "volumes", volumes, "jobs", json_array());
+	    "{s:o, s:I, s:I, s:o, s:o, s:o, s:o, s:o, s:o}", "rpo_s",
+	    s.rpo_known ? json_real((double)s.rpo_ns / (double)NS_PER_SEC) : json_null(), "dirty_bytes",
+	    (json_int_t)s.dirty_bytes, "queue_bytes", (json_int_t)s.queue_bytes, "resync", resync_json(&s), "commit",
+	    s.commit ? json_pack("{s:I, s:I}", "done", (json_int_t)s.commit_done, "total", (json_int_t)s.commit_total)
+		     : json_null(),
+	    "error", error_json(&s.error), "counters", counters_json(g, &s.counters), "volumes", volumes, "jobs",
+	    json_array());
 	mutex_unlock(&g->lock);
 	json_object_update(j, rest);
 	json_decref(rest);
@@ -130,5 +137,6 @@ json_t *daemon_status(struct daemon *d, const char *name)
 		return NULL;
 	}
 	const char *listen = daemon_listen_addr(d);
-	return json_pack("{s:i, s:o, s:o}", "schema", 1, "groups", groups, "listen", listen ? json_string(listen) : json_null());
+	return json_pack("{s:i, s:o, s:o}", "schema", 1, "groups", groups, "listen",
+			 listen ? json_string(listen) : json_null());
 }

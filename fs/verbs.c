@@ -1,4 +1,5 @@
-/* The verbs of the control socket (docs/control.md): arguments checked, the core or the store asked, answers as JSON. */
+/* The verbs of the control socket (docs/control.md): arguments checked, the core or the store asked, answers as JSON.
+ */
 #include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -56,7 +57,8 @@ static int need_name(const struct call *c, const char **ret)
 		return err_set(c->e, ERR_USAGE, "%s: a name is missing", c->verb);
 	if (!store_name_valid(name))
 		return err_set(c->e, ERR_USAGE,
-		               "%s: %.80s is not a name: 1 to 63 of A-Z a-z 0-9 . _ -, the first a letter or digit", c->verb, name);
+			       "%s: %.80s is not a name: 1 to 63 of A-Z a-z 0-9 . _ -, the first a letter or digit",
+			       c->verb, name);
 	*ret = name;
 	return 0;
 }
@@ -132,8 +134,9 @@ static int verb_progress(void *arg, uint64_t done, uint64_t total)
 		p->told = now;
 		double s = (double)(now - p->started) / (double)NS_PER_SEC, rate = s > 0 ? (double)done / s : 0;
 		(void)ctl_progress(p->c->ctl,
-		                   json_pack("{s:I, s:I, s:f, s:o}", "done", (json_int_t)done, "total", (json_int_t)total, "rate", rate,
-		                             "eta_s", rate > 0 ? json_real((double)(total - done) / rate) : json_null()));
+				   json_pack("{s:I, s:I, s:f, s:o}", "done", (json_int_t)done, "total",
+					     (json_int_t)total, "rate", rate, "eta_s",
+					     rate > 0 ? json_real((double)(total - done) / rate) : json_null()));
 	}
 	return 0;
 }
@@ -149,8 +152,10 @@ static int take_out(const struct call *c, const char *group)
 	mutex_unlock(&g->lock);
 	int err;
 	if (role != ROLE_STANDALONE || state == STATE_FAILOVER || state == STATE_FAILOVER_FAILED)
-		err = err_set(c->e, ERR_STATE, "group %s is %s in %s: its volumes can't be added or deleted; `stop` and `unprotect` it first",
-		              group, role_name(role), state_name(state));
+		err = err_set(
+		    c->e, ERR_STATE,
+		    "group %s is %s in %s: its volumes can't be added or deleted; `stop` and `unprotect` it first",
+		    group, role_name(role), state_name(state));
 	else
 		err = daemon_remove_group(c->d, g, c->e);
 	group_unref(g);
@@ -192,8 +197,9 @@ static int add_volume(const struct call *c, bool import)
 	mutex_lock(&c->d->admin);
 	err = take_out(c, group);
 	if (!err) {
-		err = import ? store_import(c->d->store, name, file, arg_str(c, "format"), group, verb_progress, &p, c->e)
-		             : store_create_volume(c->d->store, name, size, group, c->e);
+		err = import
+			  ? store_import(c->d->store, name, file, arg_str(c, "format"), group, verb_progress, &p, c->e)
+			  : store_create_volume(c->d->store, name, size, group, c->e);
 		struct err e2 = {0};
 		int err2 = bring_back(c, group, &e2);
 		if (!err && err2) {
@@ -205,7 +211,8 @@ static int add_volume(const struct call *c, bool import)
 	if (err)
 		return prefixed(c, name, err);
 	struct gvol *v = gvol_find(c->d, name);
-	result(c, json_pack("{s:s, s:s, s:I}", "volume", name, "group", group, "size", (json_int_t)(v ? gvol_size(v) : size)));
+	result(c, json_pack("{s:s, s:s, s:I}", "volume", name, "group", group, "size",
+			    (json_int_t)(v ? gvol_size(v) : size)));
 	if (import)
 		json_object_set_new(*c->ret, "format", json_string("raw"));
 	gvol_unref(v);
@@ -267,7 +274,8 @@ static int do_export(const struct call *c)
 		enum volume_layer layer = LAYER_IMAGE;
 		int serving = atomic_load(&g->serving);
 		if (ckpt == 0 && serving == SERVING_EIO) {
-			err = err_set(c->e, ERR_STATE, "this host's copy can't be read in its state; name a checkpoint (%s@N)", v->name);
+			err = err_set(c->e, ERR_STATE,
+				      "this host's copy can't be read in its state; name a checkpoint (%s@N)", v->name);
 		} else if (ckpt == 0) {
 			layer = serving == SERVING_VIEW ? LAYER_VIEW : LAYER_DISK;
 			ckpt = serving == SERVING_VIEW ? atomic_load(&g->base) : 0;
@@ -275,7 +283,8 @@ static int do_export(const struct call *c)
 		if (!err)
 			err = volume_export(v->vol, layer, ckpt, file, verb_progress, &p, c->e);
 		if (!err)
-			result(c, json_pack("{s:s, s:s, s:I}", "volume", v->name, "file", file, "size", (json_int_t)volume_size(v->vol)));
+			result(c, json_pack("{s:s, s:s, s:I}", "volume", v->name, "file", file, "size",
+					    (json_int_t)volume_size(v->vol)));
 	}
 	err = prefixed(c, v->name, err);
 	group_unref(g);
@@ -289,18 +298,21 @@ static json_t *volume_entry(struct group *g, uint32_t i, bool full)
 	const struct repl_meta *m = repl_meta(g->core);
 	uint64_t allocated = 0;
 	(void)volume_allocated(g->vols[i]->vol, LAYER_DISK, 0, &allocated);
-	json_t *j = json_pack("{s:s, s:s, s:I, s:I, s:s, s:s, s:I}", "name", m->volumes[i].name, "group", g->name, "size",
-	                      (json_int_t)m->volumes[i].size, "id", (json_int_t)m->volumes[i].id, "role", role_name(m->role), "state",
-	                      state_name(m->state), "allocated", (json_int_t)allocated);
+	json_t *j = json_pack("{s:s, s:s, s:I, s:I, s:s, s:s, s:I}", "name", m->volumes[i].name, "group", g->name,
+			      "size", (json_int_t)m->volumes[i].size, "id", (json_int_t)m->volumes[i].id, "role",
+			      role_name(m->role), "state", state_name(m->state), "allocated", (json_int_t)allocated);
 	if (full) {
 		char uuid[40], path[4096 + 128];
 		const uint8_t *u = m->volumes[i].uuid;
-		(void)snprintf(uuid, sizeof(uuid), "%02x%02x%02x%02x-%02x%02x-%02x%02x-%02x%02x-%02x%02x%02x%02x%02x%02x", u[0], u[1], u[2],
-		               u[3], u[4], u[5], u[6], u[7], u[8], u[9], u[10], u[11], u[12], u[13], u[14], u[15]);
+		(void)snprintf(uuid, sizeof(uuid),
+			       "%02x%02x%02x%02x-%02x%02x-%02x%02x-%02x%02x-%02x%02x%02x%02x%02x%02x", u[0], u[1], u[2],
+			       u[3], u[4], u[5], u[6], u[7], u[8], u[9], u[10], u[11], u[12], u[13], u[14], u[15]);
 		json_object_set_new(j, "uuid", json_string(uuid));
-		(void)snprintf(path, sizeof(path), "%s/volumes/%s", g->d->cfg.mount ? g->d->cfg.mount : "", m->volumes[i].name);
+		(void)snprintf(path, sizeof(path), "%s/volumes/%s", g->d->cfg.mount ? g->d->cfg.mount : "",
+			       m->volumes[i].name);
 		json_object_set_new(j, "path", g->d->cfg.mount ? json_string(path) : json_null());
-		(void)snprintf(path, sizeof(path), "%s/volumes/%s/disk.raw", store_path(g->d->store), m->volumes[i].name);
+		(void)snprintf(path, sizeof(path), "%s/volumes/%s/disk.raw", store_path(g->d->store),
+			       m->volumes[i].name);
 		json_object_set_new(j, "store_path", json_string(path));
 		json_t *list = json_array();
 		for (uint32_t k = 0; k < m->n_ckpts; k++)
@@ -388,7 +400,8 @@ static bool wait_holds(struct group *g, enum wait_for what, struct err *e, int *
 	repl_status(g->core, clock_mono_ns(), &s);
 	*ret_err = 0;
 	if (m->split_brain && what != WAIT_DONE)
-		*ret_err = err_set(e, ERR_SPLIT, "split brain: it will not get there by itself; see `diverged`, then `resolve`");
+		*ret_err = err_set(e, ERR_SPLIT,
+				   "split brain: it will not get there by itself; see `diverged`, then `resolve`");
 	switch (what) {
 	case WAIT_RUNNING:
 		return m->state == STATE_RUNNING;
@@ -425,8 +438,9 @@ static int wait_for(const struct call *c, struct group *g, enum wait_for what)
 			return prefixed(c, g->name, err_set(c->e, ERR_TIMEOUT, "not there in the time given"));
 		if (c->ctl && ctl_canceled(c->ctl))
 			return prefixed(c, g->name,
-			                atomic_load(&c->d->ending) ? err_set(c->e, ERR_CANCELED, "the daemon is shutting down")
-			                                           : err_set(c->e, ERR_INTR, "interrupted"));
+					atomic_load(&c->d->ending)
+					    ? err_set(c->e, ERR_CANCELED, "the daemon is shutting down")
+					    : err_set(c->e, ERR_INTR, "interrupted"));
 		if (c->ctl && now - told > NS_PER_SEC / 2) {
 			struct repl_status s;
 			told = now;
@@ -434,14 +448,16 @@ static int wait_for(const struct call *c, struct group *g, enum wait_for what)
 			repl_status(g->core, now, &s);
 			mutex_unlock(&g->lock);
 			if (s.resync)
-				(void)ctl_progress(c->ctl, json_pack("{s:I, s:I, s:I, s:o}", "done", (json_int_t)s.resync_done, "total",
-				                                     (json_int_t)s.resync_total, "rate", (json_int_t)s.resync_rate, "eta_s",
-				                                     s.resync_rate ? json_real((double)(s.resync_total - s.resync_done) /
-				                                                               (double)s.resync_rate)
-				                                                   : json_null()));
+				(void)ctl_progress(
+				    c->ctl,
+				    json_pack("{s:I, s:I, s:I, s:o}", "done", (json_int_t)s.resync_done, "total",
+					      (json_int_t)s.resync_total, "rate", (json_int_t)s.resync_rate, "eta_s",
+					      s.resync_rate ? json_real((double)(s.resync_total - s.resync_done) /
+									(double)s.resync_rate)
+							    : json_null()));
 			else if (s.commit)
-				(void)ctl_progress(c->ctl, json_pack("{s:I, s:I}", "done", (json_int_t)s.commit_done, "total",
-				                                     (json_int_t)s.commit_total));
+				(void)ctl_progress(c->ctl, json_pack("{s:I, s:I}", "done", (json_int_t)s.commit_done,
+								     "total", (json_int_t)s.commit_total));
 		}
 		mutex_lock(&g->lock);
 		(void)cond_wait_until(&g->cond, &g->lock, now + 20 * NS_PER_MS);
@@ -459,7 +475,8 @@ static int set_ids(const struct call *c, struct group *g)
 	int err = store_load_group(c->d->store, g->name, &m, c->e);
 	const char *key;
 	json_t *value;
-	json_object_foreach ((json_t *)ids, key, value) {
+	json_object_foreach((json_t *)ids, key, value)
+	{
 		if (err)
 			break;
 		int i = repl_meta_find_volume(m, key);
@@ -467,7 +484,8 @@ static int set_ids(const struct call *c, struct group *g)
 		if (i < 0)
 			err = err_set(c->e, ERR_NOENT, "the group has no volume %s", key);
 		else if (id < 1 || id > UINT32_MAX)
-			err = err_set(c->e, ERR_USAGE, "an id is a number from 1 to 4294967295, not %lld", (long long)id);
+			err =
+			    err_set(c->e, ERR_USAGE, "an id is a number from 1 to 4294967295, not %lld", (long long)id);
 		else
 			m->volumes[i].id = (uint32_t)id;
 	}
@@ -500,9 +518,11 @@ static int change_settings(const struct call *c, struct group *g, const json_t *
 	int err = 0;
 	const char *key;
 	json_t *value;
-	json_object_foreach ((json_t *)map, key, value) {
+	json_object_foreach((json_t *)map, key, value)
+	{
 		const char *text = json_string_value(value);
-		err = text ? settings_set(&sc->c.settings, key, text, c->e) : err_set(c->e, ERR_USAGE, "%s: the value has to be a string", key);
+		err = text ? settings_set(&sc->c.settings, key, text, c->e)
+			   : err_set(c->e, ERR_USAGE, "%s: the value has to be a string", key);
 		if (err)
 			break;
 	}
@@ -643,20 +663,22 @@ static int do_failover(const struct call *c)
 		else if (json_is_integer(to) && json_integer_value(to) > 0)
 			sc->c.number = (uint64_t)json_integer_value(to);
 		else
-			err = prefixed(c, g->name, err_set(c->e, ERR_USAGE, "--to takes `latest` or a checkpoint's number"));
+			err = prefixed(c, g->name,
+				       err_set(c->e, ERR_USAGE, "--to takes `latest` or a checkpoint's number"));
 	}
 	if (sc && !err) {
 		sc->c.flags = (arg_bool(c, "force", false) ? (uint32_t)FAILOVER_FORCE : 0U) |
-		              (arg_bool(c, "discard_active", false) ? (uint32_t)FAILOVER_DISCARD_ACTIVE : 0U);
+			      (arg_bool(c, "discard_active", false) ? (uint32_t)FAILOVER_DISCARD_ACTIVE : 0U);
 		err = command(c, g, sc);
 	}
 	if (sc && !err) {
 		uint64_t now = clock_wall_ns(), t = sc->c.result_time_ns;
 		result(c, json_pack("{s:s, s:o, s:o, s:o, s:I}", "group", g->name, "checkpoint",
-		                    sc->c.result ? json_integer((json_int_t)sc->c.result) : json_null(), "age_s",
-		                    t ? json_real((double)(now > t ? now - t : 0) / (double)NS_PER_SEC) : json_null(),
-		                    "received_checkpoint", sc->c.result2 ? json_integer((json_int_t)sc->c.result2) : json_null(),
-		                    "received_bytes", (json_int_t)sc->c.result3));
+				    sc->c.result ? json_integer((json_int_t)sc->c.result) : json_null(), "age_s",
+				    t ? json_real((double)(now > t ? now - t : 0) / (double)NS_PER_SEC) : json_null(),
+				    "received_checkpoint",
+				    sc->c.result2 ? json_integer((json_int_t)sc->c.result2) : json_null(),
+				    "received_bytes", (json_int_t)sc->c.result3));
 		if (arg_bool(c, "wait", false))
 			err = wait_for(c, g, WAIT_DONE);
 	}
@@ -681,14 +703,15 @@ static int do_error(const struct call *c)
 	const char *link = json_string_value(json_object_get(s, "link"));
 	bool standing = !json_is_null(json_object_get(s, "error")) || json_is_true(json_object_get(s, "split_brain"));
 	if (never || before) {
-		err = prefixed(c, g->name, err_set(c->e, ERR_STATE, "replication was never started; `protect` it first"));
+		err =
+		    prefixed(c, g->name, err_set(c->e, ERR_STATE, "replication was never started; `protect` it first"));
 	} else {
 		bool clean = !standing && (failed_over || strcmp(link, "SYNCED") == 0);
 		json_t *reasons = json_incref(json_object_get(s, "reasons"));
 		if (!clean && json_array_size(reasons) == 0)
 			json_array_append_new(reasons, json_sprintf("not in sync: the link is %s", link));
-		result(c, json_pack("{s:s, s:b, s:o, s:O}", "group", g->name, "clean", (int)clean, "reasons", reasons, "error",
-		                    json_object_get(s, "error")));
+		result(c, json_pack("{s:s, s:b, s:o, s:O}", "group", g->name, "clean", (int)clean, "reasons", reasons,
+				    "error", json_object_get(s, "error")));
 	}
 	json_decref(s);
 	group_unref(g);
@@ -717,7 +740,7 @@ static int do_wait(const struct call *c)
 	while (i < 3 && (what == NULL || strcmp(what, names[i]) != 0))
 		i++;
 	err = i < 3 ? wait_for(c, g, (enum wait_for)i)
-	            : prefixed(c, g->name, err_set(c->e, ERR_USAGE, "--for takes running, in-sync or done"));
+		    : prefixed(c, g->name, err_set(c->e, ERR_USAGE, "--for takes running, in-sync or done"));
 	if (!err)
 		result(c, json_pack("{s:s}", "group", g->name));
 	group_unref(g);
@@ -748,9 +771,10 @@ static int do_checkpoints(const struct call *c)
 			char t[40], gen[20];
 			clock_format(m->ckpts[i].time_ns, t, sizeof(t));
 			(void)snprintf(gen, sizeof(gen), "%016llx", (unsigned long long)m->ckpts[i].generation);
-			json_array_append_new(a, json_pack("{s:I, s:s, s:b, s:s, s:s}", "number", (json_int_t)m->ckpts[i].number, "kind",
-			                                   ckpt_kind_name(m->ckpts[i].kind), "pinned",
-			                                   (m->ckpts[i].flags & CKPT_PINNED) != 0, "time", t, "generation", gen));
+			json_array_append_new(
+			    a, json_pack("{s:I, s:s, s:b, s:s, s:s}", "number", (json_int_t)m->ckpts[i].number, "kind",
+					 ckpt_kind_name(m->ckpts[i].kind), "pinned",
+					 (m->ckpts[i].flags & CKPT_PINNED) != 0, "time", t, "generation", gen));
 		}
 		mutex_unlock(&g->lock);
 		result(c, json_pack("{s:s, s:o}", "group", g->name, "checkpoints", a));
@@ -814,10 +838,12 @@ static int do_extents(const struct call *c)
 		size_t n = json_array_size(r.a);
 		json_t *prev = x.data && n ? json_array_get(r.a, n - 1) : NULL;
 		uint64_t end = x.off + x.len;
-		if (prev && json_integer_value(json_object_get(prev, "offset")) + json_integer_value(json_object_get(prev, "length")) ==
-		                    (json_int_t)off)
-			json_object_set_new(prev, "length",
-			                    json_integer((json_int_t)end - json_integer_value(json_object_get(prev, "offset"))));
+		if (prev && json_integer_value(json_object_get(prev, "offset")) +
+				    json_integer_value(json_object_get(prev, "length")) ==
+				(json_int_t)off)
+			json_object_set_new(
+			    prev, "length",
+			    json_integer((json_int_t)end - json_integer_value(json_object_get(prev, "offset"))));
 		else if (x.data)
 			add_run(&r, off, end - off);
 		off = end;
@@ -856,7 +882,8 @@ static int do_set(const struct call *c)
 	if (!json_is_object(map) || json_object_size(map) == 0)
 		err = err_set(c->e, ERR_USAGE, "give one or more KEY=VALUE; `get` shows the keys");
 	else if (repl_meta(g->core)->role == ROLE_SECONDARY)
-		err = err_set(c->e, ERR_STATE, "this host is secondary for it; set it on the primary, the peer gets it from there");
+		err = err_set(c->e, ERR_STATE,
+			      "this host is secondary for it; set it on the primary, the peer gets it from there");
 	else
 		err = change_settings(c, g, map);
 	err = prefixed(c, g->name, err);
@@ -887,7 +914,8 @@ static int do_ping(const struct call *c)
 
 static int do_version(const struct call *c)
 {
-	result(c, json_pack("{s:s, s:i, s:i}", "version", REPFS_VERSION, "protocol", WIRE_VERSION_MAX, "format", REPL_META_VERSION));
+	result(c, json_pack("{s:s, s:i, s:i}", "version", REPFS_VERSION, "protocol", WIRE_VERSION_MAX, "format",
+			    REPL_META_VERSION));
 	return 0;
 }
 
@@ -899,18 +927,21 @@ static int do_shutdown(const struct call *c)
 	return 0;
 }
 
-int daemon_command(struct daemon *d, struct ctl_conn *ctl, const char *verb, const json_t *args, json_t **ret, struct err *e)
+int daemon_command(struct daemon *d, struct ctl_conn *ctl, const char *verb, const json_t *args, json_t **ret,
+		   struct err *e)
 {
 	static const struct {
 		const char *verb;
 		int (*fn)(const struct call *c);
 	} table[] = {
-	        {"ping", do_ping},         {"version", do_version},       {"create", do_create},   {"import", do_import},
-	        {"export", do_export},     {"delete", do_delete},         {"list", do_list},       {"show", do_show},
-	        {"protect", do_protect},   {"start", do_start},           {"stop", do_stop},       {"checkpoint", do_checkpoint},
-	        {"failover", do_failover}, {"error", do_error},           {"status", do_status},   {"wait", do_wait},
-	        {"discard", do_discard},   {"checkpoints", do_checkpoints}, {"extents", do_extents}, {"set", do_set},
-	        {"get", do_get},           {"shutdown", do_shutdown},
+	    {"ping", do_ping},	       {"version", do_version}, {"create", do_create},
+	    {"import", do_import},     {"export", do_export},	{"delete", do_delete},
+	    {"list", do_list},	       {"show", do_show},	{"protect", do_protect},
+	    {"start", do_start},       {"stop", do_stop},	{"checkpoint", do_checkpoint},
+	    {"failover", do_failover}, {"error", do_error},	{"status", do_status},
+	    {"wait", do_wait},	       {"discard", do_discard}, {"checkpoints", do_checkpoints},
+	    {"extents", do_extents},   {"set", do_set},		{"get", do_get},
+	    {"shutdown", do_shutdown},
 	};
 	for (size_t i = 0; i < sizeof(table) / sizeof(table[0]); i++) {
 		if (strcmp(table[i].verb, verb) != 0)

@@ -38,9 +38,9 @@ struct volume_req {
 	enum volume_req_kind kind;
 	uint64_t off, len;
 	const void *buf; /* VOLUME_WRITE: len bytes, borrowed */
-	int error;       /* out: 0 or -ERR_x */
-	/* out: the error was met while saving old blocks; the disk was not touched by this request. A large zero or discard
-	 * may have finished earlier pieces, saved like all else: doing it again does no harm. */
+	int error;	 /* out: 0 or -ERR_x */
+	/* out: the error was met while saving old blocks; the disk was not touched by this request. A large zero or
+	 * discard may have finished earlier pieces, saved like all else: doing it again does no harm. */
 	bool save_failed;
 };
 
@@ -119,16 +119,17 @@ int volume_extent(struct volume *v, enum volume_layer layer, uint64_t ckpt, uint
 /* Allocated bytes, as st_blocks * 512 of the file that shows the layer. Overlays: blocks held * BLOCK_SIZE. */
 int volume_allocated(struct volume *v, enum volume_layer layer, uint64_t ckpt, uint64_t *ret);
 /* For overlays/NAME/active and hidden: reads a range; blocks that the overlay lacks read as zeroes. */
-int volume_read_overlay(struct volume *v, enum volume_layer layer, uint64_t ckpt, uint64_t off, uint64_t len, void *buf);
+int volume_read_overlay(struct volume *v, enum volume_layer layer, uint64_t ckpt, uint64_t off, uint64_t len,
+			void *buf);
 
-uint64_t volume_active_blocks(struct volume *v);  /* blocks held */
+uint64_t volume_active_blocks(struct volume *v);	      /* blocks held */
 uint64_t volume_undo_blocks(struct volume *v, uint64_t ckpt); /* 0: live; blocks held, 0 if not kept */
-uint64_t volume_live(struct volume *v);           /* number of the live epoch's checkpoint, 0: no chain */
+uint64_t volume_live(struct volume *v);			      /* number of the live epoch's checkpoint, 0: no chain */
 /* Calls fn(arg, off, len) for every run of blocks in any of undo(from) ... undo(to), to inclusive (0: live, in either),
  * and, with active, in active. For the dirty bits of a failover and for changed-block lists. Without a chain 0 means no
  * overlay. fn is called with no lock held. -ERR_NOENT: from or to is not kept. */
 int volume_changed(struct volume *v, uint64_t from, uint64_t to, bool active,
-                   void (*fn)(void *arg, uint64_t off, uint64_t len), void *arg);
+		   void (*fn)(void *arg, uint64_t off, uint64_t len), void *arg);
 
 /* One step of a commit (SPEC 3): writes the view's content (active over image(base)) of up to `len` bytes at off
  * (block-aligned) to the disk through volume_write, for the blocks in undo(base) .. undo(last) or active only.
@@ -136,12 +137,12 @@ int volume_changed(struct volume *v, uint64_t from, uint64_t to, bool active,
  * are discarded. Sets *ret_written to the bytes written. The caller holds an exclusive claim over the range. */
 int volume_commit(struct volume *v, uint64_t base, uint64_t last, uint64_t off, uint64_t len, uint64_t *ret_written);
 
-/* Grow only; -ERR_RANGE to shrink; -ERR_BUSY between volume_prepare and its end. Overlays follow: what lies past the old
- * size reads as zeroes in every older image. */
+/* Grow only; -ERR_RANGE to shrink; -ERR_BUSY between volume_prepare and its end. Overlays follow: what lies past the
+ * old size reads as zeroes in every older image. */
 int volume_resize(struct volume *v, uint64_t size);
 
 struct volume_counters {
-	uint64_t cow_bytes; /* old content saved, in bytes */
+	uint64_t cow_bytes;	/* old content saved, in bytes */
 	uint64_t history_bytes; /* blocks held by closed epochs, in bytes */
 };
 void volume_counters(struct volume *v, struct volume_counters *ret);

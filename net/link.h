@@ -17,9 +17,9 @@
 #include "core/wire.h"
 #include "net/stream.h"
 
-#define LINK_PREAUTH_MAX 16       /* connections in handshake at once; more are closed unanswered */
-#define LINK_HANDSHAKE_MS 2000    /* for the whole handshake */
-#define LINK_CONNECT_MS 2000      /* for connecting, each address */
+#define LINK_PREAUTH_MAX 16    /* connections in handshake at once; more are closed unanswered */
+#define LINK_HANDSHAKE_MS 2000 /* for the whole handshake */
+#define LINK_CONNECT_MS 2000   /* for connecting, each address */
 #define LINKS_MAX 512
 
 struct link;
@@ -48,16 +48,16 @@ struct link_self {
 };
 
 /* Connects and shakes hands in a thread of its own. addr is copied. Returns owned: link_close, then link_unref. */
-int link_dial(const char *addr, const struct link_self *self, const struct link_callbacks *cb, void *arg, struct link **ret,
-              struct err *e);
+int link_dial(const char *addr, const struct link_self *self, const struct link_callbacks *cb, void *arg,
+	      struct link **ret, struct err *e);
 
 struct link_server;
 /* Accepts on addr in a thread of its own. allow_remote false: only loopback peers are accepted, others are closed
  * with a REFUSE frame that says so. cb->up gets each link with `arg`; it then may call link_set_arg. */
-int link_server_start(const char *addr, bool allow_remote, const struct link_self *self, const struct link_callbacks *cb,
-                      void *arg, struct link_server **ret, struct err *e);
+int link_server_start(const char *addr, bool allow_remote, const struct link_self *self,
+		      const struct link_callbacks *cb, void *arg, struct link_server **ret, struct err *e);
 const char *link_server_addr(const struct link_server *s); /* as bound */
-void link_server_stop(struct link_server *s);              /* closes and waits for all links it made */
+void link_server_stop(struct link_server *s);		   /* closes and waits for all links it made */
 
 void link_set_arg(struct link *l, void *arg);
 struct link *link_ref(struct link *l);

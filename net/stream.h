@@ -28,14 +28,14 @@ struct stream_ops {
 
 #define STREAM_HOST_SIZE 256
 #define STREAM_PORT_SIZE 6
-#define STREAM_NAME_SIZE 80   /* a numeric address with its port, terminated */
+#define STREAM_NAME_SIZE 80    /* a numeric address with its port, terminated */
 #define STREAM_ADDRESSES_MAX 8 /* of one host name: how many are tried */
 
 /* HOST:PORT, [IPV6]:PORT. TCP_NODELAY, keep-alive. timeout_ms bounds connecting (each address). Returns owned. */
 int stream_tcp_dial(const char *addr, unsigned timeout_ms, struct stream **ret, struct err *e);
 /* The same; canceled(arg) is asked about ten times a second while it connects, true ends it with -ERR_CANCELED. */
 int stream_tcp_dial_cancelable(const char *addr, unsigned timeout_ms, bool (*canceled)(void *arg), void *arg,
-                               struct stream **ret, struct err *e);
+			       struct stream **ret, struct err *e);
 struct stream *stream_tcp_from_fd(int fd); /* takes fd (closes it on failure too); NULL: out of memory */
 /* Bounds each read and writev of the handshake; 0: no bound. */
 void stream_tcp_set_timeout(struct stream *s, unsigned timeout_ms);

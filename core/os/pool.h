@@ -14,7 +14,7 @@ struct pool_job {
 #define POOL_THREADS_MAX 64
 
 int pool_create(unsigned threads, const char *name, struct pool **ret); /* returns owned */
-void pool_submit(struct pool *p, struct pool_job *job);                 /* borrows job until fn has been called */
+void pool_submit(struct pool *p, struct pool_job *job);			/* borrows job until fn has been called */
 /* Waits until nothing is queued or running. */
 void pool_drain(struct pool *p);
 /* Drains, stops the threads, frees. */

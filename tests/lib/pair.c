@@ -75,13 +75,15 @@ int pair_do(struct pair_host *h, const char *verb, json_t *args, json_t **ret)
 
 int pair_create(struct pair_host *h, const char *volume, const char *group, uint64_t size)
 {
-	return pair_do(h, "create", json_pack("{s:s, s:s, s:I}", "name", volume, "group", group, "size", (json_int_t)size), NULL);
+	return pair_do(h, "create",
+		       json_pack("{s:s, s:s, s:I}", "name", volume, "group", group, "size", (json_int_t)size), NULL);
 }
 
 int pair_protect(struct pair *p, const char *group)
 {
-	return pair_do(&p->a, "protect",
-	               json_pack("{s:s, s:s, s:b, s:i}", "name", group, "peer", p->addr, "wait", 1, "timeout_ms", 10000), NULL);
+	return pair_do(
+	    &p->a, "protect",
+	    json_pack("{s:s, s:s, s:b, s:i}", "name", group, "peer", p->addr, "wait", 1, "timeout_ms", 10000), NULL);
 }
 
 static json_t *status_of(struct pair_host *h, const char *group)

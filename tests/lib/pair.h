@@ -1,6 +1,6 @@
 /* Two daemons in one process, each with a store of its own, joined over loopback TCP: everything but the mount. For
- * tests of what replication does, without FUSE in between. Nothing here asserts: functions return 0 or -ERR_x, so they can
- * be used under any test runner. */
+ * tests of what replication does, without FUSE in between. Nothing here asserts: functions return 0 or -ERR_x, so they
+ * can be used under any test runner. */
 #ifndef REPFS_TESTS_LIB_PAIR_H
 #define REPFS_TESTS_LIB_PAIR_H
 

@@ -11,10 +11,10 @@
 
 #define SIZE (UINT64_C(1) << 20)
 #define HALF (SIZE / 2)
-#define OK(call)                                                                                                               \
-	do {                                                                                                                   \
-		int ok_ = (call);                                                                                              \
-		cr_assert_eq(ok_, 0, "%s: %d (%s / %s)", #call, ok_, p.a.err.text, p.b.err.text);                              \
+#define OK(call)                                                                                                       \
+	do {                                                                                                           \
+		int ok_ = (call);                                                                                      \
+		cr_assert_eq(ok_, 0, "%s: %d (%s / %s)", #call, ok_, p.a.err.text, p.b.err.text);                      \
 	} while (0)
 
 static struct pair p;
@@ -40,7 +40,8 @@ static void protected_setup(void)
 {
 	setup();
 	OK(pair_write(&p.a, "vm", 0, SIZE, 0x11));
-	OK(pair_do(&p.a, "set", json_pack("{s:s, s:{s:s}}", "name", "vm", "settings", "checkpoint_interval", "0"), NULL));
+	OK(pair_do(&p.a, "set", json_pack("{s:s, s:{s:s}}", "name", "vm", "settings", "checkpoint_interval", "0"),
+		   NULL));
 	OK(pair_protect(&p, "vm"));
 	OK(pair_wait_state(&p.b, "vm", "RUNNING"));
 	OK(pair_wait_link(&p.b, "vm", "SYNCED"));
@@ -72,7 +73,7 @@ static void is(struct pair_host *h, uint64_t off, uint64_t len, uint8_t byte)
 {
 	int r = pair_is(h, "vm", off, len, byte);
 	cr_assert_eq(r, 0, "host %c: [%lu, %lu) is not all 0x%02x (%d)", h == &p.a ? 'a' : 'b', (unsigned long)off,
-	             (unsigned long)(off + len), byte, r);
+		     (unsigned long)(off + len), byte, r);
 }
 
 TestSuite(primary, .init = setup, .fini = teardown, .timeout = 60);
@@ -185,7 +186,8 @@ Test(replication, secondary_stop_leaves_the_primarys_disk_and_empty_overlays)
 	is(&p.b, 0, HALF, 0x11);
 	is(&p.b, HALF, HALF, 0x22);
 	OK(pair_do(&p.b, "status", named(), &r));
-	const json_t *vol = json_array_get(json_object_get(json_array_get(json_object_get(r, "groups"), 0), "volumes"), 0);
+	const json_t *vol =
+	    json_array_get(json_object_get(json_array_get(json_object_get(r, "groups"), 0), "volumes"), 0);
 	cr_assert_eq(json_integer_value(json_object_get(vol, "active_bytes")), 0);
 	cr_assert_eq(json_integer_value(json_object_get(vol, "hidden_bytes")), 0);
 	json_decref(r);
@@ -354,7 +356,8 @@ Test(replication, sub_block_and_block_crossing_overlaps)
 {
 	static const struct {
 		uint64_t off, len;
-	} w[] = {{512, 512}, {0, 513}, {4095, 2}, {4096 - 512, 1024}, {8191, 4098}, {100, 50000}, {SIZE - 1, 1}, {HALF - 3, 7}};
+	} w[] = {{512, 512},   {0, 513},     {4095, 2},	    {4096 - 512, 1024},
+		 {8191, 4098}, {100, 50000}, {SIZE - 1, 1}, {HALF - 3, 7}};
 	uint8_t *model = malloc(SIZE), *buf = malloc(SIZE);
 	memset(model, 0x11, SIZE);
 	for (unsigned i = 0; i < sizeof(w) / sizeof(w[0]); i++) {
@@ -435,7 +438,8 @@ Test(replication, stop_and_start_again)
 	OK(pair_do(&p.a, "stop", named(), NULL));
 	OK(pair_write(&p.a, "vm", 0, 4096, 0x55)); /* recorded as dirty */
 	OK(pair_do(&p.a, "start", named(), NULL));
-	OK(pair_do(&p.a, "wait", json_pack("{s:s, s:s, s:i}", "name", "vm", "for", "in-sync", "timeout_ms", 10000), NULL));
+	OK(pair_do(&p.a, "wait", json_pack("{s:s, s:s, s:i}", "name", "vm", "for", "in-sync", "timeout_ms", 10000),
+		   NULL));
 	OK(pair_wait_state(&p.b, "vm", "RUNNING"));
 	is(&p.b, 0, 4096, 0x55);
 	is(&p.b, 4096, SIZE - 4096, 0x11);
@@ -461,7 +465,8 @@ Test(replication, clean_restarts_reconnect_by_themselves)
 			OK(pair_write(&p.a, "vm", 4096, 4096, (uint8_t)(0x60 + round)));
 		OK(pair_host_start(&p, h));
 		OK(pair_wait_link(&p.a, "vm", "SYNCED"));
-		OK(pair_do(&p.a, "wait", json_pack("{s:s, s:s, s:i}", "name", "vm", "for", "in-sync", "timeout_ms", 10000), NULL));
+		OK(pair_do(&p.a, "wait",
+			   json_pack("{s:s, s:s, s:i}", "name", "vm", "for", "in-sync", "timeout_ms", 10000), NULL));
 		checkpoint();
 		is(&p.b, 0, 4096, 0x11);
 		is(&p.b, 4096, 4096, round == 0 ? 0x60 : round == 1 ? 0x60 : 0x62);
