@@ -804,8 +804,10 @@ static void cmd_start(struct repl *r, struct repl_command *c)
 		repl_command_done(r, c, -ERR_STATE, "it runs already");
 	else if (m->role == ROLE_SECONDARY)
 		repl_command_done(r, c, -ERR_STATE, "this host is secondary for it; run it on the primary");
-	else if (r->start || r->link != LINK_DOWN)
+	else if (r->start || r->start_waits || (r->link != LINK_DOWN && !r->closing))
 		repl_command_done(r, c, -ERR_BUSY, "another start is under way");
+	else if (r->link != LINK_DOWN)
+		r->start_waits = c;
 	else {
 		r->start = c;
 		(void)snprintf(r->dial_addr, sizeof(r->dial_addr), "%s", m->peer);

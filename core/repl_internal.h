@@ -13,6 +13,7 @@
 #define RESYNC_ZERO_FRAME_MAX (UINT64_C(64) << 20)
 #define RESYNC_QUEUE_MAX (UINT64_C(8) << 20)   /* bytes queued to the peer above which resync waits */
 #define RESYNC_WINDOW_MAX (UINT64_C(64) << 20) /* resync bytes sent and not applied */
+#define WINDOW_MAX 1024			       /* requests of the stream claimed at once; the rest wait in order */
 #define COMMITS_MAX 2
 #define COMMIT_MAX (512U << 10)
 #define CYCLE_NS UINT64_C(1000000000) /* clear cycle: at least so long between two, */
@@ -109,6 +110,7 @@ struct repl {
 	bool was_connected;
 	uint8_t scratch[64 << 10]; /* payloads being encoded */
 	struct repl_command *protect, *start, *stop;
+	struct repl_command *start_waits; /* for the connection of a stop just done to end */
 	char dial_addr[ADDR_SIZE];
 
 	/* primary */

@@ -126,6 +126,8 @@ void secondary_run(struct repl *r)
 			repl_complete(r, io, -ERR_CANCELED);
 			continue;
 		}
+		if (!is_barrier(io) && r->window.count >= WINDOW_MAX)
+			break;
 		if (is_barrier(io)) {
 			if (r->window.head)
 				break;

@@ -178,6 +178,12 @@ void session_link_down(struct repl *r, int code, const char *text)
 		primary_session_lost(r);
 	if (target)
 		secondary_session_lost(r);
+	if (r->start_waits) {
+		r->start = r->start_waits;
+		r->start_waits = NULL;
+		(void)snprintf(r->dial_addr, sizeof(r->dial_addr), "%s", r->meta->peer);
+		session_dial(r);
+	}
 	repl_gate_run(r);
 }
 

@@ -109,7 +109,11 @@ static void emit_send(struct group *g, const struct repl_action *a)
 		link_close(c->link, 0); /* out of memory: the session ends, nothing is lost */
 		return;
 	}
-	(void)link_send(c->link, &a->frame, payload, NULL, NULL);
+	/* Under A and F nobody waits for a write to be sent; a barrier that somebody waits for takes it along. */
+	unsigned t = a->frame.type;
+	uint64_t p = repl_meta(g->core)->settings.protocol;
+	bool lazy = (t == WIRE_WRITE || t == WIRE_ZERO || t == WIRE_DISCARD) && (p == PROTOCOL_A || p == PROTOCOL_F);
+	(void)(lazy ? link_send_lazy : link_send)(c->link, &a->frame, payload, NULL, NULL);
 }
 
 static void group_log(struct group *g, int level, const char *text)

@@ -21,7 +21,7 @@
 
 /* Bytes of the peer's stream that may be in memory at once, per group; above it the receiver thread waits. */
 #define STREAM_BYTES_MAX (UINT64_C(32) << 20)
-#define APPLY_BATCH_MAX 64
+#define APPLY_BATCH_MAX VOLUME_BATCH_MAX
 #define APPLY_WORKERS_MAX 2
 #define CLOSE_DRAIN_MS 500
 #define TICK_NS UINT64_C(100000000)

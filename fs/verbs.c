@@ -280,6 +280,10 @@ static int do_export(const struct call *c)
 			layer = serving == SERVING_VIEW ? LAYER_VIEW : LAYER_DISK;
 			ckpt = serving == SERVING_VIEW ? atomic_load(&g->base) : 0;
 		}
+		struct gvol_attr a;
+		if (!err && layer == LAYER_IMAGE && gvol_attr(v, GVOL_CKPT, ckpt, &a) < 0)
+			err = err_set(c->e, ERR_NOENT, "it has no checkpoint %llu; see `checkpoints`",
+				      (unsigned long long)ckpt);
 		if (!err)
 			err = volume_export(v->vol, layer, ckpt, file, verb_progress, &p, c->e);
 		if (!err)

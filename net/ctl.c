@@ -42,8 +42,8 @@
 #define CTL_BACKLOG 64
 #define CTL_READ_SIZE (64U << 10)
 #define CTL_PROGRESS_WAIT_MS 100 /* for room in the socket, before a progress line is left out */
-#define CTL_POLL_MS 200          /* how often a wait looks whether the server stops */
-#define CTL_STOP_MS 1000         /* for a last answer to be read while the server stops */
+#define CTL_POLL_MS 200		 /* how often a wait looks whether the server stops */
+#define CTL_STOP_MS 1000	 /* for a last answer to be read while the server stops */
 #define CTL_ACCEPT_RETRY_MS 100
 #define CTL_BUSY_MS 5000 /* a client waits so long for a place in the queue of the listening socket */
 #define CTL_BUSY_STEP_MS 20
@@ -68,7 +68,7 @@ static int addr_open(const char *path, struct ctl_addr *a)
 	const char *name = slash ? slash + 1 : path;
 	int n;
 
-	*a = (struct ctl_addr){ .un = { .sun_family = AF_UNIX }, .folder_fd = -1 };
+	*a = (struct ctl_addr){.un = {.sun_family = AF_UNIX}, .folder_fd = -1};
 	if (!*name)
 		return EISDIR;
 	if (strlen(path) < sizeof a->un.sun_path) {
@@ -116,7 +116,7 @@ static json_t *json_text(const char *text)
 static json_t *error_line(int code, const char *text)
 {
 	return json_pack("{s:b, s:s, s:i, s:o}", "ok", 0, "code", err_name(code), "exit", err_exit(code), "message",
-	                 json_text(text && *text ? text : err_short(code)));
+			 json_text(text && *text ? text : err_short(code)));
 }
 
 /* An owned line with its newline; NULL: out of memory, or longer than any reply may be. Steals j. */
@@ -144,10 +144,10 @@ struct ctl_conn {
 	struct ctl_conn *next;
 	int fd;
 	pthread_t thread;
-	bool finished;      /* under the server's lock */
+	bool finished;	    /* under the server's lock */
 	atomic_bool broken; /* nothing more can be sent */
-	bool stuck;         /* the client did not make room for the last progress line */
-	char *buf;          /* what was read and not yet handled: [0, len) */
+	bool stuck;	    /* the client did not make room for the last progress line */
+	char *buf;	    /* what was read and not yet handled: [0, len) */
 	size_t len, size;
 };
 
@@ -168,7 +168,7 @@ struct ctl_server {
 
 static short conn_poll(const struct ctl_conn *c, short events, int timeout_ms)
 {
-	struct pollfd p = { .fd = c->fd, .events = events };
+	struct pollfd p = {.fd = c->fd, .events = events};
 
 	return poll(&p, 1, timeout_ms) > 0 ? p.revents : 0;
 }
@@ -269,7 +269,7 @@ static int conn_refuse(struct ctl_conn *c, int code, const char *text)
 static int conn_run(struct ctl_conn *c, const char *verb, const json_t *args)
 {
 	json_t *result = NULL;
-	struct err e = { 0 };
+	struct err e = {0};
 	int r = c->server->fn(c->server->arg, c, verb, args, &result, &e);
 
 	if (r < 0) {
@@ -301,7 +301,8 @@ static int conn_line(struct ctl_conn *c, const char *line, size_t len)
 	if (!args)
 		args = none = json_object();
 	if (!verb)
-		r = conn_refuse(c, ERR_USAGE, "the request has no \"verb\"; expected {\"verb\":\"...\",\"args\":{...}}");
+		r = conn_refuse(c, ERR_USAGE,
+				"the request has no \"verb\"; expected {\"verb\":\"...\",\"args\":{...}}");
 	else if (!json_is_object(args))
 		r = conn_refuse(c, ERR_USAGE, "\"args\" of the request is not an object");
 	else
@@ -410,8 +411,8 @@ static void server_reap(struct ctl_server *s, bool all)
 static void server_refuse(int fd)
 {
 	size_t len = 0;
-	char *line = line_of(error_line(ERR_LIMIT, "the daemon has all the control connections that it takes; try again"),
-	                     &len);
+	char *line =
+	    line_of(error_line(ERR_LIMIT, "the daemon has all the control connections that it takes; try again"), &len);
 
 	if (line)
 		(void)!send(fd, line, len, MSG_NOSIGNAL | MSG_DONTWAIT);
@@ -450,8 +451,8 @@ static void *server_main(void *p)
 	bool starved = false;
 
 	while (!atomic_load(&s->stopping)) {
-		struct pollfd fds[2] = { { .fd = s->wake_fd, .events = POLLIN },
-			                 { .fd = starved ? -1 : s->listen_fd, .events = POLLIN } };
+		struct pollfd fds[2] = {{.fd = s->wake_fd, .events = POLLIN},
+					{.fd = starved ? -1 : s->listen_fd, .events = POLLIN}};
 		uint64_t count;
 
 		if (poll(fds, 2, starved ? CTL_ACCEPT_RETRY_MS : -1) < 0)
@@ -481,7 +482,8 @@ static int socket_clear(const char *path, const struct ctl_addr *a, struct err *
 	if (lstat(a->un.sun_path, &st) < 0)
 		return errno == ENOENT ? 0 : err_set(e, -err_from_errno(errno), "%s: %s", path, strerror(errno));
 	if (!S_ISSOCK(st.st_mode))
-		return err_set(e, ERR_EXIST, "%s: the control socket belongs here, but this is another file; move it away", path);
+		return err_set(e, ERR_EXIST,
+			       "%s: the control socket belongs here, but this is another file; move it away", path);
 	fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
 	if (fd < 0)
 		return err_set(e, ERR_LIMIT, "%s: %s", path, strerror(errno));
@@ -494,7 +496,8 @@ static int socket_clear(const char *path, const struct ctl_addr *a, struct err *
 	if (sys != ECONNREFUSED)
 		return err_set(e, -err_from_errno(sys), "%s: %s", path, strerror(sys));
 	if (unlink(a->un.sun_path) < 0 && errno != ENOENT)
-		return err_set(e, -err_from_errno(errno), "%s: removing the old control socket: %s", path, strerror(errno));
+		return err_set(e, -err_from_errno(errno), "%s: removing the old control socket: %s", path,
+			       strerror(errno));
 	return 0;
 }
 
@@ -609,22 +612,23 @@ struct ctl_client {
 static int client_timed_out(const struct ctl_client *c, struct err *e)
 {
 	return err_set(e, ERR_TIMEOUT, "%s: no answer within %g s; the daemon may go on with it", c->verb,
-	               c->timeout_ms / 1000.0);
+		       c->timeout_ms / 1000.0);
 }
 
 static int client_unreachable(const struct ctl_client *c, int sys, struct err *e)
 {
 	if (sys == ENOENT || sys == ECONNREFUSED)
-		return err_set(e, ERR_UNREACHABLE_DAEMON, "%s: no daemon answers on %s; is repfs running?", c->verb, c->path);
+		return err_set(e, ERR_UNREACHABLE_DAEMON, "%s: no daemon answers on %s; is repfs running?", c->verb,
+			       c->path);
 	return err_set(e, ERR_UNREACHABLE_DAEMON, "%s: the daemon can't be reached on %s: %s", c->verb, c->path,
-	               strerror(sys));
+		       strerror(sys));
 }
 
 /* 0 when ready, -ERR_TIMEOUT at the deadline. */
 static int client_wait(const struct ctl_client *c, short events)
 {
 	for (;;) {
-		struct pollfd p = { .fd = c->fd, .events = events };
+		struct pollfd p = {.fd = c->fd, .events = events};
 		int wait_ms = -1;
 
 		if (c->deadline_ns) {
@@ -721,7 +725,8 @@ static int client_line(struct ctl_client *c, json_t **ret, size_t *used, struct 
 		if (n > 0) {
 			c->len += (size_t)n;
 		} else if (n == 0 || (errno != EAGAIN && errno != EWOULDBLOCK && errno != EINTR)) {
-			return err_set(e, ERR_UNREACHABLE_DAEMON, "%s: the daemon on %s ended before it answered", c->verb, c->path);
+			return err_set(e, ERR_UNREACHABLE_DAEMON, "%s: the daemon on %s ended before it answered",
+				       c->verb, c->path);
 		} else if (client_wait(c, POLLIN)) {
 			return client_timed_out(c, e);
 		}
@@ -765,8 +770,8 @@ static int client_final(const struct ctl_client *c, json_t *line, json_t **ret_r
 	return err_set(e, code, "%s", message && *message ? message : err_short(code));
 }
 
-static int client_receive(struct ctl_client *c, void (*progress)(void *arg, const json_t *p), void *arg, json_t **ret_result,
-                          int *ret_exit, struct err *e)
+static int client_receive(struct ctl_client *c, void (*progress)(void *arg, const json_t *p), void *arg,
+			  json_t **ret_result, int *ret_exit, struct err *e)
 {
 	int r = client_room(c, e);
 
@@ -795,10 +800,11 @@ static int client_receive(struct ctl_client *c, void (*progress)(void *arg, cons
 }
 
 static int client_call(struct ctl_client *c, json_t *args, void (*progress)(void *arg, const json_t *p), void *arg,
-                       json_t **ret_result, int *ret_exit, struct err *e)
+		       json_t **ret_result, int *ret_exit, struct err *e)
 {
 	size_t len = 0;
-	json_t *request = args ? json_pack("{s:s, s:o}", "verb", c->verb, "args", args) : json_pack("{s:s}", "verb", c->verb);
+	json_t *request =
+	    args ? json_pack("{s:s, s:o}", "verb", c->verb, "args", args) : json_pack("{s:s}", "verb", c->verb);
 	_cleanup_free_ char *line = line_of(request, &len);
 	int r;
 
@@ -816,9 +822,9 @@ static int client_call(struct ctl_client *c, json_t *args, void (*progress)(void
 }
 
 int ctl_call(const char *path, const char *verb, json_t *args, unsigned timeout_ms,
-             void (*progress)(void *arg, const json_t *p), void *arg, json_t **ret_result, int *ret_exit, struct err *e)
+	     void (*progress)(void *arg, const json_t *p), void *arg, json_t **ret_result, int *ret_exit, struct err *e)
 {
-	struct ctl_client c = { .fd = -1, .path = path, .verb = verb, .timeout_ms = timeout_ms };
+	struct ctl_client c = {.fd = -1, .path = path, .verb = verb, .timeout_ms = timeout_ms};
 	int exit_code = 0;
 	int r;
 

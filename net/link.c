@@ -10,8 +10,8 @@
  * Ends. Hard: the stream is shut down, what is queued is dropped. Drain: the sender sends what is queued, half-closes
  * and lingers until the peer has closed too; the receiver reads on and drops what it reads, for a socket closed with
  * unread bytes resets the connection and takes with it what the peer has not fetched yet. A thread that exists
- * only while draining makes it a hard end at the deadline, since both others may be stuck (in a write that the peer does
- * not read, in a callback that waits).
+ * only while draining makes it a hard end at the deadline, since both others may be stuck (in a write that the peer
+ * does not read, in a callback that waits).
  *
  * Broken while sending: nothing more is queued, but the receiver goes on for a moment, as the peer's last words (why
  * it refused us) may lie in the socket still.
@@ -82,9 +82,9 @@ struct link {
 	_Atomic(void *) arg;
 	struct link_self self;
 	bool dialer;
-	bool refuse_remote;   /* set at accept: the peer is not loopback and that is not allowed */
+	bool refuse_remote;	    /* set at accept: the peer is not loopback and that is not allowed */
 	struct link_server *server; /* NULL: dialled */
-	char *addr;           /* dialled: as given */
+	char *addr;		    /* dialled: as given */
 	char name[ADDR_SIZE];
 	struct wire_hello peer; /* written before `up`, as session */
 	uint64_t session;
@@ -98,6 +98,8 @@ struct link {
 	struct cond timer; /* the drainer waits */
 	enum link_state state;
 	bool hard, draining, drain_over, receiver_done, sender_asleep, send_failed;
+	bool urgent;		/* something queued is to be sent at once */
+	uint64_t lazy_until_ns; /* what is queued lazily leaves by then */
 	uint64_t drain_deadline_ns;
 	struct stream *stream;
 	struct link_chunk *head, *tail, *spare;
@@ -135,7 +137,7 @@ static void *link_arg(struct link *l)
 /* ---- reasons and ends ---- */
 
 static void fail_locked(struct link *l, int code, const char *fmt, ...) REQUIRES(&l->lock)
-        __attribute__((format(printf, 3, 4)));
+    __attribute__((format(printf, 3, 4)));
 static void fail_locked(struct link *l, int code, const char *fmt, ...)
 {
 	va_list ap;
@@ -273,9 +275,10 @@ static void chunks_drop(struct link *l, struct link_chunk *c, unsigned from)
 	}
 }
 
-int link_send(struct link *l, const struct wire_frame *f, void *payload, void (*release)(void *), void *release_arg)
+static int queue_frame(struct link *l, const struct wire_frame *f, void *payload, void (*release)(void *),
+		       void *release_arg, bool lazy)
 {
-	const struct link_item item = { .frame = *f, .payload = payload, .release = release, .release_arg = release_arg };
+	const struct link_item item = {.frame = *f, .payload = payload, .release = release, .release_arg = release_arg};
 	struct link_chunk *c;
 	bool wake;
 
@@ -293,10 +296,17 @@ int link_send(struct link *l, const struct wire_frame *f, void *payload, void (*
 			goto refused;
 		}
 	}
+	bool first = l->head == c && c->n == 0;
 	c->items[c->n++] = item;
-	atomic_fetch_add_explicit(&l->queued, item_bytes(&item), memory_order_relaxed);
-	wake = l->sender_asleep;
-	l->sender_asleep = false;
+	uint64_t queued =
+	    atomic_fetch_add_explicit(&l->queued, item_bytes(&item), memory_order_relaxed) + item_bytes(&item);
+	if (!lazy)
+		l->urgent = true;
+	if (first)
+		l->lazy_until_ns = clock_mono_ns() + LINK_LAZY_NS;
+	wake = l->sender_asleep && (first || l->urgent || queued >= LINK_LAZY_BYTES);
+	if (wake)
+		l->sender_asleep = false;
 	mutex_unlock(&l->lock);
 	if (wake)
 		cond_signal(&l->work);
@@ -305,6 +315,17 @@ refused:
 	mutex_unlock(&l->lock);
 	item_release(&item);
 	return -ERR_PEER;
+}
+
+int link_send(struct link *l, const struct wire_frame *f, void *payload, void (*release)(void *), void *release_arg)
+{
+	return queue_frame(l, f, payload, release, release_arg, false);
+}
+
+int link_send_lazy(struct link *l, const struct wire_frame *f, void *payload, void (*release)(void *),
+		   void *release_arg)
+{
+	return queue_frame(l, f, payload, release, release_arg, true);
 }
 
 uint64_t link_queued(struct link *l)
@@ -328,7 +349,7 @@ static void tx_add(struct link_tx *tx, void *base, size_t len)
 	if (last && (uint8_t *)last->iov_base + last->iov_len == (uint8_t *)base)
 		last->iov_len += len; /* headers of frames without payload lie side by side */
 	else
-		tx->iov[tx->n_iov++] = (struct iovec){ .iov_base = base, .iov_len = len };
+		tx->iov[tx->n_iov++] = (struct iovec){.iov_base = base, .iov_len = len};
 }
 
 /* Writes frames of c from `from` on, as many as one writev takes. Returns how many, or a negative code. */
@@ -389,11 +410,22 @@ static struct link_chunk *tx_take(struct link *l, bool *ret_finish)
 	struct link_chunk *c;
 
 	mutex_lock(&l->lock);
-	while (!l->head && !atomic_load(&l->closing)) {
+	while (!atomic_load(&l->closing)) {
+		bool in_time = true;
+
+		/* Frames queued lazily wait for company: a wake-up and a system call for each would cost more than
+		 * they. */
+		if (l->head && (l->urgent || atomic_load(&l->queued) >= LINK_LAZY_BYTES))
+			break;
 		l->sender_asleep = true;
-		cond_wait(&l->work, &l->lock);
+		if (l->head)
+			in_time = cond_wait_until(&l->work, &l->lock, l->lazy_until_ns);
+		else
+			cond_wait(&l->work, &l->lock);
+		if (!in_time)
+			break;
 	}
-	l->sender_asleep = false;
+	l->sender_asleep = l->urgent = false;
 	c = NULL;
 	if (!l->hard) {
 		c = l->head;
@@ -419,7 +451,7 @@ static void tx_linger(struct link *l, uint64_t deadline_ns)
 static void *sender_main(void *p)
 {
 	struct link *l = p;
-	struct link_tx tx = { .next = 1 };
+	struct link_tx tx = {.next = 1};
 	bool finish = false;
 	int r = 0;
 
@@ -448,7 +480,7 @@ static void *sender_main(void *p)
 struct link_rx {
 	uint8_t *buf; /* unparsed: [pos, end) */
 	size_t pos, end;
-	uint64_t next;  /* number of the next frame */
+	uint64_t next;	/* number of the next frame */
 	bool delivered; /* since the last `batch` */
 };
 
@@ -525,7 +557,7 @@ static int rx_payload(struct link *l, struct link_rx *rx, size_t len, uint8_t **
 
 static int rx_check(struct link *l, struct link_rx *rx, struct wire_frame *f)
 {
-	struct err e = { 0 };
+	struct err e = {0};
 	int r = wire_header_decode(f, l->session, rx->buf + rx->pos, WIRE_PAYLOAD_MAX, &e);
 
 	if (r) {
@@ -534,7 +566,7 @@ static int rx_check(struct link *l, struct link_rx *rx, struct wire_frame *f)
 	}
 	if (f->number != rx->next) {
 		link_fail(l, ERR_PROTO, "frame %llu was expected from %s, frame %llu came: lost or doubled data",
-		          (unsigned long long)rx->next, l->name, (unsigned long long)f->number);
+			  (unsigned long long)rx->next, l->name, (unsigned long long)f->number);
 		return -ERR_PROTO;
 	}
 	if (f->type == WIRE_HELLO) {
@@ -559,7 +591,7 @@ static int rx_deliver(struct link *l, struct link_rx *rx, const struct wire_fram
 	if (crc32c(0, payload, f->length_payload) != f->crc_payload) {
 		free(payload);
 		link_fail(l, ERR_CORRUPT, "frame %llu (%s) from %s: the payload's checksum does not match",
-		          (unsigned long long)f->number, wire_type_name(f->type), l->name);
+			  (unsigned long long)f->number, wire_type_name(f->type), l->name);
 		return -ERR_CORRUPT;
 	}
 	rx->next++;
@@ -573,7 +605,7 @@ static int rx_deliver(struct link *l, struct link_rx *rx, const struct wire_fram
 	if (r < 0) {
 		mutex_lock(&l->lock);
 		fail_locked(l, r, "frame %llu (%s) from %s was refused here: %s", (unsigned long long)f->number,
-		            wire_type_name(f->type), l->name, err_short(r));
+			    wire_type_name(f->type), l->name, err_short(r));
 		close_locked(l, LINK_LINGER_MS);
 		mutex_unlock(&l->lock);
 	}
@@ -645,12 +677,12 @@ static int shake_read(struct link *l, void *buf, size_t len, uint64_t deadline_n
 	return 0;
 }
 
-static int shake_write(struct link *l, enum wire_type type, void *payload, size_t len, uint64_t session, uint64_t number,
-                       uint64_t deadline_ns)
+static int shake_write(struct link *l, enum wire_type type, void *payload, size_t len, uint64_t session,
+		       uint64_t number, uint64_t deadline_ns)
 {
-	struct wire_frame f = { .type = (uint16_t)type, .length_payload = (uint32_t)len, .number = number };
+	struct wire_frame f = {.type = (uint16_t)type, .length_payload = (uint32_t)len, .number = number};
 	uint8_t header[WIRE_HEADER_SIZE];
-	struct iovec iov[2] = { { header, sizeof header }, { payload, len } };
+	struct iovec iov[2] = {{header, sizeof header}, {payload, len}};
 	int r = shake_bound(l, deadline_ns);
 
 	if (r)
@@ -666,7 +698,7 @@ static int shake_failed(struct link *l, int r)
 	mutex_lock(&l->lock);
 	if (r == -ERR_TIMEOUT)
 		fail_locked(l, ERR_TIMEOUT, "the peer %s did not complete the handshake within %g s", l->name,
-		            LINK_HANDSHAKE_MS / 1000.0);
+			    LINK_HANDSHAKE_MS / 1000.0);
 	else
 		fail_locked(l, r, "the connection to %s was lost during the handshake", l->name);
 	mutex_unlock(&l->lock);
@@ -677,7 +709,7 @@ static int shake_failed(struct link *l, int r)
 static int shake_receive(struct link *l, struct wire_frame *f, uint8_t payload[WIRE_HELLO_MAX], uint64_t deadline_ns)
 {
 	uint8_t header[WIRE_HEADER_SIZE];
-	struct err e = { 0 };
+	struct err e = {0};
 	int r = shake_read(l, header, sizeof header, deadline_ns);
 
 	if (r)
@@ -689,7 +721,7 @@ static int shake_receive(struct link *l, struct wire_frame *f, uint8_t payload[W
 	}
 	if (f->number != 0 || (f->type != WIRE_HELLO && f->type != WIRE_REFUSE)) {
 		link_fail(l, ERR_PROTO, "the peer %s began with frame %llu (%s) in place of a HELLO", l->name,
-		          (unsigned long long)f->number, wire_type_name(f->type));
+			  (unsigned long long)f->number, wire_type_name(f->type));
 		return -ERR_PROTO;
 	}
 	r = shake_read(l, payload, f->length_payload, deadline_ns);
@@ -706,7 +738,7 @@ static int shake_receive(struct link *l, struct wire_frame *f, uint8_t payload[W
 static int shake_refuse(struct link *l, int code, const char *text, uint64_t session, uint64_t number)
 {
 	uint64_t deadline_ns = clock_mono_ns() + LINK_LINGER_MS * NS_PER_MS;
-	struct wire_refuse x = { .code = (uint16_t)(code < 0 ? -code : code) };
+	struct wire_refuse x = {.code = (uint16_t)(code < 0 ? -code : code)};
 	uint8_t buf[WIRE_HELLO_MAX];
 	int len;
 
@@ -725,7 +757,7 @@ static int shake_refuse(struct link *l, int code, const char *text, uint64_t ses
 static int shake_refused(struct link *l, const void *payload, size_t len)
 {
 	struct wire_refuse x;
-	struct err e = { 0 };
+	struct err e = {0};
 	int r = wire_refuse_decode(&x, payload, len, &e);
 
 	if (r) {
@@ -739,10 +771,10 @@ static int shake_refused(struct link *l, const void *payload, size_t len)
 static void hello_fill(const struct link *l, struct wire_hello *h)
 {
 	*h = (struct wire_hello){
-		.version_min = WIRE_VERSION_MIN,
-		.version_max = WIRE_VERSION_MAX,
-		.features = l->self.features,
-		.nonce = random_u64_nonzero(),
+	    .version_min = WIRE_VERSION_MIN,
+	    .version_max = WIRE_VERSION_MAX,
+	    .features = l->self.features,
+	    .nonce = random_u64_nonzero(),
 	};
 	memcpy(h->store, l->self.store, sizeof h->store);
 	memcpy(h->program, l->self.program, sizeof h->program);
@@ -760,7 +792,8 @@ static int shake_judge(struct link *l, const struct wire_hello *mine, const void
 	if (r < 0)
 		return r;
 	if (memcmp(l->peer.store, mine->store, sizeof mine->store) == 0)
-		return err_set(e, ERR_USAGE, "both ends of the connection are the same store; give the other host's address");
+		return err_set(e, ERR_USAGE,
+			       "both ends of the connection are the same store; give the other host's address");
 	return 0;
 }
 
@@ -800,14 +833,14 @@ static int shake_listener(struct link *l, uint64_t deadline_ns)
 	uint8_t payload[WIRE_HELLO_MAX];
 	struct wire_frame f;
 	struct wire_hello mine;
-	struct err e = { 0 };
+	struct err e = {0};
 	int r;
 
 	if (l->refuse_remote)
 		return shake_refuse(l, ERR_PERM,
-		                    "the listening host takes peers over loopback only, as it runs without TLS; "
-		                    "start its repfs with the option `insecure` to take others, in clear text",
-		                    0, 0);
+				    "the listening host takes peers over loopback only, as it runs without TLS; "
+				    "start its repfs with the option `insecure` to take others, in clear text",
+				    0, 0);
 	r = shake_receive(l, &f, payload, deadline_ns);
 	if (r)
 		return r;
@@ -834,7 +867,7 @@ static int shake_dialer(struct link *l, uint64_t deadline_ns)
 	uint8_t payload[WIRE_HELLO_MAX];
 	struct wire_frame f;
 	struct wire_hello mine;
-	struct err e = { 0 };
+	struct err e = {0};
 	int r;
 
 	hello_fill(l, &mine);
@@ -871,7 +904,7 @@ static bool link_connect_canceled(void *arg)
 static int link_connect(struct link *l)
 {
 	struct stream *s = NULL;
-	struct err e = { 0 };
+	struct err e = {0};
 	int r = stream_tcp_dial_cancelable(l->addr, LINK_CONNECT_MS, link_connect_canceled, l, &s, &e);
 
 	if (r) {
@@ -903,7 +936,7 @@ static int link_establish(struct link *l)
 
 static void link_exchange(struct link *l)
 {
-	struct link_rx rx = { .next = 1 };
+	struct link_rx rx = {.next = 1};
 	bool peer_may_read = false;
 
 	rx.buf = malloc(LINK_BUFFER_SIZE);
@@ -1029,8 +1062,8 @@ void link_unref(struct link *l)
 	link_free(l);
 }
 
-int link_dial(const char *addr, const struct link_self *self, const struct link_callbacks *cb, void *arg, struct link **ret,
-              struct err *e)
+int link_dial(const char *addr, const struct link_self *self, const struct link_callbacks *cb, void *arg,
+	      struct link **ret, struct err *e)
 {
 	char host[STREAM_HOST_SIZE], port[STREAM_PORT_SIZE];
 	struct link *l;
@@ -1170,8 +1203,8 @@ static void *server_main(void *p)
 	bool stopping = false, starved = false;
 
 	while (!stopping) {
-		struct pollfd fds[2] = { { .fd = s->wake_fd, .events = POLLIN },
-			                 { .fd = starved ? -1 : s->listen_fd, .events = POLLIN } };
+		struct pollfd fds[2] = {{.fd = s->wake_fd, .events = POLLIN},
+					{.fd = starved ? -1 : s->listen_fd, .events = POLLIN}};
 		uint64_t count;
 
 		if (poll(fds, 2, starved ? LINK_ACCEPT_RETRY_MS : -1) < 0)
@@ -1206,8 +1239,8 @@ static void server_free(struct link_server *s)
 	free(s);
 }
 
-int link_server_start(const char *addr, bool allow_remote, const struct link_self *self, const struct link_callbacks *cb,
-                      void *arg, struct link_server **ret, struct err *e)
+int link_server_start(const char *addr, bool allow_remote, const struct link_self *self,
+		      const struct link_callbacks *cb, void *arg, struct link_server **ret, struct err *e)
 {
 	struct link_server *s = calloc(1, sizeof *s);
 	int r;

@@ -21,6 +21,8 @@
 #define LINK_HANDSHAKE_MS 2000 /* for the whole handshake */
 #define LINK_CONNECT_MS 2000   /* for connecting, each address */
 #define LINKS_MAX 512
+#define LINK_LAZY_NS UINT64_C(1000000)
+#define LINK_LAZY_BYTES (128U << 10)
 
 struct link;
 
@@ -64,10 +66,14 @@ struct link *link_ref(struct link *l);
 void link_unref(struct link *l);
 
 /* Queues a frame: the link fills number and CRCs (payload's too, in the sender thread). payload is borrowed until
- * release(release_arg) is called: after it was written, or when the link goes down, or at once if it is down already
+ * release(release_arg) is called: after it was written, or when the link goes down, or at once if it is closed or down
  * (then returns -ERR_PEER). release NULL: payload (if any) is freed. Never blocks; bounding the bytes queued is the
  * caller's business with the help of `sent`. Returns 0 or -ERR_PEER. */
 int link_send(struct link *l, const struct wire_frame *f, void *payload, void (*release)(void *), void *release_arg);
+/* The same for a frame that nobody waits for: it may stay queued for LINK_LAZY_NS, or until LINK_LAZY_BYTES are queued
+ * or link_send is called, so that many leave together. Order is kept. */
+int link_send_lazy(struct link *l, const struct wire_frame *f, void *payload, void (*release)(void *),
+		   void *release_arg);
 /* Total queued bytes not yet handed to the kernel. */
 uint64_t link_queued(struct link *l);
 

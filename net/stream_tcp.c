@@ -60,7 +60,8 @@ static struct stream_tcp *tcp_of(struct stream *s)
 
 static int addr_bad(const char *addr, const char *why, struct err *e)
 {
-	return err_set(e, ERR_USAGE, "address '%.100s': %s; expected HOST:PORT or [IPV6]:PORT, as in 10.0.0.2:7790", addr, why);
+	return err_set(e, ERR_USAGE, "address '%.100s': %s; expected HOST:PORT or [IPV6]:PORT, as in 10.0.0.2:7790",
+		       addr, why);
 }
 
 int addr_split(const char *addr, char *host, size_t host_size, char *port, size_t port_size, struct err *e)
@@ -111,7 +112,7 @@ int addr_split(const char *addr, char *host, size_t host_size, char *port, size_
 /* An IPv4 peer of an IPv6 socket is shown, and judged, as the IPv4 peer that it is. */
 static void sock_addr_unmap(union sock_addr *a)
 {
-	struct sockaddr_in in4 = { .sin_family = AF_INET };
+	struct sockaddr_in in4 = {.sin_family = AF_INET};
 
 	if (a->any.sa_family != AF_INET6 || !IN6_IS_ADDR_V4MAPPED(&a->in6.sin6_addr))
 		return;
@@ -138,7 +139,7 @@ static void sock_addr_format(const union sock_addr *addr, char *buf, size_t size
 
 bool tcp_peer_is_loopback(int fd)
 {
-	union sock_addr a = { 0 };
+	union sock_addr a = {0};
 	socklen_t len = sizeof a;
 
 	if (getpeername(fd, &a.any, &len) < 0)
@@ -151,7 +152,7 @@ bool tcp_peer_is_loopback(int fd)
 
 static int addr_resolve(const char *addr, bool passive, struct addrinfo **ret, struct err *e)
 {
-	struct addrinfo hints = { .ai_family = AF_UNSPEC, .ai_socktype = SOCK_STREAM, .ai_protocol = IPPROTO_TCP };
+	struct addrinfo hints = {.ai_family = AF_UNSPEC, .ai_socktype = SOCK_STREAM, .ai_protocol = IPPROTO_TCP};
 	char host[STREAM_HOST_SIZE], port[STREAM_PORT_SIZE];
 	int r = addr_split(addr, host, sizeof host, port, sizeof port, e);
 
@@ -161,7 +162,7 @@ static int addr_resolve(const char *addr, bool passive, struct addrinfo **ret, s
 	r = getaddrinfo(host, port, &hints, ret);
 	if (r)
 		return err_set(e, ERR_PEER, "%s: the host name can't be resolved: %s", addr,
-		               r == EAI_SYSTEM ? strerror(errno) : gai_strerror(r));
+			       r == EAI_SYSTEM ? strerror(errno) : gai_strerror(r));
 	return 0;
 }
 
@@ -171,7 +172,7 @@ static int addr_resolve(const char *addr, bool passive, struct addrinfo **ret, s
 static int wait_ready(int fd, short events, uint64_t deadline_ns)
 {
 	for (;;) {
-		struct pollfd p = { .fd = fd, .events = events };
+		struct pollfd p = {.fd = fd, .events = events};
 		uint64_t now = clock_mono_ns();
 		uint64_t left_ms = deadline_ns > now ? (deadline_ns - now + NS_PER_MS - 1) / NS_PER_MS : 0;
 		int r = poll(&p, 1, left_ms > INT_MAX ? INT_MAX : (int)left_ms);
@@ -227,7 +228,7 @@ static int tcp_writev(struct stream *s, struct iovec *iov, int n)
 
 	iov_advance(&iov, &n, 0);
 	while (n > 0) {
-		struct msghdr msg = { .msg_iov = iov, .msg_iovlen = (size_t)(n > IOV_MAX ? IOV_MAX : n) };
+		struct msghdr msg = {.msg_iov = iov, .msg_iovlen = (size_t)(n > IOV_MAX ? IOV_MAX : n)};
 		ssize_t done = sendmsg(t->fd, &msg, MSG_NOSIGNAL | (timeout_ms ? MSG_DONTWAIT : 0));
 
 		if (done >= 0) {
@@ -269,12 +270,12 @@ static const char *tcp_peer_name(struct stream *s)
 }
 
 static const struct stream_ops tcp_ops = {
-	.read = tcp_read,
-	.writev = tcp_writev,
-	.finish = tcp_finish,
-	.shutdown = tcp_shutdown,
-	.close = tcp_close,
-	.peer_name = tcp_peer_name,
+    .read = tcp_read,
+    .writev = tcp_writev,
+    .finish = tcp_finish,
+    .shutdown = tcp_shutdown,
+    .close = tcp_close,
+    .peer_name = tcp_peer_name,
 };
 
 /* Options only tune: a socket that refuses one still works. */
@@ -283,11 +284,11 @@ static void sock_tune(int fd)
 	static const struct {
 		int level, name, value;
 	} options[] = {
-		{ IPPROTO_TCP, TCP_NODELAY, 1 },
-		{ SOL_SOCKET, SO_KEEPALIVE, 1 },
-		{ IPPROTO_TCP, TCP_KEEPIDLE, TCP_KEEPALIVE_IDLE_S },
-		{ IPPROTO_TCP, TCP_KEEPINTVL, TCP_KEEPALIVE_INTERVAL_S },
-		{ IPPROTO_TCP, TCP_KEEPCNT, TCP_KEEPALIVE_PROBES },
+	    {IPPROTO_TCP, TCP_NODELAY, 1},
+	    {SOL_SOCKET, SO_KEEPALIVE, 1},
+	    {IPPROTO_TCP, TCP_KEEPIDLE, TCP_KEEPALIVE_IDLE_S},
+	    {IPPROTO_TCP, TCP_KEEPINTVL, TCP_KEEPALIVE_INTERVAL_S},
+	    {IPPROTO_TCP, TCP_KEEPCNT, TCP_KEEPALIVE_PROBES},
 	};
 
 	for (size_t i = 0; i < ARRAY_LEN(options); i++)
@@ -297,7 +298,7 @@ static void sock_tune(int fd)
 struct stream *stream_tcp_from_fd(int fd)
 {
 	struct stream_tcp *t = calloc(1, sizeof *t);
-	union sock_addr a = { 0 };
+	union sock_addr a = {0};
 	socklen_t len = sizeof a;
 
 	if (!t) {
@@ -324,7 +325,7 @@ void stream_tcp_set_timeout(struct stream *s, unsigned timeout_ms)
 
 static bool sock_is_own_end(int fd)
 {
-	union sock_addr a = { 0 }, b = { 0 };
+	union sock_addr a = {0}, b = {0};
 	socklen_t a_len = sizeof a, b_len = sizeof b;
 
 	if (getsockname(fd, &a.any, &a_len) < 0 || getpeername(fd, &b.any, &b_len) < 0 || a_len != b_len)
@@ -354,7 +355,8 @@ static int connect_wait(int fd, uint64_t deadline_ns, bool (*canceled)(void *arg
 	}
 }
 
-static int connect_one(const struct addrinfo *ai, unsigned timeout_ms, bool (*canceled)(void *arg), void *arg, int *ret_fd)
+static int connect_one(const struct addrinfo *ai, unsigned timeout_ms, bool (*canceled)(void *arg), void *arg,
+		       int *ret_fd)
 {
 	int fd = socket(ai->ai_family, ai->ai_socktype | SOCK_CLOEXEC | SOCK_NONBLOCK, ai->ai_protocol);
 	int sys = 0, flags;
@@ -382,7 +384,7 @@ static int connect_one(const struct addrinfo *ai, unsigned timeout_ms, bool (*ca
 }
 
 int stream_tcp_dial_cancelable(const char *addr, unsigned timeout_ms, bool (*canceled)(void *arg), void *arg,
-                               struct stream **ret, struct err *e)
+			       struct stream **ret, struct err *e)
 {
 	struct addrinfo *list = NULL;
 	unsigned tried = 0;
@@ -400,7 +402,8 @@ int stream_tcp_dial_cancelable(const char *addr, unsigned timeout_ms, bool (*can
 	if (sys == ECANCELED)
 		return err_set(e, ERR_CANCELED, "connecting to %s was cancelled", addr);
 	if (sys == ECONNREFUSED)
-		return err_set(e, ERR_PEER, "connecting to %s was refused; is repfs running there with --listen?", addr);
+		return err_set(e, ERR_PEER, "connecting to %s was refused; is repfs running there with --listen?",
+			       addr);
 	if (sys)
 		return err_set(e, ERR_PEER, "connecting to %s failed: %s", addr, strerror(sys));
 	struct stream *s = stream_tcp_from_fd(fd);
@@ -441,7 +444,7 @@ failed:;
 int tcp_listen(const char *addr, int *ret_fd, char *bound, size_t size, struct err *e)
 {
 	struct addrinfo *list = NULL;
-	union sock_addr a = { 0 };
+	union sock_addr a = {0};
 	socklen_t len = sizeof a;
 	int sys = EADDRNOTAVAIL, fd = -1;
 	int r = addr_resolve(addr, true, &list, e);
@@ -452,8 +455,9 @@ int tcp_listen(const char *addr, int *ret_fd, char *bound, size_t size, struct e
 		sys = listen_one(ai, &fd);
 	freeaddrinfo(list);
 	if (sys == EADDRINUSE)
-		return err_set(e, ERR_BUSY, "listening on %s: the port is in use; pick another one or end the program that has it",
-		               addr);
+		return err_set(e, ERR_BUSY,
+			       "listening on %s: the port is in use; pick another one or end the program that has it",
+			       addr);
 	if (sys)
 		return err_set(e, -err_from_errno(sys), "listening on %s: %s", addr, strerror(sys));
 	if (getsockname(fd, &a.any, &len) < 0) {

@@ -187,8 +187,8 @@ def rounds_latest(rng, rounds, report):
         rig.load()
         rig.pair.proxy.delay = rng.choice((0, 0.005, 0.03))
         rig.random_moment()
+        lost = time.monotonic_ns()  # before: once it notices, the primary goes on alone
         rig.pair.proxy.lose()
-        lost = time.monotonic_ns()
         rig.pair.a.kill9()
         rig.ckpt.stop()
         rig.writer.stop(errors_ok=True)

@@ -48,8 +48,8 @@ struct side {
 	atomic_bool over;
 	unsigned seed;
 	unsigned close_after_us, close_drain_ms; /* close_after_us 0: this side does not close */
-	bool slow;                               /* its frame callback waits now and then */
-	unsigned frames;                         /* to send at most */
+	bool slow;				 /* its frame callback waits now and then */
+	unsigned frames;			 /* to send at most */
 };
 
 struct cargo {
@@ -59,7 +59,7 @@ struct cargo {
 
 static size_t payload_size(uint64_t seq)
 {
-	static const size_t sizes[] = { 0, 1, 4096, 512, 0, 4096, 70000, 4096, 33000, 17, 0, 300000 };
+	static const size_t sizes[] = {0, 1, 4096, 512, 0, 4096, 70000, 4096, 33000, 17, 0, 300000};
 
 	return sizes[seq % (sizeof sizes / sizeof sizes[0])];
 }
@@ -129,7 +129,7 @@ static int on_frame(struct link *l, void *arg, const struct wire_frame *f, void 
 		MUST(p[i] == payload_byte(n, i));
 	free(payload);
 	if (s->slow && n % 64 == 0)
-		nanosleep(&(struct timespec){ .tv_nsec = 300000 }, NULL);
+		nanosleep(&(struct timespec){.tv_nsec = 300000}, NULL);
 	return 0;
 }
 
@@ -166,8 +166,7 @@ static void on_down(struct link *l, void *arg, int code, const char *text)
 }
 
 static const struct link_callbacks callbacks = {
-	.up = on_up, .frame = on_frame, .batch = on_batch, .sent = on_sent, .down = on_down
-};
+    .up = on_up, .frame = on_frame, .batch = on_batch, .sent = on_sent, .down = on_down};
 
 static void cargo_release(void *arg)
 {
@@ -189,8 +188,8 @@ static void *writer_main(void *arg)
 	for (uint64_t seq = 1; seq <= s->frames; seq++) {
 		size_t n = payload_size(seq);
 		struct cargo *c = malloc(sizeof *c + n);
-		struct wire_frame f = { .type = n ? WIRE_WRITE : WIRE_FLUSH, .seq = seq, .length_payload = (uint32_t)n,
-			                .length = n };
+		struct wire_frame f = {
+		    .type = n ? WIRE_WRITE : WIRE_FLUSH, .seq = seq, .length_payload = (uint32_t)n, .length = n};
 
 		MUST(c);
 		c->owner = s;
@@ -209,17 +208,17 @@ static void *closer_main(void *arg)
 {
 	struct side *s = arg;
 
-	nanosleep(&(struct timespec){ .tv_nsec = (long)s->close_after_us * 1000 }, NULL);
+	nanosleep(&(struct timespec){.tv_nsec = (long)s->close_after_us * 1000}, NULL);
 	link_close(s->link, s->close_drain_ms);
 	return NULL;
 }
 
-static const struct link_self self_a = { .store = "store a", .program = "stress a" };
-static const struct link_self self_b = { .store = "store b", .program = "stress b" };
+static const struct link_self self_a = {.store = "store a", .program = "stress a"};
+static const struct link_self self_b = {.store = "store b", .program = "stress b"};
 
 static void pair_connect(struct side *a, struct side *b, struct link_server **ret)
 {
-	struct err e = { 0 };
+	struct err e = {0};
 
 	MUST(link_server_start("127.0.0.1:0", false, &self_b, &callbacks, b, ret, &e) == 0);
 	mutex_lock(&a->lock);
@@ -232,7 +231,7 @@ static void pair_connect(struct side *a, struct side *b, struct link_server **re
 
 static void round_choose(struct side *a, struct side *b, unsigned *seed)
 {
-	struct side *both[2] = { a, b };
+	struct side *both[2] = {a, b};
 
 	for (int i = 0; i < 2; i++) {
 		struct side *s = both[i];
@@ -251,7 +250,7 @@ static uint64_t round_run(unsigned *seed)
 	struct side a, b;
 	struct link_server *server = NULL;
 	pthread_t writers[2], closers[2];
-	struct side *both[2] = { &a, &b };
+	struct side *both[2] = {&a, &b};
 	uint64_t received;
 
 	side_init(&a, *seed);
@@ -324,7 +323,7 @@ static int bench_run(uint64_t frames, size_t payload)
 	struct link_callbacks cb = callbacks;
 	struct link_server *server = NULL;
 	struct side a, b;
-	struct err e = { 0 };
+	struct err e = {0};
 	void *data = calloc(1, payload + 1);
 	uint64_t start, ns;
 
@@ -339,8 +338,10 @@ static int bench_run(uint64_t frames, size_t payload)
 	side_wait(&b, is_up_or_down);
 	start = clock_mono_ns();
 	for (uint64_t seq = 1; seq <= frames; seq++) {
-		struct wire_frame f = { .type = payload ? WIRE_WRITE : WIRE_FLUSH, .seq = seq,
-			                .length_payload = (uint32_t)payload, .length = payload };
+		struct wire_frame f = {.type = payload ? WIRE_WRITE : WIRE_FLUSH,
+				       .seq = seq,
+				       .length_payload = (uint32_t)payload,
+				       .length = payload};
 
 		if (seq % 256 == 0)
 			side_wait(&a, has_room);
@@ -352,7 +353,8 @@ static int bench_run(uint64_t frames, size_t payload)
 	ns = clock_mono_ns() - start;
 	MUST(atomic_load(&bench_frames) == frames);
 	printf("%llu frames of %zu bytes: %.0f frames/s, %.1f MiB/s\n", (unsigned long long)frames, payload,
-	       (double)frames * 1e9 / (double)ns, (double)(frames * (payload + WIRE_HEADER_SIZE)) * 1e9 / (double)ns / 1048576.0);
+	       (double)frames * 1e9 / (double)ns,
+	       (double)(frames * (payload + WIRE_HEADER_SIZE)) * 1e9 / (double)ns / 1048576.0);
 	link_server_stop(server);
 	link_unref(a.link);
 	link_unref(b.link);

@@ -489,11 +489,11 @@ static void every_fault(bool (*try_op)(struct faulty *x, long left), enum volume
 		every_fault(try_##op, DURABILITY_POWER, 1);                                                            \
 	}
 
-FAULT_TEST(batch, 4)
-FAULT_TEST(discard, 2)
+FAULT_TEST(batch, 2)
+FAULT_TEST(discard, 1)
 FAULT_TEST(checkpoint, 1)
-FAULT_TEST(merge, 2)
-FAULT_TEST(commit, 2)
+FAULT_TEST(merge, 1)
+FAULT_TEST(commit, 1)
 FAULT_TEST(active, 2)
 FAULT_TEST(open, 1)
 FAULT_TEST(create, 1)
@@ -579,8 +579,8 @@ Test(cow, a_batch_costs_one_sync_a_phase_and_nothing_once_saved)
 	tmp_store_close(&t);
 }
 
-/* More runs and more blocks than one round takes. */
-Test(cow, a_batch_larger_than_a_round)
+/* More runs than one round takes. */
+Test(cow, a_batch_of_more_runs_than_a_round)
 {
 	struct tmp_store t;
 	struct model m;
@@ -588,7 +588,7 @@ Test(cow, a_batch_larger_than_a_round)
 	uint8_t *buf = malloc(UINT64_C(2) << 20);
 
 	tmp_store_open(&t);
-	model_init(&m, t.storage, UINT64_C(300) << 20, DURABILITY_PROCESS, 1);
+	model_init(&m, t.storage, UINT64_C(44) << 20, DURABILITY_PROCESS, 1);
 	memset(buf, 3, UINT64_C(2) << 20);
 	/* Every second block below 40 MiB is in the overlay: 5120 runs are missing. */
 	for (uint64_t off = 0; off < UINT64_C(40) << 20; off += 8192) {
@@ -606,8 +606,8 @@ Test(cow, a_batch_larger_than_a_round)
 	}
 	memset(buf, 4, UINT64_C(2) << 20);
 	for (uint64_t i = 0; i < VOLUME_BATCH_MAX; i++)
-		reqs[i] = (struct volume_req){
-		    .kind = VOLUME_WRITE, .off = i * 1171 * 1024, .len = (UINT64_C(1) << 20) + 4096, .buf = buf};
+		reqs[i] =
+		    (struct volume_req){.kind = VOLUME_WRITE, .off = i * 171 * 1024, .len = 172 * 1024, .buf = buf};
 	cr_assert_eq(volume_write(m.v, reqs, VOLUME_BATCH_MAX), 0);
 	for (unsigned i = 0; i < VOLUME_BATCH_MAX; i++)
 		model_did_write(&m, &reqs[i]);
@@ -615,6 +615,33 @@ Test(cow, a_batch_larger_than_a_round)
 	model_free(&m);
 	tmp_store_close(&t);
 	free(buf);
+}
+
+/* More blocks than one round takes, in one request; the old content is holes, so little is written for it. */
+Test(cow, a_request_of_more_blocks_than_a_round)
+{
+	struct tmp_store t;
+	struct model m;
+	uint64_t size = UINT64_C(258) << 20;
+	struct volume_req r = {.kind = VOLUME_WRITE, .off = 100, .len = size - 5000, .buf = calloc(1, size)};
+	uint8_t byte = 9, got[BLOCK_SIZE];
+	struct volume_req last = {.kind = VOLUME_WRITE, .off = size - 5001, .len = 1, .buf = &byte};
+
+	cr_assert_not_null(r.buf);
+	tmp_store_open(&t);
+	model_init(&m, t.storage, size, DURABILITY_PROCESS, 1);
+	cr_assert_eq(volume_write(m.v, &last, 1), 0);
+	model_did_write(&m, &last);
+	model_checkpoint(&m, false);
+	cr_assert_eq(volume_write(m.v, &r, 1), 0);
+	cr_assert_eq(volume_undo_blocks(m.v, 0), m.blocks - 1);
+	memset(got, POISON, sizeof(got));
+	cr_assert_eq(volume_read_ckpt(m.v, m.last_number, size - 2 * BLOCK_SIZE, BLOCK_SIZE, got), 0);
+	cr_assert_arr_eq(got, m.disk + size - 2 * BLOCK_SIZE, BLOCK_SIZE);
+	cr_assert_eq(got[2 * BLOCK_SIZE - 5001], 9);
+	free((void *)(uintptr_t)r.buf);
+	model_free(&m);
+	tmp_store_close(&t);
 }
 
 /* Against the contract, but not a reason to lose data. */

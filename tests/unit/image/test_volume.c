@@ -78,7 +78,7 @@ static void random_run(uint64_t size, enum volume_durability dur, uint64_t seed,
 
 Test(volume, random_operations_match_the_model)
 {
-	for (uint64_t seed = 1; seed <= 12; seed++)
+	for (uint64_t seed = 1; seed <= 8; seed++)
 		random_run(ODD_SIZE, DURABILITY_PROCESS, seed, 200);
 }
 

@@ -121,7 +121,7 @@ static bool becomes(atomic_int *value, int want)
 
 static void start(void)
 {
-	struct err e = { 0 };
+	struct err e = {0};
 
 	cr_assert_eq(ctl_server_start(sock, handle, &server, &server, &e), 0, "%s", e.text);
 }
@@ -151,8 +151,8 @@ TestSuite(ctl, .init = before, .fini = after, .timeout = 60);
 
 static int raw_connect(void)
 {
-	struct sockaddr_un un = { .sun_family = AF_UNIX };
-	struct timeval limit = { .tv_sec = WAIT_MS / 1000 };
+	struct sockaddr_un un = {.sun_family = AF_UNIX};
+	struct timeval limit = {.tv_sec = WAIT_MS / 1000};
 	int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
 
 	(void)snprintf(un.sun_path, sizeof un.sun_path, "%.100s", sock);
@@ -224,17 +224,19 @@ Test(ctl, answers_byte_for_byte)
 {
 	int fd = raw_connect();
 	static const char requests[] = "{\"verb\":\"echo\",\"args\":{\"name\":\"vm1\"}}\n"
-	                               "{\"verb\":\"echo\"}\r\n"
-	                               "{\"verb\":\"nothing\",\"args\":{}}\n"
-	                               "{\"verb\":\"refuse\"}\n"
-	                               "{\"verb\":\"progress\",\"args\":{\"n\":2}}\n";
+				       "{\"verb\":\"echo\"}\r\n"
+				       "{\"verb\":\"nothing\",\"args\":{}}\n"
+				       "{\"verb\":\"refuse\"}\n"
+				       "{\"verb\":\"progress\",\"args\":{\"n\":2}}\n";
 
 	/* All in one piece: one connection carries requests one after another. */
 	cr_assert(raw_write(fd, requests, sizeof requests - 1));
 	expect_bytes(fd, "{\"ok\":true,\"result\":{\"schema\":1,\"args\":{\"name\":\"vm1\"}}}");
 	expect_bytes(fd, "{\"ok\":true,\"result\":{\"schema\":1,\"args\":{}}}");
 	expect_bytes(fd, "{\"ok\":true,\"result\":{}}");
-	expect_bytes(fd, "{\"ok\":false,\"code\":\"ERR_STATE\",\"exit\":5,\"message\":\"refuse vm1: this host is primary for it\"}");
+	expect_bytes(
+	    fd,
+	    "{\"ok\":false,\"code\":\"ERR_STATE\",\"exit\":5,\"message\":\"refuse vm1: this host is primary for it\"}");
 	expect_bytes(fd, "{\"progress\":{\"done\":0}}");
 	expect_bytes(fd, "{\"progress\":{\"done\":1}}");
 	expect_bytes(fd, "{\"ok\":true,\"result\":{}}");
@@ -258,19 +260,19 @@ Test(ctl, bad_requests_are_answered_and_the_connection_goes_on)
 	static const struct {
 		const char *line, *text;
 	} bad[] = {
-		{ "", "not valid JSON" },
-		{ "hello", "not valid JSON" },
-		{ "{\"verb\":\"nothing\"", "not valid JSON" },
-		{ "{\"verb\":\"nothing\"} x", "not valid JSON" },
-		{ "{\"verb\":\"nothing\",\"verb\":\"echo\"}", "not valid JSON" },
-		{ "{\"verb\":\"nothing\",\"args\":{\"a\":\"\xff\"}}", "not valid JSON" },
-		{ "[]", "no \"verb\"" },
-		{ "{}", "no \"verb\"" },
-		{ "{\"verb\":1}", "no \"verb\"" },
-		{ "{\"verb\":null}", "no \"verb\"" },
-		{ "{\"verb\":\"nothing\",\"args\":[]}", "not an object" },
-		{ "{\"verb\":\"nothing\",\"args\":null}", "not an object" },
-		{ "{\"verb\":\"no such\"}", "no such verb" },
+	    {"", "not valid JSON"},
+	    {"hello", "not valid JSON"},
+	    {"{\"verb\":\"nothing\"", "not valid JSON"},
+	    {"{\"verb\":\"nothing\"} x", "not valid JSON"},
+	    {"{\"verb\":\"nothing\",\"verb\":\"echo\"}", "not valid JSON"},
+	    {"{\"verb\":\"nothing\",\"args\":{\"a\":\"\xff\"}}", "not valid JSON"},
+	    {"[]", "no \"verb\""},
+	    {"{}", "no \"verb\""},
+	    {"{\"verb\":1}", "no \"verb\""},
+	    {"{\"verb\":null}", "no \"verb\""},
+	    {"{\"verb\":\"nothing\",\"args\":[]}", "not an object"},
+	    {"{\"verb\":\"nothing\",\"args\":null}", "not an object"},
+	    {"{\"verb\":\"no such\"}", "no such verb"},
 	};
 	int fd = raw_connect();
 
@@ -443,7 +445,7 @@ Test(ctl, no_client_is_no_progress_and_never_canceled)
 
 Test(ctl, the_socket_is_for_its_owner_alone_whatever_the_umask)
 {
-	static const mode_t masks[] = { 0, 022, 077, 0377 };
+	static const mode_t masks[] = {0, 022, 077, 0377};
 	struct stat st;
 
 	for (size_t i = 0; i < ARRAY_LEN(masks); i++) {
@@ -460,7 +462,7 @@ Test(ctl, the_socket_is_for_its_owner_alone_whatever_the_umask)
 Test(ctl, a_live_socket_is_not_taken)
 {
 	struct ctl_server *other = (void *)1;
-	struct err e = { 0 };
+	struct err e = {0};
 	json_t *result = NULL;
 
 	cr_assert_eq(ctl_server_start(sock, handle, &server, &other, &e), -ERR_BUSY);
@@ -472,7 +474,7 @@ Test(ctl, a_live_socket_is_not_taken)
 
 static void leave_stale(const char *path)
 {
-	struct sockaddr_un un = { .sun_family = AF_UNIX };
+	struct sockaddr_un un = {.sun_family = AF_UNIX};
 	int fd = socket(AF_UNIX, SOCK_STREAM, 0);
 
 	(void)snprintf(un.sun_path, sizeof un.sun_path, "%.100s", path);
@@ -493,7 +495,7 @@ Test(ctl, a_stale_socket_is_replaced)
 
 Test(ctl, another_file_in_its_place_is_left_alone)
 {
-	struct err e = { 0 };
+	struct err e = {0};
 	struct stat st;
 
 	ctl_server_stop(server);
@@ -520,7 +522,7 @@ Test(ctl, stop_removes_its_own_socket_only)
 Test(ctl, a_folder_that_is_missing_is_an_error)
 {
 	struct ctl_server *other = NULL;
-	struct err e = { 0 };
+	struct err e = {0};
 
 	cr_assert_eq(ctl_server_start("/nonexistent/folder/control.sock", handle, NULL, &other, &e), -ERR_NOENT);
 	cr_assert(strstr(e.text, "/nonexistent"), "%s", e.text);
@@ -529,7 +531,7 @@ Test(ctl, a_folder_that_is_missing_is_an_error)
 
 Test(ctl, a_path_longer_than_a_sockets_address_works)
 {
-	struct err e = { 0 };
+	struct err e = {0};
 	json_t *result = NULL;
 	struct stat st;
 
@@ -568,11 +570,12 @@ static void collect(void *arg, const json_t *p)
 Test(ctl, call_gives_progress_and_result)
 {
 	json_t *seen = json_array(), *result = NULL;
-	struct err e = { 0 };
+	struct err e = {0};
 	int code = 77;
 
-	cr_assert_eq(ctl_call(sock, "progress", json_pack("{s:i}", "n", 500), WAIT_MS, collect, seen, &result, &code, &e), 0, "%s",
-	             e.text);
+	cr_assert_eq(
+	    ctl_call(sock, "progress", json_pack("{s:i}", "n", 500), WAIT_MS, collect, seen, &result, &code, &e), 0,
+	    "%s", e.text);
 	cr_assert_eq(code, 0);
 	cr_assert_eq(json_array_size(seen), 500);
 	for (size_t i = 0; i < 500; i++)
@@ -581,13 +584,15 @@ Test(ctl, call_gives_progress_and_result)
 	cr_assert_eq(json_object_size(result), 0);
 	json_decref(result);
 	json_decref(seen);
-	cr_assert_eq(ctl_call(sock, "progress", json_pack("{s:i}", "n", 5), WAIT_MS, NULL, NULL, &result, NULL, NULL), 0);
+	cr_assert_eq(ctl_call(sock, "progress", json_pack("{s:i}", "n", 5), WAIT_MS, NULL, NULL, &result, NULL, NULL),
+		     0);
 	json_decref(result);
 }
 
 Test(ctl, call_passes_arguments)
 {
-	json_t *result = NULL, *args = json_pack("{s:s, s:I}", "name", "caf\xc3\xa9", "big", (json_int_t)INT64_MAX), *want;
+	json_t *result = NULL, *args = json_pack("{s:s, s:I}", "name", "caf\xc3\xa9", "big", (json_int_t)INT64_MAX),
+	       *want;
 
 	want = json_pack("{s:i, s:O}", "schema", 1, "args", args);
 	cr_assert_eq(ctl_call(sock, "echo", args, WAIT_MS, NULL, NULL, &result, NULL, NULL), 0);
@@ -599,7 +604,7 @@ Test(ctl, call_passes_arguments)
 Test(ctl, call_gives_a_refusal_with_code_text_and_exit)
 {
 	json_t *result = (void *)1;
-	struct err e = { 0 };
+	struct err e = {0};
 	int code = 77;
 
 	cr_assert_eq(ctl_call(sock, "refuse", NULL, WAIT_MS, NULL, NULL, &result, &code, &e), -ERR_STATE);
@@ -614,10 +619,10 @@ Test(ctl, call_gives_a_refusal_with_code_text_and_exit)
 Test(ctl, call_takes_large_answers)
 {
 	json_t *result = NULL;
-	struct err e = { 0 };
+	struct err e = {0};
 
-	cr_assert_eq(ctl_call(sock, "large", json_pack("{s:i}", "n", 20 << 20), WAIT_MS, NULL, NULL, &result, NULL, &e), 0, "%s",
-	             e.text);
+	cr_assert_eq(ctl_call(sock, "large", json_pack("{s:i}", "n", 20 << 20), WAIT_MS, NULL, NULL, &result, NULL, &e),
+		     0, "%s", e.text);
 	cr_assert_eq(json_string_length(json_object_get(result, "text")), 20 << 20);
 	json_decref(result);
 }
@@ -625,14 +630,14 @@ Test(ctl, call_takes_large_answers)
 Test(ctl, call_refuses_what_can_not_be_sent)
 {
 	json_t *result = NULL;
-	struct err e = { 0 };
+	struct err e = {0};
 	char *long_text = malloc(CTL_LINE_MAX);
 	int code = 77;
 
 	memset(long_text, 'a', CTL_LINE_MAX);
-	cr_assert_eq(ctl_call(sock, "echo", json_pack("{s:s%}", "a", long_text, (size_t)CTL_LINE_MAX), WAIT_MS, NULL, NULL, &result,
-	                      &code, &e),
-	             -ERR_LIMIT);
+	cr_assert_eq(ctl_call(sock, "echo", json_pack("{s:s%}", "a", long_text, (size_t)CTL_LINE_MAX), WAIT_MS, NULL,
+			      NULL, &result, &code, &e),
+		     -ERR_LIMIT);
 	cr_assert_eq(code, 1);
 	free(long_text);
 }
@@ -640,7 +645,7 @@ Test(ctl, call_refuses_what_can_not_be_sent)
 Test(ctl, call_without_a_daemon_says_so)
 {
 	json_t *result = NULL;
-	struct err e = { 0 };
+	struct err e = {0};
 	char path[PATH_MAX];
 	int code = 77;
 
@@ -656,7 +661,7 @@ Test(ctl, call_without_a_daemon_says_so)
 Test(ctl, call_times_out_and_that_cancels_the_request)
 {
 	json_t *result = NULL;
-	struct err e = { 0 };
+	struct err e = {0};
 	uint64_t begun = clock_mono_ns();
 	int code = 77;
 
@@ -690,8 +695,8 @@ static void *odd_main(void *arg)
 
 static int odd_call(const char *answer, size_t n, json_t *args, int *code, struct err *e)
 {
-	struct sockaddr_un un = { .sun_family = AF_UNIX };
-	struct odd_server o = { .fd = socket(AF_UNIX, SOCK_STREAM, 0), .answer = answer, .n = n };
+	struct sockaddr_un un = {.sun_family = AF_UNIX};
+	struct odd_server o = {.fd = socket(AF_UNIX, SOCK_STREAM, 0), .answer = answer, .n = n};
 	json_t *result = NULL;
 	pthread_t thread;
 	int r;
@@ -714,26 +719,27 @@ Test(ctl, call_judges_the_answer)
 		const char *answer;
 		int r, exit;
 	} odd[] = {
-		{ "", -ERR_UNREACHABLE_DAEMON, 3 },
-		{ "{\"ok\":true", -ERR_UNREACHABLE_DAEMON, 3 },
-		{ "{\"progress\":{}}\n", -ERR_UNREACHABLE_DAEMON, 3 },
-		{ "SSH-2.0\n", -ERR_PROTO, 1 },
-		{ "[]\n", -ERR_PROTO, 1 },
-		{ "{}\n", -ERR_PROTO, 1 },
-		{ "{\"ok\":1}\n", -ERR_PROTO, 1 },
-		{ "{\"ok\":true}\n", 0, 0 },
-		{ "{\"ok\":false}\n", -ERR_FAILED, 1 },
-		{ "{\"ok\":false,\"code\":\"ERR_OF_TOMORROW\",\"exit\":42,\"message\":\"x\"}\n", -ERR_FAILED, 42 },
-		{ "{\"ok\":false,\"code\":\"ERR_SPLIT\",\"exit\":0}\n", -ERR_SPLIT, 8 },
-		{ "{\"ok\":false,\"code\":7,\"exit\":4000,\"message\":[]}\n", -ERR_FAILED, 1 },
-		{ "{\"progress\":1}\n{\"ok\":true,\"result\":{}}\n", 0, 0 },
+	    {"", -ERR_UNREACHABLE_DAEMON, 3},
+	    {"{\"ok\":true", -ERR_UNREACHABLE_DAEMON, 3},
+	    {"{\"progress\":{}}\n", -ERR_UNREACHABLE_DAEMON, 3},
+	    {"SSH-2.0\n", -ERR_PROTO, 1},
+	    {"[]\n", -ERR_PROTO, 1},
+	    {"{}\n", -ERR_PROTO, 1},
+	    {"{\"ok\":1}\n", -ERR_PROTO, 1},
+	    {"{\"ok\":true}\n", 0, 0},
+	    {"{\"ok\":false}\n", -ERR_FAILED, 1},
+	    {"{\"ok\":false,\"code\":\"ERR_OF_TOMORROW\",\"exit\":42,\"message\":\"x\"}\n", -ERR_FAILED, 42},
+	    {"{\"ok\":false,\"code\":\"ERR_SPLIT\",\"exit\":0}\n", -ERR_SPLIT, 8},
+	    {"{\"ok\":false,\"code\":7,\"exit\":4000,\"message\":[]}\n", -ERR_FAILED, 1},
+	    {"{\"progress\":1}\n{\"ok\":true,\"result\":{}}\n", 0, 0},
 	};
 
 	for (size_t i = 0; i < ARRAY_LEN(odd); i++) {
-		struct err e = { 0 };
+		struct err e = {0};
 		int code = 77;
 
-		cr_assert_eq(odd_call(odd[i].answer, strlen(odd[i].answer), NULL, &code, &e), odd[i].r, "%s: %s", odd[i].answer, e.text);
+		cr_assert_eq(odd_call(odd[i].answer, strlen(odd[i].answer), NULL, &code, &e), odd[i].r, "%s: %s",
+			     odd[i].answer, e.text);
 		cr_assert_eq(code, odd[i].exit, "%s: exit %d", odd[i].answer, code);
 		cr_assert(odd[i].r == 0 || e.text[0]);
 	}
@@ -743,13 +749,14 @@ Test(ctl, call_reads_the_answer_of_a_server_that_closed_before_it_had_all)
 {
 	static const char answer[] = "{\"ok\":false,\"code\":\"ERR_LIMIT\",\"exit\":1,\"message\":\"too many\"}\n";
 	char *text = malloc(CTL_LINE_MAX / 2);
-	struct err e = { 0 };
+	struct err e = {0};
 	int code = 77;
 
 	(void)signal(SIGPIPE, SIG_DFL);
 	memset(text, 'a', CTL_LINE_MAX / 2);
-	cr_assert_eq(odd_call(answer, sizeof answer - 1, json_pack("{s:s%}", "a", text, (size_t)CTL_LINE_MAX / 2), &code, &e),
-	             -ERR_LIMIT, "%s", e.text);
+	cr_assert_eq(
+	    odd_call(answer, sizeof answer - 1, json_pack("{s:s%}", "a", text, (size_t)CTL_LINE_MAX / 2), &code, &e),
+	    -ERR_LIMIT, "%s", e.text);
 	cr_assert_str_eq(e.text, "too many");
 	free(text);
 }

@@ -43,9 +43,9 @@ struct end {
 	struct seen_frame seen[SEEN_MAX];
 	/* how it behaves */
 	int up_result, frame_result;
-	bool hold;             /* frame callbacks wait until it is cleared */
+	bool hold; /* frame callbacks wait until it is cleared */
 	bool unref_in_down;
-	bool refuse_in_frame;  /* queue a REFUSE, then fail */
+	bool refuse_in_frame;	    /* queue a REFUSE, then fail */
 	unsigned close_in_frame_ms; /* with a drain, once */
 	unsigned holding;
 };
@@ -82,7 +82,7 @@ static int on_frame(struct link *l, void *arg, const struct wire_frame *f, void 
 	mutex_lock(&d->lock);
 	d->late += d->downs;
 	if (d->n < SEEN_MAX)
-		d->seen[d->n++] = (struct seen_frame){ *f, payload };
+		d->seen[d->n++] = (struct seen_frame){*f, payload};
 	else
 		free(payload);
 	d->holding++;
@@ -93,10 +93,10 @@ static int on_frame(struct link *l, void *arg, const struct wire_frame *f, void 
 	r = d->frame_result;
 	mutex_unlock(&d->lock);
 	if (d->refuse_in_frame) {
-		struct wire_refuse x = { .code = ERR_STATE, .text = "not now" };
+		struct wire_refuse x = {.code = ERR_STATE, .text = "not now"};
 		uint8_t *buf = malloc(WIRE_HELLO_MAX);
 		int n = wire_refuse_encode(&x, buf, WIRE_HELLO_MAX);
-		struct wire_frame out = { .type = WIRE_REFUSE, .length_payload = (uint32_t)n };
+		struct wire_frame out = {.type = WIRE_REFUSE, .length_payload = (uint32_t)n};
 
 		(void)link_send(l, &out, buf, NULL, NULL);
 	}
@@ -146,10 +146,9 @@ static void on_down(struct link *l, void *arg, int code, const char *text)
 }
 
 static const struct link_callbacks callbacks = {
-	.up = on_up, .frame = on_frame, .batch = on_batch, .sent = on_sent, .down = on_down
-};
-static const struct link_self self_a = { .store = "the store of a!", .program = "repfs a" };
-static const struct link_self self_b = { .store = "the store of b!", .program = "repfs b" };
+    .up = on_up, .frame = on_frame, .batch = on_batch, .sent = on_sent, .down = on_down};
+static const struct link_self self_a = {.store = "the store of a!", .program = "repfs a"};
+static const struct link_self self_b = {.store = "the store of b!", .program = "repfs b"};
 
 static struct end *end_new(void)
 {
@@ -240,11 +239,12 @@ struct pair {
 
 static void pair_open(struct pair *p)
 {
-	struct err e = { 0 };
+	struct err e = {0};
 
 	p->a = end_new();
 	p->b = end_new();
-	cr_assert_eq(link_server_start("127.0.0.1:0", false, &self_b, &callbacks, p->b, &p->server, &e), 0, "%s", e.text);
+	cr_assert_eq(link_server_start("127.0.0.1:0", false, &self_b, &callbacks, p->b, &p->server, &e), 0, "%s",
+		     e.text);
 	cr_assert_eq(link_dial(link_server_addr(p->server), &self_a, &callbacks, p->a, &p->la, &e), 0, "%s", e.text);
 }
 
@@ -274,8 +274,12 @@ static void pair_close(struct pair *p)
 
 static void send_write(struct link *l, uint64_t seq, const void *data, size_t len)
 {
-	struct wire_frame f = { .type = WIRE_WRITE, .seq = seq, .volume = 3, .offset = seq * 4096, .length = len,
-		                .length_payload = (uint32_t)len };
+	struct wire_frame f = {.type = WIRE_WRITE,
+			       .seq = seq,
+			       .volume = 3,
+			       .offset = seq * 4096,
+			       .length = len,
+			       .length_payload = (uint32_t)len};
 	void *copy = malloc(len);
 
 	memcpy(copy, data, len);
@@ -331,9 +335,9 @@ static bool raw_read(int fd, void *p, size_t n)
 }
 
 static size_t raw_encode(uint8_t *buf, enum wire_type type, uint64_t number, uint64_t session, const void *payload,
-                         size_t len)
+			 size_t len)
 {
-	struct wire_frame f = { .type = (uint16_t)type, .number = number, .length_payload = (uint32_t)len };
+	struct wire_frame f = {.type = (uint16_t)type, .number = number, .length_payload = (uint32_t)len};
 
 	if (type >= WIRE_WRITE && type <= WIRE_FLUSH)
 		f.seq = number;
@@ -348,7 +352,7 @@ static size_t raw_encode(uint8_t *buf, enum wire_type type, uint64_t number, uin
 
 static int raw_connect(const char *addr)
 {
-	struct sockaddr_in in4 = { .sin_family = AF_INET, .sin_addr = { htonl(INADDR_LOOPBACK) } };
+	struct sockaddr_in in4 = {.sin_family = AF_INET, .sin_addr = {htonl(INADDR_LOOPBACK)}};
 	int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
 
 	in4.sin_port = htons((uint16_t)strtoul(strrchr(addr, ':') + 1, NULL, 10));
@@ -358,7 +362,7 @@ static int raw_connect(const char *addr)
 
 static size_t raw_hello(uint8_t *buf, uint16_t version_min, uint16_t version_max, const char *store, uint64_t nonce)
 {
-	struct wire_hello h = { .version_min = version_min, .version_max = version_max, .nonce = nonce };
+	struct wire_hello h = {.version_min = version_min, .version_max = version_max, .nonce = nonce};
 	uint8_t payload[WIRE_HELLO_MAX];
 	int n;
 
@@ -407,10 +411,11 @@ struct raw_pair {
 
 static void raw_open(struct raw_pair *p)
 {
-	struct err e = { 0 };
+	struct err e = {0};
 
 	p->b = end_new();
-	cr_assert_eq(link_server_start("127.0.0.1:0", false, &self_b, &callbacks, p->b, &p->server, &e), 0, "%s", e.text);
+	cr_assert_eq(link_server_start("127.0.0.1:0", false, &self_b, &callbacks, p->b, &p->server, &e), 0, "%s",
+		     e.text);
 }
 
 static void raw_up(struct raw_pair *p)
@@ -466,7 +471,8 @@ Test(link, sessions_differ)
 
 Test(link, frames_of_all_sizes_arrive_in_order_byte_for_byte)
 {
-	static const size_t sizes[] = { 0, 1, 511, 4096, 32 << 10, (32 << 10) + 1, 65536, 262144, 1 << 20, WIRE_PAYLOAD_MAX };
+	static const size_t sizes[] = {
+	    0, 1, 511, 4096, 32 << 10, (32 << 10) + 1, 65536, 262144, 1 << 20, WIRE_PAYLOAD_MAX};
 	enum { N = 120 };
 	struct pair p;
 	uint8_t *data = malloc(WIRE_PAYLOAD_MAX);
@@ -482,7 +488,7 @@ Test(link, frames_of_all_sizes_arrive_in_order_byte_for_byte)
 		if (len) {
 			send_write(p.la, i, data, len);
 		} else {
-			struct wire_frame f = { .type = WIRE_FLUSH, .seq = i };
+			struct wire_frame f = {.type = WIRE_FLUSH, .seq = i};
 
 			cr_assert_eq(link_send(p.la, &f, NULL, NULL, NULL), 0);
 		}
@@ -554,7 +560,7 @@ Test(link, frames_split_at_any_byte_arrive)
 Test(link, refuse_within_the_session_is_a_frame_like_others)
 {
 	struct raw_pair p;
-	struct wire_refuse x = { .code = ERR_SPLIT, .text = "split brain" };
+	struct wire_refuse x = {.code = ERR_SPLIT, .text = "split brain"};
 	uint8_t payload[WIRE_HELLO_MAX], buf[WIRE_HEADER_SIZE + WIRE_HELLO_MAX];
 	int n = wire_refuse_encode(&x, payload, sizeof payload);
 
@@ -605,7 +611,8 @@ Test(link, every_flipped_bit_of_a_frame_is_detected)
 		frame[bit / 8] ^= (uint8_t)(1 << bit % 8);
 		cr_assert(raw_write(p.raw.fd, frame, sizeof frame));
 		cr_assert(end_reaches(p.b, &p.b->downs, bit + 1), "bit %u", bit);
-		cr_assert_eq(p.b->code, bit < WIRE_HEADER_SIZE * 8 ? -ERR_PROTO : -ERR_CORRUPT, "bit %u: %s", bit, p.b->text);
+		cr_assert_eq(p.b->code, bit < WIRE_HEADER_SIZE * 8 ? -ERR_PROTO : -ERR_CORRUPT, "bit %u: %s", bit,
+			     p.b->text);
 		cr_assert_eq(p.b->n, 0, "bit %u went through", bit);
 		(void)close(p.raw.fd);
 		mutex_lock(&p.b->lock);
@@ -619,7 +626,7 @@ Test(link, every_flipped_bit_of_a_frame_is_detected)
 
 Test(link, doubled_dropped_and_foreign_frames_are_detected)
 {
-	static const uint8_t data[64] = { 1, 2, 3 };
+	static const uint8_t data[64] = {1, 2, 3};
 	struct raw_pair p;
 	uint8_t buf[2 * (WIRE_HEADER_SIZE + sizeof data)];
 	static const struct {
@@ -627,12 +634,12 @@ Test(link, doubled_dropped_and_foreign_frames_are_detected)
 		uint64_t number, session_xor;
 		const char *text;
 	} cases[] = {
-		{ "doubled", 1, 0, "lost or doubled" },
-		{ "dropped", 3, 0, "lost or doubled" },
-		{ "of the handshake", 0, 0, "lost or doubled" },
-		{ "far ahead", UINT64_MAX, 0, "lost or doubled" },
-		{ "of another session", 2, 1, "does not check out" },
-		{ "of another session, high bit", 2, UINT64_C(1) << 63, "does not check out" },
+	    {"doubled", 1, 0, "lost or doubled"},
+	    {"dropped", 3, 0, "lost or doubled"},
+	    {"of the handshake", 0, 0, "lost or doubled"},
+	    {"far ahead", UINT64_MAX, 0, "lost or doubled"},
+	    {"of another session", 2, 1, "does not check out"},
+	    {"of another session, high bit", 2, UINT64_C(1) << 63, "does not check out"},
 	};
 
 	for (size_t i = 0; i < ARRAY_LEN(cases); i++) {
@@ -683,7 +690,7 @@ Test(link, truncated_streams_end_with_nothing_half_applied)
 {
 	enum { PAYLOAD = 40, SIZE = WIRE_HEADER_SIZE + PAYLOAD };
 	struct raw_pair p;
-	uint8_t data[PAYLOAD] = { 7 }, frame[SIZE];
+	uint8_t data[PAYLOAD] = {7}, frame[SIZE];
 
 	for (unsigned cut = 0; cut < SIZE; cut += cut % WIRE_HEADER_SIZE == 55 ? 1 : 5) {
 		raw_up(&p);
@@ -693,7 +700,8 @@ Test(link, truncated_streams_end_with_nothing_half_applied)
 		cr_assert(end_reaches(p.b, &p.b->downs, 1));
 		cr_assert_eq(p.b->n, 0);
 		cr_assert_eq(p.b->code, -ERR_PEER);
-		cr_assert(strstr(p.b->text, cut ? "middle of a frame" : "closed the connection"), "cut %u: %s", cut, p.b->text);
+		cr_assert(strstr(p.b->text, cut ? "middle of a frame" : "closed the connection"), "cut %u: %s", cut,
+			  p.b->text);
 		raw_close(&p);
 	}
 }
@@ -717,15 +725,15 @@ Test(link, truncated_large_payload_ends_with_nothing_half_applied)
 
 Test(link, oversize_lengths_are_refused_before_anything_is_allocated)
 {
-	static const uint32_t lengths[] = { WIRE_PAYLOAD_MAX + 1, 1U << 31, UINT32_MAX };
+	static const uint32_t lengths[] = {WIRE_PAYLOAD_MAX + 1, 1U << 31, UINT32_MAX};
 
 	for (size_t i = 0; i < ARRAY_LEN(lengths); i++) {
 		struct raw_pair p;
 		uint8_t header[WIRE_HEADER_SIZE];
 
 		raw_up(&p);
-		struct wire_frame f = { .type = WIRE_WRITE, .number = 1, .seq = 1, .length_payload = lengths[i],
-			                .length = lengths[i] };
+		struct wire_frame f = {
+		    .type = WIRE_WRITE, .number = 1, .seq = 1, .length_payload = lengths[i], .length = lengths[i]};
 		wire_header_encode(&f, p.raw.session, header);
 		cr_assert(raw_write(p.raw.fd, header, sizeof header));
 		cr_assert(end_reaches(p.b, &p.b->downs, 1));
@@ -793,7 +801,7 @@ struct raw_listener {
 static void *raw_listener_main(void *arg)
 {
 	struct raw_listener *r = arg;
-	struct raw raw = { .fd = accept(r->fd, NULL, NULL) };
+	struct raw raw = {.fd = accept(r->fd, NULL, NULL)};
 	char byte;
 
 	if (!r->reset) {
@@ -808,7 +816,7 @@ static void *raw_listener_main(void *arg)
 
 static void raw_listen(struct raw_listener *r)
 {
-	struct err e = { 0 };
+	struct err e = {0};
 
 	cr_assert_eq(tcp_listen("127.0.0.1:0", &r->fd, r->addr, sizeof r->addr, &e), 0);
 }
@@ -818,10 +826,10 @@ static void dial_expect(struct raw_listener *r, int code, const char *text)
 {
 	struct end *a = end_new();
 	struct link *l = NULL;
-	struct err e = { 0 };
+	struct err e = {0};
 
 	cr_assert_eq(link_dial(r->addr, &self_a, &callbacks, a, &l, &e), 0);
-	struct pollfd pfd = { .fd = r->fd, .events = POLLIN }; /* the socket is a non-blocking one */
+	struct pollfd pfd = {.fd = r->fd, .events = POLLIN}; /* the socket is a non-blocking one */
 	cr_assert_eq(poll(&pfd, 1, 10000), 1);
 	cr_assert_eq(pthread_create(&r->thread, NULL, raw_listener_main, r), 0);
 	cr_assert(end_reaches(a, &a->downs, 1));
@@ -835,8 +843,8 @@ static void dial_expect(struct raw_listener *r, int code, const char *text)
 
 Test(link, a_dialler_reports_the_listeners_refusal_word_for_word)
 {
-	struct raw_listener r = { 0 };
-	struct wire_refuse x = { .code = ERR_VERSION, .text = "I speak 7 to 9 and you 1 to 1" };
+	struct raw_listener r = {0};
+	struct wire_refuse x = {.code = ERR_VERSION, .text = "I speak 7 to 9 and you 1 to 1"};
 	uint8_t payload[WIRE_HELLO_MAX];
 
 	raw_listen(&r);
@@ -847,8 +855,8 @@ Test(link, a_dialler_reports_the_listeners_refusal_word_for_word)
 
 Test(link, a_dialler_judges_the_answer_itself)
 {
-	struct raw_listener r = { 0 };
-	uint8_t payload[WIRE_HELLO_MAX] = { 0 };
+	struct raw_listener r = {0};
+	uint8_t payload[WIRE_HELLO_MAX] = {0};
 
 	raw_listen(&r);
 	r.n = raw_hello(r.answer, 7, 9, "the raw store!!", 5);
@@ -876,7 +884,7 @@ Test(link, a_link_to_itself_is_refused)
 	struct end *a = end_new(), *b = end_new();
 	struct link_server *server = NULL;
 	struct link *l = NULL;
-	struct err e = { 0 };
+	struct err e = {0};
 
 	cr_assert_eq(link_server_start("127.0.0.1:0", false, &self_a, &callbacks, b, &server, &e), 0);
 	cr_assert_eq(link_dial(link_server_addr(server), &self_a, &callbacks, a, &l, &e), 0);
@@ -899,7 +907,7 @@ Test(link, up_may_refuse)
 	p.a = end_new();
 	p.b = end_new();
 	p.b->up_result = -ERR_BUSY;
-	struct err e = { 0 };
+	struct err e = {0};
 	cr_assert_eq(link_server_start("127.0.0.1:0", false, &self_b, &callbacks, p.b, &p.server, &e), 0);
 	cr_assert_eq(link_dial(link_server_addr(p.server), &self_a, &callbacks, p.a, &p.la, &e), 0);
 	cr_assert(end_reaches(p.a, &p.a->downs, 1));
@@ -918,7 +926,7 @@ Test(link, up_of_a_dialler_may_refuse)
 	p.a = end_new();
 	p.b = end_new();
 	p.a->up_result = -ERR_STATE;
-	struct err e = { 0 };
+	struct err e = {0};
 	cr_assert_eq(link_server_start("127.0.0.1:0", false, &self_b, &callbacks, p.b, &p.server, &e), 0);
 	cr_assert_eq(link_dial(link_server_addr(p.server), &self_a, &callbacks, p.a, &p.la, &e), 0);
 	cr_assert(end_reaches(p.a, &p.a->downs, 1));
@@ -975,7 +983,7 @@ Test(link, connections_that_say_nothing_are_bounded_and_cut)
 		fds[i] = raw_connect(link_server_addr(p.server));
 	/* Those above the limit are closed unanswered, long before the deadline. */
 	for (int i = 0; i < SILENT; i++) {
-		struct pollfd pfd = { .fd = fds[i], .events = POLLIN };
+		struct pollfd pfd = {.fd = fds[i], .events = POLLIN};
 
 		cut_at_once += poll(&pfd, 1, i < LINK_PREAUTH_MAX ? 0 : 1000) == 1;
 	}
@@ -1005,7 +1013,7 @@ Test(link, a_peer_that_sends_a_byte_now_and_then_is_cut_at_the_deadline)
 	p.raw.fd = raw_connect(link_server_addr(p.server));
 	(void)raw_hello(hello, 1, 1, "the raw store!!", 5);
 	for (unsigned i = 0; i < WIRE_HEADER_SIZE + 40; i++) {
-		struct pollfd pfd = { .fd = p.raw.fd, .events = POLLIN };
+		struct pollfd pfd = {.fd = p.raw.fd, .events = POLLIN};
 
 		if (!raw_write(p.raw.fd, &hello[i], 1) || poll(&pfd, 1, 40))
 			break;
@@ -1021,7 +1029,7 @@ Test(link, a_listener_that_says_nothing_is_given_up)
 {
 	struct end *a = end_new();
 	struct link *l = NULL;
-	struct err e = { 0 };
+	struct err e = {0};
 	char addr[STREAM_NAME_SIZE];
 	int fd;
 
@@ -1041,12 +1049,13 @@ Test(link, remote_peers_are_refused_by_name_of_the_option)
 	struct end *a = end_new(), *b = end_new();
 	struct link_server *server = NULL;
 	struct link *l = NULL;
-	struct err e = { 0 };
+	struct err e = {0};
 	char host[INET_ADDRSTRLEN] = "", addr[64];
 
 	cr_assert_eq(getifaddrs(&list), 0);
 	for (struct ifaddrs *i = list; i && !host[0]; i = i->ifa_next) {
-		if (!i->ifa_addr || i->ifa_addr->sa_family != AF_INET || (i->ifa_flags & IFF_LOOPBACK) || !(i->ifa_flags & IFF_UP))
+		if (!i->ifa_addr || i->ifa_addr->sa_family != AF_INET || (i->ifa_flags & IFF_LOOPBACK) ||
+		    !(i->ifa_flags & IFF_UP))
 			continue;
 		(void)inet_ntop(AF_INET, &((struct sockaddr_in *)i->ifa_addr)->sin_addr, host, sizeof host);
 	}
@@ -1085,7 +1094,7 @@ Test(link, bad_addresses_are_refused_at_once)
 {
 	struct link *l = (void *)1;
 	struct link_server *s = (void *)1;
-	struct err e = { 0 };
+	struct err e = {0};
 
 	cr_assert_eq(link_dial("10.0.0.2", &self_a, &callbacks, NULL, &l, &e), -ERR_USAGE);
 	cr_assert_eq(link_dial("10.0.0.2:0", &self_a, &callbacks, NULL, &l, &e), -ERR_USAGE);
@@ -1098,7 +1107,7 @@ Test(link, nobody_there_is_a_down_without_an_up)
 {
 	struct end *a = end_new();
 	struct link *l = NULL;
-	struct err e = { 0 };
+	struct err e = {0};
 	char addr[STREAM_NAME_SIZE];
 	int fd;
 
@@ -1118,7 +1127,7 @@ Test(link, nobody_there_is_a_down_without_an_up)
 Test(link, send_after_down_releases_at_once)
 {
 	struct pair p;
-	struct wire_frame f = { .type = WIRE_WRITE, .seq = 1, .length = 5, .length_payload = 5 };
+	struct wire_frame f = {.type = WIRE_WRITE, .seq = 1, .length = 5, .length_payload = 5};
 	char data[] = "12345";
 
 	pair_up(&p);
@@ -1141,7 +1150,7 @@ Test(link, send_after_down_releases_at_once)
 Test(link, frames_queued_before_up_are_sent)
 {
 	struct pair p;
-	struct wire_frame f = { .type = WIRE_PING };
+	struct wire_frame f = {.type = WIRE_PING};
 
 	pair_open(&p);
 	f.offset = 41;
@@ -1163,7 +1172,8 @@ Test(link, close_with_a_drain_delivers_everything_while_the_peer_sends_too)
 	end_set_hold(p.b, true);
 	fill(data, sizeof data, 1);
 	for (unsigned i = 1; i <= N; i++) {
-		struct wire_frame f = { .type = WIRE_WRITE, .seq = i, .length = sizeof data, .length_payload = sizeof data };
+		struct wire_frame f = {
+		    .type = WIRE_WRITE, .seq = i, .length = sizeof data, .length_payload = sizeof data};
 
 		cr_assert_eq(link_send(p.la, &f, data, count_release, NULL), 0);
 		send_write(p.b->link, i, data, sizeof data);
@@ -1184,7 +1194,7 @@ Test(link, close_with_a_drain_delivers_everything_while_the_peer_sends_too)
 Test(link, both_closing_with_a_drain_deliver_what_the_other_still_takes)
 {
 	struct pair p;
-	struct wire_frame f = { .type = WIRE_PING };
+	struct wire_frame f = {.type = WIRE_PING};
 
 	pair_up(&p);
 	for (int i = 0; i < 100; i++)
@@ -1204,7 +1214,7 @@ Test(link, both_closing_with_a_drain_deliver_what_the_other_still_takes)
 static void stuff(struct raw_pair *p, unsigned n, uint8_t *data, size_t len)
 {
 	for (unsigned i = 1; i <= n; i++) {
-		struct wire_frame f = { .type = WIRE_WRITE, .seq = i, .length = len, .length_payload = (uint32_t)len };
+		struct wire_frame f = {.type = WIRE_WRITE, .seq = i, .length = len, .length_payload = (uint32_t)len};
 
 		cr_assert_eq(link_send(p->b->link, &f, data, count_release, NULL), 0);
 	}
@@ -1280,7 +1290,7 @@ Test(link, a_drain_ends_at_its_limit_when_the_peer_reads_but_never_closes)
 {
 	struct raw_pair p;
 	uint8_t header[WIRE_HEADER_SIZE];
-	struct wire_frame f = { .type = WIRE_GOODBYE };
+	struct wire_frame f = {.type = WIRE_GOODBYE};
 	uint64_t start;
 	char byte;
 
@@ -1393,7 +1403,7 @@ Test(link, a_failing_frame_callback_ends_it_and_its_last_words_arrive)
 Test(link, a_reset_connection_ends_both_directions)
 {
 	struct raw_pair p;
-	struct linger hard = { .l_onoff = 1 };
+	struct linger hard = {.l_onoff = 1};
 
 	raw_up(&p);
 	cr_assert_eq(setsockopt(p.raw.fd, SOL_SOCKET, SO_LINGER, &hard, sizeof hard), 0);
@@ -1407,9 +1417,9 @@ Test(link, a_reset_connection_ends_both_directions)
 Test(link, last_words_of_a_peer_are_heard_though_sending_to_it_fails)
 {
 	struct raw_pair p;
-	struct wire_refuse x = { .code = ERR_STATE, .text = "go away" };
+	struct wire_refuse x = {.code = ERR_STATE, .text = "go away"};
 	uint8_t payload[WIRE_HELLO_MAX], buf[WIRE_HEADER_SIZE + WIRE_HELLO_MAX];
-	struct wire_frame f = { .type = WIRE_PING };
+	struct wire_frame f = {.type = WIRE_PING};
 	int n = wire_refuse_encode(&x, payload, sizeof payload);
 
 	raw_up(&p);
@@ -1436,7 +1446,7 @@ Test(link, closing_while_it_connects_is_quick)
 	struct end *a = end_new();
 	struct stream *fill_queue[200];
 	struct link *l = NULL;
-	struct err e = { 0 };
+	struct err e = {0};
 	char addr[STREAM_NAME_SIZE];
 	int fd, n = 0;
 	uint64_t start;
@@ -1484,7 +1494,7 @@ Test(link, stopping_a_server_ends_all_its_links_and_threads)
 	struct end *b = end_new(), *a[N];
 	struct link *la[N];
 	struct link_server *server = NULL;
-	struct err e = { 0 };
+	struct err e = {0};
 
 	cr_assert_eq(link_server_start("127.0.0.1:0", false, &self_b, &callbacks, b, &server, &e), 0);
 	for (int i = 0; i < N; i++) {

@@ -25,7 +25,7 @@ struct pair {
 
 static void pair_open(struct pair *p, const char *addr)
 {
-	struct err e = { 0 };
+	struct err e = {0};
 
 	memset(p, 0, sizeof *p);
 	cr_assert_eq(tcp_listen(addr, &p->listen_fd, p->addr, sizeof p->addr, &e), 0, "%s", e.text);
@@ -46,15 +46,15 @@ Test(stream, addr_split_accepts)
 	static const struct {
 		const char *addr, *host, *port;
 	} good[] = {
-		{ "10.0.0.2:7790", "10.0.0.2", "7790" },
-		{ "host-1.example_x:0", "host-1.example_x", "0" },
-		{ "[::1]:65535", "::1", "65535" },
-		{ "[fe80::1%eth0]:1", "fe80::1%eth0", "1" },
+	    {"10.0.0.2:7790", "10.0.0.2", "7790"},
+	    {"host-1.example_x:0", "host-1.example_x", "0"},
+	    {"[::1]:65535", "::1", "65535"},
+	    {"[fe80::1%eth0]:1", "fe80::1%eth0", "1"},
 	};
 
 	for (size_t i = 0; i < ARRAY_LEN(good); i++) {
 		char host[STREAM_HOST_SIZE], port[STREAM_PORT_SIZE];
-		struct err e = { 0 };
+		struct err e = {0};
 
 		memset(host, 0xaa, sizeof host);
 		memset(port, 0xaa, sizeof port);
@@ -67,15 +67,16 @@ Test(stream, addr_split_accepts)
 Test(stream, addr_split_refuses)
 {
 	static const char *const bad[] = {
-		"", "host", ":1", "host:", "host:65536", "host:123456", "host:1x", "host:-1", "host: 1", "::1:7790", "[::1]", "[::1",
-		"[]:1", "[::1]7790", "ho st:1", "ho/st:1", "host\n:1", "a:b:1", "[a]b:1",
+	    "",	       "host",	  ":1",	      "host:", "host:65536", "host:123456", "host:1x",
+	    "host:-1", "host: 1", "::1:7790", "[::1]", "[::1",	     "[]:1",	    "[::1]7790",
+	    "ho st:1", "ho/st:1", "host\n:1", "a:b:1", "[a]b:1",
 	};
 	char host[STREAM_HOST_SIZE], port[STREAM_PORT_SIZE], poison[STREAM_HOST_SIZE], tiny[4];
 	char *long_name = malloc(400);
 
 	memset(poison, 0xaa, sizeof poison);
 	for (size_t i = 0; i < ARRAY_LEN(bad); i++) {
-		struct err e = { 0 };
+		struct err e = {0};
 
 		memset(host, 0xaa, sizeof host);
 		memset(port, 0xaa, sizeof port);
@@ -98,7 +99,7 @@ static void exchange(const char *addr, const char *name_prefix)
 {
 	struct pair p;
 	char one[] = "one ", two[] = "", three[] = "three", got[16];
-	struct iovec iov[3] = { { one, 4 }, { two, 0 }, { three, 5 } };
+	struct iovec iov[3] = {{one, 4}, {two, 0}, {three, 5}};
 	int64_t n, have = 0;
 
 	pair_open(&p, addr);
@@ -112,12 +113,13 @@ static void exchange(const char *addr, const char *name_prefix)
 	cr_assert_arr_eq(got, "one three", 9);
 	cr_assert_eq((uint8_t)got[9], 0xaa);
 	/* After finish the other direction still works. */
-	iov[0] = (struct iovec){ three, 5 };
+	iov[0] = (struct iovec){three, 5};
 	cr_assert_eq(p.b->ops->writev(p.b, iov, 1), 0);
 	cr_assert_eq(p.a->ops->read(p.a, got, sizeof got), 5);
 	cr_assert_arr_eq(got, "three", 5);
 	cr_assert_str_eq(p.a->ops->peer_name(p.a), p.addr);
-	cr_assert_eq(strncmp(p.b->ops->peer_name(p.b), name_prefix, strlen(name_prefix)), 0, "%s", p.b->ops->peer_name(p.b));
+	cr_assert_eq(strncmp(p.b->ops->peer_name(p.b), name_prefix, strlen(name_prefix)), 0, "%s",
+		     p.b->ops->peer_name(p.b));
 	cr_assert_str_not_empty(p.addr);
 	cr_assert(!strstr(p.addr, ":0") || strlen(strstr(p.addr, ":0")) > 2);
 	pair_close(&p);
@@ -131,7 +133,7 @@ Test(stream, exchanges_over_ipv4)
 Test(stream, exchanges_over_ipv6)
 {
 	int fd = socket(AF_INET6, SOCK_STREAM, 0);
-	struct sockaddr_in6 in6 = { .sin6_family = AF_INET6, .sin6_addr = IN6ADDR_LOOPBACK_INIT };
+	struct sockaddr_in6 in6 = {.sin6_family = AF_INET6, .sin6_addr = IN6ADDR_LOOPBACK_INIT};
 
 	if (fd < 0 || bind(fd, (struct sockaddr *)&in6, sizeof in6) < 0)
 		cr_skip_test("no IPv6 here");
@@ -141,7 +143,7 @@ Test(stream, exchanges_over_ipv6)
 
 Test(stream, mapped_ipv4_is_shown_as_ipv4_and_counts_as_loopback)
 {
-	struct err e = { 0 };
+	struct err e = {0};
 	char bound[STREAM_NAME_SIZE], addr[STREAM_NAME_SIZE];
 	struct stream *a = NULL, *b;
 	int listen_fd, fd;
@@ -188,7 +190,7 @@ Test(stream, nodelay_and_keepalive_are_on_at_both_ends)
 Test(stream, dial_nobody_is_refused_and_says_so)
 {
 	struct stream *s = (void *)1;
-	struct err e = { 0 };
+	struct err e = {0};
 	char bound[STREAM_NAME_SIZE];
 	int fd;
 
@@ -201,12 +203,12 @@ Test(stream, dial_nobody_is_refused_and_says_so)
 
 Test(stream, dialling_an_ephemeral_port_never_meets_its_own_end)
 {
-	struct sockaddr_in in4 = { .sin_family = AF_INET, .sin_addr = { htonl(INADDR_LOOPBACK) } };
+	struct sockaddr_in in4 = {.sin_family = AF_INET, .sin_addr = {htonl(INADDR_LOOPBACK)}};
 	unsigned port = 0;
 	char bound[STREAM_NAME_SIZE];
 
-	/* A port of the ephemeral range that nobody has, an even one, as Linux takes those first for connecting: sooner or
-	 * later it is the connection's own. */
+	/* A port of the ephemeral range that nobody has, an even one, as Linux takes those first for connecting: sooner
+	 * or later it is the connection's own. */
 	for (unsigned try = 40000; try < 50000 && !port; try += 2) {
 		int fd = socket(AF_INET, SOCK_STREAM, 0);
 
@@ -227,7 +229,7 @@ Test(stream, dialling_an_ephemeral_port_never_meets_its_own_end)
 Test(stream, a_taken_port_is_busy_and_can_be_had_again)
 {
 	char bound[STREAM_NAME_SIZE], again[STREAM_NAME_SIZE];
-	struct err e = { 0 };
+	struct err e = {0};
 	struct stream *a = NULL, *b;
 	int fd, other = -7;
 
@@ -249,7 +251,7 @@ Test(stream, time_bound_ends_a_read_and_a_write)
 {
 	struct pair p;
 	char *big = calloc(1, 32U << 20), byte;
-	struct iovec iov = { big, 32U << 20 };
+	struct iovec iov = {big, 32U << 20};
 	uint64_t start;
 
 	pair_open(&p, "127.0.0.1:0");
@@ -285,7 +287,7 @@ static void *blocked_write(void *arg)
 {
 	struct blocked *b = arg;
 	char *big = calloc(1, 64U << 20);
-	struct iovec iov = { big, 64U << 20 };
+	struct iovec iov = {big, 64U << 20};
 
 	b->wrote = b->s->ops->writev(b->s, &iov, 1);
 	free(big);
@@ -296,10 +298,10 @@ static void *blocked_write(void *arg)
 Test(stream, shutdown_wakes_a_blocked_read_and_write)
 {
 	struct pair p;
-	struct blocked b = { 0 };
+	struct blocked b = {0};
 	pthread_t reader, writer;
 	char byte = 0;
-	struct iovec iov = { &byte, 1 };
+	struct iovec iov = {&byte, 1};
 
 	pair_open(&p, "127.0.0.1:0");
 	b.s = p.a;
@@ -326,7 +328,7 @@ static bool cancel_at_once(void *arg)
 Test(stream, dial_can_be_canceled)
 {
 	struct stream *s = NULL;
-	struct err e = { 0 };
+	struct err e = {0};
 	char bound[STREAM_NAME_SIZE];
 	struct stream *fill[200];
 	int fd, asked = 0, n = 0;
@@ -358,7 +360,7 @@ Test(stream, long_iov_is_written_whole)
 	for (int i = 0; i < N * 3; i++)
 		data[i] = (uint8_t)(i * 13);
 	for (int i = 0; i < N; i++)
-		iov[i] = (struct iovec){ data + (size_t)i * 3, 3 };
+		iov[i] = (struct iovec){data + (size_t)i * 3, 3};
 	cr_assert_eq(p.a->ops->writev(p.a, iov, N), 0);
 	p.a->ops->finish(p.a);
 	while (have < N * 3 && (n = p.b->ops->read(p.b, got + have, (size_t)(N * 3 - have))) > 0)
