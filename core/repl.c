@@ -981,7 +981,7 @@ void repl_init(struct repl *r, const struct repl_init_args *a)
 	r->emit = a->emit;
 	r->emit_arg = a->emit_arg;
 	r->random = a->random_seed;
-	r->now_ns = r->durable_ns = a->now_ns;
+	r->now_ns = r->received_ns = r->sample_ns = a->now_ns;
 	r->ckpt_used = r->meta->ckpt_max;
 	reqset_init(&r->claims);
 	for (uint32_t i = 0; i < r->meta->n_volumes; i++)
@@ -1110,7 +1110,9 @@ void repl_status(const struct repl *r, uint64_t now_ns, struct repl_status *s)
 		for (uint32_t i = 0; i < m->n_volumes; i++)
 			any = any || r->vol[i].dirty.count != 0;
 		s->rpo_known = true;
-		s->rpo_ns = any ? now_ns - min_u64(now_ns, r->durable_ns) : 0;
+		/* In sync, what was sent and not received would be lost with this host; else all that is dirty. */
+		bool behind = r->link == LINK_SYNCED ? r->received < r->seq : any;
+		s->rpo_ns = behind ? now_ns - min_u64(now_ns, r->received_ns) : 0;
 	}
 	s->checkpoint = m->last_stream;
 	int i = repl_meta_find_ckpt(m, m->last_stream);

@@ -17,7 +17,7 @@
 #define COMMITS_MAX 2
 #define COMMIT_MAX (512U << 10)
 #define CYCLE_NS UINT64_C(1000000000) /* clear cycle: at least so long between two, */
-#define CYCLE_REST 4		      /* and so many times as long as the last one's flushes took */
+#define CYCLE_REST 9		      /* and so many times as long as the last one's flushes took */
 #define INTENT_LOOK_NS UINT64_C(10000000000)
 #define ACK_LAZY_NS UINT64_C(100000000)
 #define REDIAL_MIN_NS UINT64_C(50000000)
@@ -128,7 +128,9 @@ struct repl {
 	struct repl_io cycle_io;
 	bool cycle_on, cycle_local;
 	bool cycle_io_busy;
-	uint64_t cycle_seq, cycle_session, cycle_started_ns, cycle_next_ns, durable_ns;
+	uint64_t cycle_seq, cycle_session, cycle_started_ns, cycle_next_ns;
+	/* What the peer is known to have received: all sent up to `sample_seq`, as it was at sample_ns. */
+	uint64_t sample_seq, sample_ns, received_ns;
 	struct repl_io clear_io;
 	bool clear_busy;
 	uint64_t intent_looked_ns;

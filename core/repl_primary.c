@@ -166,6 +166,16 @@ static void scan_acks(struct repl *r)
 
 static void cycle_check(struct repl *r);
 
+/* For the RPO: how old the newest moment is of which all that was sent has been received. */
+static void sample_received(struct repl *r)
+{
+	if (r->received < r->sample_seq)
+		return;
+	r->received_ns = r->sample_ns;
+	r->sample_seq = r->seq;
+	r->sample_ns = r->now_ns;
+}
+
 static void on_ack(struct repl *r, const struct repl_event *ev)
 {
 	struct wire_ack a;
@@ -183,6 +193,7 @@ static void on_ack(struct repl *r, const struct repl_event *ev)
 	r->applied = a.applied;
 	r->flushed = a.flushed;
 	r->progress_ns = r->now_ns;
+	sample_received(r);
 	scan_acks(r);
 	cycle_check(r);
 	primary_resync_pump(r);
@@ -432,7 +443,6 @@ static void cycle_check(struct repl *r)
 	}
 	r->cycle_on = false;
 	r->cycle_next_ns = r->now_ns + max_u64(CYCLE_NS, CYCLE_REST * (r->now_ns - r->cycle_started_ns));
-	r->durable_ns = r->cycle_started_ns;
 	primary_stop_check(r);
 }
 
@@ -500,6 +510,8 @@ void primary_activate(struct repl *r)
 	r->rs_data_end = r->rs_data_off = 0;
 	r->rs_total = 0;
 	r->rs_started_ns = r->progress_ns = r->now_ns;
+	r->sample_seq = 0;
+	r->sample_ns = r->received_ns;
 	r->cycle_on = false;
 	r->auto_ckpt = 0;
 	for (uint32_t i = 0; i < r->meta->n_volumes; i++) {
@@ -575,6 +587,7 @@ void primary_tick(struct repl *r)
 	}
 	if (r->seq == r->applied)
 		r->progress_ns = r->now_ns;
+	sample_received(r);
 	if (!r->cycle_on && !r->cycle_io_busy && r->now_ns >= r->cycle_next_ns)
 		(void)cycle_start(r);
 	primary_stop_check(r);

@@ -569,8 +569,6 @@ void session_frame(struct repl *r, const struct repl_event *ev)
 		repl_log(r, 2, "the peer says goodbye");
 		session_close(r, false);
 		return;
-	case WIRE_REPORT:
-		return;
 	case WIRE_JOIN:
 		on_join(r, ev);
 		return;

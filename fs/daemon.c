@@ -5,6 +5,7 @@
  */
 #include "fs/daemon.h"
 
+#include <arpa/inet.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -18,6 +19,9 @@
 #ifndef REPFS_VERSION
 #define REPFS_VERSION "0"
 #endif
+
+/* From an accepted connection's handshake to its JOIN, which a peer sends at once. */
+#define JOIN_WAIT_NS (5 * NS_PER_SEC)
 
 /* ---- names ---- */
 
@@ -116,7 +120,8 @@ int daemon_add_group(struct daemon *d, const struct repl_meta *m, struct err *e)
 {
 	struct group *g = NULL;
 	pthread_rwlock_wrlock(&d->names);
-	uint32_t id = ++d->next_id;
+	uint32_t id = d->next_id + 1; /* its own, then one for each volume */
+	d->next_id += 1 + m->n_volumes;
 	pthread_rwlock_unlock(&d->names);
 	int err = group_open(d, m, id, &g, e);
 	if (err)
@@ -129,7 +134,6 @@ int daemon_add_group(struct daemon *d, const struct repl_meta *m, struct err *e)
 	*gp = g;
 	for (uint32_t i = 0; i < g->n_vols; i++) {
 		struct gvol *v = gvol_ref(g->vols[i]);
-		v->id = ++d->next_id;
 		struct gvol **vp = &d->gvols;
 		while (*vp && strcmp((*vp)->name, v->name) < 0)
 			vp = &(*vp)->next;
@@ -166,10 +170,12 @@ int daemon_remove_group(struct daemon *d, struct group *g, struct err *e)
 	}
 	pthread_rwlock_unlock(&d->names);
 	group_shutdown(g);
-	group_wait_quiet(g, clock_mono_ns() + 10 * NS_PER_SEC);
-	/* Readers hold references for the length of one call. */
+	daemon_conns_close(d, g);
+	/* Nobody finds it any more. Who holds a reference still, a call or a connection, ends soon; what they have
+	 * started is waited for after that, as nothing can be started any more. */
 	while (atomic_load(&g->refs) > 2)
 		(void)usleep(1000);
+	(void)group_wait_quiet(g, 0);
 	group_close(g); /* the daemon's own; the caller's is left */
 	daemon_names_changed(d);
 	return 0;
@@ -182,8 +188,9 @@ bool daemon_addr_allowed(const struct daemon *d, const char *addr, struct err *e
 	char host[ADDR_SIZE], port[16];
 	if (addr_split(addr, host, sizeof(host), port, sizeof(port), e) < 0)
 		return false;
-	if (d->cfg.insecure || strcmp(host, "localhost") == 0 || strncmp(host, "127.", 4) == 0 ||
-	    strcmp(host, "::1") == 0)
+	struct in_addr v4;
+	if (d->cfg.insecure || strcmp(host, "localhost") == 0 || strcmp(host, "::1") == 0 ||
+	    (inet_pton(AF_INET, host, &v4) == 1 && ntohl(v4.s_addr) >> 24 == IN_LOOPBACKNET))
 		return true;
 	err_set(e, ERR_PERM,
 		"%s is not loopback, and there is no key: start the daemon with `insecure` to allow it in the clear",
@@ -191,7 +198,7 @@ bool daemon_addr_allowed(const struct daemon *d, const char *addr, struct err *e
 	return false;
 }
 
-static void conn_remember(struct conn *c)
+void daemon_conn_add(struct conn *c)
 {
 	struct daemon *d = c->d;
 	mutex_lock(&d->lock);
@@ -200,7 +207,7 @@ static void conn_remember(struct conn *c)
 	mutex_unlock(&d->lock);
 }
 
-static void conn_forget(struct conn *c)
+void daemon_conn_remove(struct conn *c)
 {
 	struct daemon *d = c->d;
 	mutex_lock(&d->lock);
@@ -213,24 +220,111 @@ static void conn_forget(struct conn *c)
 	mutex_unlock(&d->lock);
 }
 
+void daemon_conn_set_link(struct conn *c, struct link *l)
+{
+	mutex_lock(&c->d->lock);
+	if (c->link == NULL)
+		c->link = l;
+	mutex_unlock(&c->d->lock);
+}
+
+void daemon_conn_put(struct conn *c)
+{
+	if (atomic_fetch_sub(&c->refs, 1) != 1)
+		return;
+	link_unref(c->link);
+	free(c);
+}
+
+void daemon_conns_close(struct daemon *d, const struct group *g)
+{
+	mutex_lock(&d->lock);
+	for (struct conn *c = d->conns; c; c = c->next)
+		if (c->link && (g == NULL || atomic_load(&c->g) == g))
+			link_close(c->link, 0);
+	mutex_unlock(&d->lock);
+}
+
+/* Tells the peer what volumes this host has (SPEC 10): in frames of at most WIRE_REPORT_MAX, the last one marked. */
+static void send_report(struct conn *c)
+{
+	struct daemon *d = c->d;
+	struct wire_report_volume *v = calloc(WIRE_REPORT_MAX, sizeof(*v));
+	uint8_t *buf = malloc(WIRE_REPORT_ENCODED_MAX);
+	uint32_t n = 0;
+	if (v == NULL || buf == NULL)
+		goto out;
+	pthread_rwlock_rdlock(&d->names);
+	for (struct gvol *x = d->gvols;; x = x->next) {
+		if (x == NULL || n == WIRE_REPORT_MAX) {
+			int len = wire_report_encode(v, n, buf, WIRE_REPORT_ENCODED_MAX);
+			void *payload = len > 0 ? malloc((size_t)len) : NULL;
+			if (payload) {
+				memcpy(payload, buf, (size_t)len);
+				struct wire_frame f = {.type = WIRE_REPORT, .length_payload = (uint32_t)len};
+				f.flags = (uint16_t)(x ? 0U : WIRE_REPORT_LAST);
+				(void)link_send(c->link, &f, payload, NULL, NULL);
+			}
+			n = 0;
+		}
+		if (x == NULL)
+			break;
+		struct group *g = x->g;
+		mutex_lock(&g->lock);
+		const struct repl_meta *m = repl_meta(g->core);
+		const struct repl_volume *rv = &m->volumes[x->index];
+		v[n] = (struct wire_report_volume){.id = rv->id, .size = rv->size, .role = m->role, .state = m->state};
+		memcpy(v[n].name, rv->name, sizeof(v[n].name));
+		memcpy(v[n].group, m->group, sizeof(v[n].group));
+		memcpy(v[n].uuid, rv->uuid, sizeof(v[n].uuid));
+		mutex_unlock(&g->lock);
+		n++;
+	}
+	pthread_rwlock_unlock(&d->names);
+out:
+	free(v);
+	free(buf);
+}
+
+static int check_report(const struct conn *c, const struct wire_frame *f, const void *payload)
+{
+	struct err e = {0};
+	struct wire_report_volume *v = calloc(WIRE_REPORT_MAX, sizeof(*v));
+	if (v == NULL)
+		return -ERR_NOMEM;
+	int n = wire_report_decode(v, WIRE_REPORT_MAX, payload, f->length_payload, &e);
+	free(v);
+	if (n < 0)
+		log_warn("", "the report of %s does not decode: %s", link_peer_name(c->link), e.text);
+	else
+		log_debug("", "%s reports %d volumes", link_peer_name(c->link), n);
+	return n < 0 ? n : 0;
+}
+
 static int on_up_dialled(struct link *l, void *arg)
 {
 	struct conn *c = arg;
-	c->link = l; /* link_dial may not have returned yet */
-	conn_remember(c);
+	daemon_conn_set_link(c, l);
+	send_report(c);
 	group_attach(c->g, c, NULL, NULL);
 	return 0;
 }
 
 static int on_up_accepted(struct link *l, void *arg)
 {
+	struct daemon *d = ((struct conn *)arg)->d;
+	if (atomic_load(&d->ending))
+		return -ERR_CANCELED;
 	struct conn *c = calloc(1, sizeof(*c));
 	if (c == NULL)
 		return -ERR_NOMEM;
-	c->d = arg;
+	c->d = d;
+	atomic_store(&c->refs, 1);
 	c->link = l;
-	conn_remember(c);
+	c->since_ns = clock_mono_ns();
+	daemon_conn_add(c);
 	link_set_arg(l, c);
+	send_report(c);
 	return 0;
 }
 
@@ -298,6 +392,59 @@ static int groups_count(struct daemon *d)
 	return n;
 }
 
+/* The group that a JOIN asks for, made if the peer wants to protect into a new one. NULL: refused. A group that is here
+ * is found without the verbs' lock: a long import must not keep peers from coming back. */
+static struct group *group_for(struct conn *c, const struct wire_join *j)
+{
+	struct daemon *d = c->d;
+	struct err e = {0};
+	struct group *g = daemon_group_exact(d, j->group);
+	if (g)
+		return g;
+	mutex_lock(&d->admin);
+	g = daemon_group_exact(d, j->group); /* a verb may have had it out */
+	if (g == NULL && atomic_load(&d->ending)) {
+		refuse(c, ERR_CANCELED, "repfs is ending on that host");
+	} else if (g == NULL && !(j->flags & WIRE_JOIN_PROTECT)) {
+		char text[WIRE_TEXT_MAX];
+		(void)snprintf(text, sizeof(text), "there is no group %s here; protect it afresh", j->group);
+		refuse(c, ERR_NOENT, text);
+	} else if (g == NULL && groups_count(d) >= STORE_GROUPS_MAX) {
+		refuse(c, ERR_LIMIT, "this host has as many groups as it may");
+	} else if (g == NULL) {
+		if (make_recovery(d, j, &e) < 0)
+			refuse(c, e.code ? e.code : ERR_FAILED, e.text);
+		else
+			g = daemon_group_exact(d, j->group);
+	}
+	mutex_unlock(&d->admin);
+	return g;
+}
+
+/* Why the group can't take this connection, in text; 0: it can. */
+static int check_taken(struct group *g, const struct conn *c, char text[WIRE_TEXT_MAX])
+{
+	int err = 0;
+	mutex_lock(&g->lock);
+	const struct repl_meta *m = repl_meta(g->core);
+	/* One primary a group: a stranger does not push out the one that is connected. */
+	if (g->conn && memcmp(link_peer(g->conn->link)->store, link_peer(c->link)->store, 16) != 0) {
+		(void)snprintf(text, WIRE_TEXT_MAX,
+			       "that group is connected to another host already; choose another name, or unprotect it "
+			       "there");
+		err = ERR_STATE;
+	}
+	bool own = m->role == ROLE_STANDALONE && m->failover_generation == 0;
+	for (uint32_t i = 0; own && !err && i < g->n_vols; i++)
+		if (atomic_load(&g->vols[i]->opens)) {
+			(void)snprintf(text, WIRE_TEXT_MAX, "volume %s is open on that host; close it there first",
+				       g->vols[i]->name);
+			err = ERR_STATE;
+		}
+	mutex_unlock(&g->lock);
+	return err;
+}
+
 /* The first frame of an accepted connection. Takes payload. */
 static int first_frame(struct conn *c, const struct wire_frame *f, void *payload)
 {
@@ -311,6 +458,9 @@ static int first_frame(struct conn *c, const struct wire_frame *f, void *payload
 		free(payload);
 		return -ERR_PEER;
 	}
+	mutex_lock(&d->lock);
+	c->since_ns = 0;
+	mutex_unlock(&d->lock);
 	struct wire_join *j = f->type == WIRE_JOIN ? malloc(sizeof(*j)) : NULL;
 	if (j == NULL || wire_join_decode(j, payload, f->length_payload, &e) < 0) {
 		refuse(c, ERR_PROTO, j ? e.text : "the first frame has to be JOIN");
@@ -318,49 +468,17 @@ static int first_frame(struct conn *c, const struct wire_frame *f, void *payload
 		free(payload);
 		return 0;
 	}
-	mutex_lock(&d->admin);
-	struct group *g = daemon_group_exact(d, j->group);
-	if (g == NULL && !(j->flags & WIRE_JOIN_PROTECT)) {
-		char text[WIRE_TEXT_MAX];
-		(void)snprintf(text, sizeof(text), "there is no group %s here; protect it afresh", j->group);
-		refuse(c, ERR_NOENT, text);
-	} else if (g == NULL && groups_count(d) >= STORE_GROUPS_MAX) {
-		refuse(c, ERR_LIMIT, "this host has as many groups as it may");
-	} else {
-		if (g == NULL && make_recovery(d, j, &e) < 0)
-			refuse(c, e.code ? e.code : ERR_FAILED, e.text);
-		else if (g == NULL)
-			g = daemon_group_exact(d, j->group);
-	}
-	mutex_unlock(&d->admin);
+	struct group *g = group_for(c, j);
 	free(j);
-	if (g == NULL) {
-		free(payload);
-		return 0;
-	}
-	/* One primary a group: a stranger does not push out the one that is connected. */
-	mutex_lock(&g->lock);
-	bool taken = g->conn && memcmp(link_peer(g->conn->link)->store, link_peer(c->link)->store, 16) != 0;
-	mutex_unlock(&g->lock);
-	if (taken) {
-		refuse(c, ERR_STATE,
-		       "that group is connected to another host already; choose another name, or unprotect it there");
+	char text[WIRE_TEXT_MAX];
+	int err = g ? check_taken(g, c, text) : 0;
+	if (err) {
+		refuse(c, err, text);
 		group_unref(g);
+	}
+	if (g == NULL || err) {
 		free(payload);
 		return 0;
-	}
-	if (repl_meta(g->core)->role == ROLE_STANDALONE) {
-		for (uint32_t i = 0; i < g->n_vols; i++)
-			if (atomic_load(&g->vols[i]->opens) && repl_meta(g->core)->failover_generation == 0) {
-				char text[WIRE_TEXT_MAX];
-				(void)snprintf(text, sizeof(text),
-					       "volume %s is open on that host; close it there first",
-					       g->vols[i]->name);
-				refuse(c, ERR_STATE, text);
-				group_unref(g);
-				free(payload);
-				return 0;
-			}
 	}
 	c->g = g;
 	mutex_lock(&g->lock);
@@ -374,6 +492,11 @@ static int on_frame(struct link *l, void *arg, const struct wire_frame *f, void 
 {
 	struct conn *c = arg;
 	(void)l;
+	if (f->type == WIRE_REPORT) {
+		int err = check_report(c, f, payload);
+		free(payload);
+		return err;
+	}
 	return c->g ? group_frame(c, f, payload) : first_frame(c, f, payload);
 }
 
@@ -397,17 +520,17 @@ static void on_down(struct link *l, void *arg, int code, const char *text)
 {
 	struct conn *c = arg;
 	log_debug("", "connection to %s down: %s", link_peer_name(l), text);
-	conn_forget(c);
 	if (c->g)
 		group_conn_down(c, code, text);
-	link_unref(l);
-	free(c);
+	daemon_conn_remove(c); /* the daemon may be gone after this */
+	daemon_conn_put(c);
 }
 
-/* An accepted link that failed before `up` has the daemon as its argument. */
+/* One that failed before `up`, or whose `up` failed, has no connection of its own. */
 static void on_down_accepted(struct link *l, void *arg, int code, const char *text)
 {
-	if (link_session(l) == 0) {
+	struct conn *c = arg;
+	if (c == &c->d->acceptor) {
 		log_debug("", "a connection from %s failed: %s", link_peer_name(l), text);
 		return;
 	}
@@ -446,6 +569,9 @@ static void *tick_main(void *arg)
 			group_unref(all[i]);
 		}
 		mutex_lock(&d->lock);
+		for (struct conn *c = d->conns; c; c = c->next)
+			if (c->since_ns && clock_mono_ns() - c->since_ns > JOIN_WAIT_NS)
+				link_close(c->link, 0);
 		if (clock_mono_ns() > next + 10 * TICK_NS) /* suspended, or starved: no burst */
 			next = clock_mono_ns();
 	}
@@ -505,6 +631,7 @@ int daemon_open(const struct daemon_config *cfg, struct daemon **ret, struct err
 	if (d == NULL)
 		return err_set(e, ERR_NOMEM, "out of memory");
 	d->cfg = *cfg;
+	d->acceptor.d = d;
 	mutex_init(&d->lock);
 	mutex_init(&d->admin);
 	cond_init(&d->cond);
@@ -521,19 +648,15 @@ int daemon_open(const struct daemon_config *cfg, struct daemon **ret, struct err
 		err = store_list_groups(d->store, load_group, &l);
 	}
 	if (!err && cfg->listen)
-		err = link_server_start(cfg->listen, cfg->insecure, &d->self, daemon_link_callbacks(false), d,
-					&d->server, e);
+		err = link_server_start(cfg->listen, cfg->insecure, &d->self, daemon_link_callbacks(false),
+					&d->acceptor, &d->server, e);
 	if (!err && (err = thread_start(&d->ticker, "ticker", tick_main, d)) < 0)
 		(void)err_set(e, -err, "the clock's thread could not be started");
+	d->ticking = err == 0;
 	if (err) {
-		if (d->server)
-			link_server_stop(d->server);
-		if (d->pool)
-			pool_drain(d->pool);
-		daemon_free(d);
+		daemon_close(d);
 		return err;
 	}
-	d->ticking = true;
 	*ret = d;
 	return 0;
 }
@@ -551,7 +674,28 @@ int daemon_serve_control(struct daemon *d, struct err *e)
 	return ctl_server_start(path, serve_command, d, &d->ctl, e);
 }
 
-/* Within twice peer_timeout whatever the peer does: goodbyes are bounded by CLOSE_DRAIN_MS, the rest is local. */
+static bool conns_wait(struct daemon *d, uint64_t deadline_ns)
+{
+	mutex_lock(&d->lock);
+	while (d->conns && cond_wait_until(&d->cond, &d->lock, deadline_ns))
+		;
+	bool none = d->conns == NULL;
+	mutex_unlock(&d->lock);
+	return none;
+}
+
+static void sync_volumes(struct group *g)
+{
+	for (uint32_t i = 0; i < g->n_vols; i++) {
+		int err = volume_sync(g->vols[i]->vol);
+		err = err ? err : volume_sync_active(g->vols[i]->vol);
+		if (err)
+			log_error(g->name, "volume %s could not be flushed: %s", g->vols[i]->name, err_short(err));
+	}
+}
+
+/* Within twice peer_timeout whatever the peer does: goodbyes are bounded by CLOSE_DRAIN_MS, the rest is local. Also of
+ * one that daemon_open could not finish. */
 void daemon_close(struct daemon *d)
 {
 	if (d == NULL)
@@ -565,27 +709,28 @@ void daemon_close(struct daemon *d)
 	mutex_unlock(&d->lock);
 	if (d->ticking)
 		(void)pthread_join(d->ticker, NULL);
+	/* A JOIN that makes a group ends first; no other is made: from here on the list stands. */
+	mutex_lock(&d->admin);
+	mutex_unlock(&d->admin);
 	for (struct group *g = d->groups; g; g = g->next)
 		group_shutdown(g);
+	(void)conns_wait(d, clock_mono_ns() + (CLOSE_DRAIN_MS + 100) * NS_PER_MS);
+	daemon_conns_close(d, NULL);
 	if (d->server)
 		link_server_stop(d->server);
 	uint64_t deadline = clock_mono_ns() + 8 * NS_PER_SEC;
+	bool quiet = true;
 	for (struct group *g = d->groups; g; g = g->next)
-		group_wait_quiet(g, deadline);
-	mutex_lock(&d->lock);
-	while (d->conns && cond_wait_until(&d->cond, &d->lock, deadline))
-		;
-	mutex_unlock(&d->lock);
-	pool_drain(d->pool);
+		quiet = group_wait_quiet(g, deadline) && quiet;
+	quiet = conns_wait(d, deadline) && quiet;
+	if (d->pool && quiet)
+		pool_drain(d->pool);
 	for (struct group *g = d->groups; g; g = g->next)
-		for (uint32_t i = 0; i < g->n_vols; i++) {
-			int err = volume_sync(g->vols[i]->vol);
-			err = err ? err : volume_sync_active(g->vols[i]->vol);
-			if (err)
-				log_error(g->name, "volume %s could not be flushed: %s", g->vols[i]->name,
-					  err_short(err));
-		}
-	daemon_free(d);
+		sync_volumes(g);
+	if (quiet)
+		daemon_free(d);
+	else /* a name look-up, or a disk that hangs: its thread still uses what would be freed */
+		log_warn("", "ending without waiting any longer for what is under way");
 }
 
 const char *daemon_listen_addr(const struct daemon *d)

@@ -117,6 +117,7 @@ struct gio {
 	void *user;
 	/* private */
 	struct repl_io io;
+	struct group *group;
 	void *copy;
 	struct pool_job job;
 	bool own, completed;

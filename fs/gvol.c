@@ -28,7 +28,7 @@ uint32_t gvol_id(const struct gvol *v)
 }
 
 /* The group of a volume that may be deleted at any time: a reference, or NULL. */
-static struct group *group_of(struct gvol *v)
+struct group *gvol_group(struct gvol *v)
 {
 	pthread_rwlock_rdlock(&v->d->names);
 	struct group *g = v->g ? group_ref(v->g) : NULL;
@@ -38,7 +38,7 @@ static struct group *group_of(struct gvol *v)
 
 uint64_t gvol_size(struct gvol *v)
 {
-	struct group *g = group_of(v);
+	struct group *g = gvol_group(v);
 	uint64_t size = g ? volume_size(v->vol) : 0;
 	group_unref(g);
 	return size;
@@ -58,13 +58,15 @@ int gvol_open(struct gvol *v, bool write, bool o_direct, struct gvol_handle **re
 		free(h);
 		return -ERR_NOENT;
 	}
+	/* Before `serving` is looked at: publish changes them the other way round, so that a handle of the old way to
+	 * serve can't carry the new epoch. */
+	h->epoch = atomic_load(&g->handle_epoch);
 	/* A secondary's content changes under its readers: written pages must not come back after a switch (SPEC 4). */
 	bool view = atomic_load(&g->serving) != SERVING_DISK;
 	*ret_direct = o_direct || (write && view);
 	h->v = gvol_ref(v);
 	h->write = write;
 	h->cached = !*ret_direct;
-	h->epoch = atomic_load(&g->handle_epoch);
 	atomic_fetch_add(&v->opens, 1);
 	if (h->cached)
 		atomic_fetch_add(&v->cached_opens, 1);
@@ -120,7 +122,7 @@ static int read_volume(struct group *g, struct gvol *v, uint64_t off, uint64_t l
 int gvol_read(struct gvol *v, const struct gvol_handle *h, enum gvol_file file, uint64_t ckpt, uint64_t off,
 	      uint64_t len, void *buf)
 {
-	struct group *g = group_of(v);
+	struct group *g = gvol_group(v);
 	if (g == NULL)
 		return -ERR_IO;
 	if (file == GVOL_VOLUME && atomic_load(&g->holding))
@@ -181,7 +183,7 @@ static int find_ckpt(struct group *g, uint64_t number, struct repl_ckpt *ret)
 
 int gvol_attr(struct gvol *v, enum gvol_file file, uint64_t ckpt, struct gvol_attr *ret)
 {
-	struct group *g = group_of(v);
+	struct group *g = gvol_group(v);
 	struct repl_ckpt c = {0};
 	struct gvol_attr a = {0};
 	if (g == NULL)
@@ -204,7 +206,7 @@ int gvol_attr(struct gvol *v, enum gvol_file file, uint64_t ckpt, struct gvol_at
 
 uint32_t gvol_ckpts(struct gvol *v, uint64_t *numbers, uint32_t max, uint64_t *ret_latest)
 {
-	struct group *g = group_of(v);
+	struct group *g = gvol_group(v);
 	*ret_latest = 0;
 	if (g == NULL)
 		return 0;
@@ -223,7 +225,7 @@ uint32_t gvol_ckpts(struct gvol *v, uint64_t *numbers, uint32_t max, uint64_t *r
 
 int gvol_extent(struct gvol *v, enum gvol_file file, uint64_t ckpt, uint64_t off, struct extent *ret)
 {
-	struct group *g = group_of(v);
+	struct group *g = gvol_group(v);
 	if (g == NULL)
 		return -ERR_NOENT;
 	if (file == GVOL_VOLUME && atomic_load(&g->holding))
@@ -240,7 +242,7 @@ int gvol_extent(struct gvol *v, enum gvol_file file, uint64_t ckpt, uint64_t off
 
 void gvol_submit(struct gio *gio)
 {
-	struct group *g = group_of(gio->v);
+	struct group *g = gvol_group(gio->v);
 	if (g == NULL || stale(g, gio->h) || (gio->kind != REPL_FLUSH && gio->len == 0)) {
 		int err = g && gio->kind != REPL_FLUSH && gio->len == 0 ? 0 : -ERR_IO;
 		group_unref(g);

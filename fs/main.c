@@ -9,6 +9,7 @@
  */
 #include <errno.h>
 #include <fcntl.h>
+#include <malloc.h>
 #include <limits.h>
 #include <poll.h>
 #include <signal.h>
@@ -380,6 +381,10 @@ int main(int argc, char **argv)
 	struct err e = {0};
 	int r = 0;
 
+	/* Payloads come and go by the thousand, allocated in one thread and freed in another: keep their memory. */
+	(void)mallopt(M_MMAP_THRESHOLD, 4 << 20);
+	(void)mallopt(M_TRIM_THRESHOLD, 64 << 20);
+	(void)mallopt(M_TOP_PAD, 1 << 20);
 	if (options_parse(argc, argv, &p.o, &e) < 0) {
 		(void)complain(&e);
 		return 2;

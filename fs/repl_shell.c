@@ -28,7 +28,7 @@ struct outbox {
 	struct repl_list submits, completed;
 	struct shell_command *commands, **commands_tail;
 	char dial[ADDR_SIZE];
-	bool save, wake;
+	bool save, wake, apply;
 	struct gio *own; /* the request whose thread runs this step */
 };
 
@@ -136,6 +136,7 @@ static void emit(void *arg, const struct repl_action *a)
 				g->apply.head = a->io;
 			g->apply.tail = a->io;
 			g->apply.count++;
+			o->apply = true;
 			return;
 		}
 		if (a->io->owner == OWNER_GUEST && gio_of(a->io) == o->own) {
@@ -162,8 +163,11 @@ static void emit(void *arg, const struct repl_action *a)
 		(void)snprintf(o->dial, sizeof(o->dial), "%s", a->text);
 		return;
 	case ACT_CLOSE:
-		if (g->conn)
+		if (g->conn) {
+			g->conn->closed = true; /* its receiver waits for room no longer */
+			o->wake = true;
 			link_close(g->conn->link, a->drain ? CLOSE_DRAIN_MS : 0);
+		}
 		return;
 	case ACT_CMD_DONE: {
 		struct shell_command *c = CONTAINER_OF(a->command, struct shell_command, c);
@@ -510,7 +514,7 @@ static void own_job_run(struct pool_job *job)
 static void guest_job_run(struct pool_job *job)
 {
 	struct gio *gio = CONTAINER_OF(job, struct gio, job);
-	struct group *g = gio->v->g;
+	struct group *g = gio->group;
 	struct sync_round *s = round_of(g, &gio->io);
 	if (s)
 		flush_in_rounds(g, s, &gio->io);
@@ -632,11 +636,11 @@ static void publish(struct group *g, const struct repl_meta *m)
 {
 	int old = atomic_load(&g->serving);
 	enum repl_serving now = repl_serving(m, false);
+	atomic_store(&g->serving, now);
+	atomic_store(&g->base, m->base);
 	/* A handle opened while this host wrote to its disk is stale once it follows another [SPEC 4]. */
 	if (old == SERVING_DISK && m->role == ROLE_SECONDARY && now != SERVING_DISK)
 		atomic_fetch_add(&g->handle_epoch, 1);
-	atomic_store(&g->serving, now);
-	atomic_store(&g->base, m->base);
 }
 
 static int save_prepare(struct group *g, struct err *e)
@@ -651,6 +655,15 @@ static int save_prepare(struct group *g, struct err *e)
 		for (uint32_t i = 0; i < g->n_vols; i++)
 			volume_unprepare(g->vols[i]->vol);
 	return err;
+}
+
+static void invalidate(struct group *g)
+{
+	for (uint32_t i = 0; i < g->n_vols; i++) {
+		atomic_store(&g->vols[i]->mtime_ns, clock_wall_ns());
+		if (g->d->cfg.hooks.invalidate)
+			g->d->cfg.hooks.invalidate(g->d->cfg.hooks.arg, g->vols[i]->id);
+	}
 }
 
 /* The order that I7 rests on: the new epochs' files durable, then the one record that names them, then memory. */
@@ -681,14 +694,17 @@ static void save_run(struct pool_job *job)
 		publish(g, g->saving);
 		changed = active || old_base != g->saving->base || old_serving != atomic_load(&g->serving);
 		pthread_rwlock_unlock(&g->view);
-		for (uint32_t i = 0; changed && i < g->n_vols; i++) {
-			atomic_store(&g->vols[i]->mtime_ns, clock_wall_ns());
-			if (g->d->cfg.hooks.invalidate)
-				g->d->cfg.hooks.invalidate(g->d->cfg.hooks.arg, g->vols[i]->id);
-		}
 	}
+	/* Before the core's answers go out: the kernel shows the new content when the command ends. But a host that
+	 * served its disk may have requests that hold pages of the kernel's cache and wait for this very save (a hold,
+	 * a generation): invalidation would wait for them, so they get on first. */
+	bool late = old_serving == SERVING_DISK;
+	if (changed && !late)
+		invalidate(g);
 	struct repl_event ev = {.type = EV_META_SAVED, .error = err, .bytes = discarded};
 	step_and_run(g, &ev);
+	if (changed && late)
+		invalidate(g);
 	if (!err && (chain || discarded))
 		for (uint32_t i = 0; i < g->n_vols; i++)
 			volume_reap(g->vols[i]->vol);
@@ -722,24 +738,35 @@ static void dial(struct group *g, const char *addr)
 	struct conn *c = calloc(1, sizeof(*c));
 	int err = -ERR_NOMEM;
 	if (c) {
+		struct link *l;
 		c->d = g->d;
-		c->g = group_ref(g);
+		atomic_store(&c->refs, 2);
+		atomic_store(&c->g, group_ref(g));
 		c->dialled = true;
 		mutex_lock(&g->lock);
 		g->conns++;
 		mutex_unlock(&g->lock);
+		daemon_conn_add(c);
 		err = daemon_addr_allowed(g->d, addr, &e) ? 0 : -ERR_PERM;
-		struct link *l; /* c may be gone when link_dial returns: its `down` may have come already */
 		if (!err)
 			err = link_dial(addr, &g->d->self, daemon_link_callbacks(true), c, &l, &e);
-		if (!err)
+		if (!err) {
+			daemon_conn_set_link(c, l); /* its `up`, even its `down`, may have come already */
+			mutex_lock(&g->lock);
+			bool closing = g->closing;
+			mutex_unlock(&g->lock);
+			if (closing)
+				link_close(l, 0);
+			daemon_conn_put(c);
 			return;
+		}
+		daemon_conn_remove(c);
+		free(c);
 		mutex_lock(&g->lock);
 		g->conns--;
 		cond_broadcast(&g->cond);
 		mutex_unlock(&g->lock);
 		group_unref(g);
-		free(c);
 	}
 	struct repl_event ev = {.type = EV_LINK_DOWN, .error = err, .text = e.text};
 	step_and_run(g, &ev);
@@ -773,8 +800,10 @@ static void outbox_run(struct group *g, struct outbox *o)
 		cond_broadcast(&g->cond);
 		mutex_unlock(&g->lock);
 	}
-	if (g->apply.head) /* a hint; apply_kick looks under the lock */
+	if (o->apply) {
+		o->apply = false;
 		apply_kick(g);
+	}
 	if (o->dial[0]) {
 		char addr[ADDR_SIZE];
 		memcpy(addr, o->dial, sizeof(addr));
@@ -806,6 +835,7 @@ void group_io(struct group *g, struct gio *gio)
 	o.own = gio;
 	gio->io = (struct repl_io){.kind = gio->kind, .volume = gio->v->index, .off = gio->off, .len = gio->len};
 	gio->io.owner = OWNER_GUEST;
+	gio->group = g;
 	gio->own = gio->completed = false;
 	gio->copy = NULL;
 	if (gio->kind == REPL_WRITE && atomic_load(&g->forwarding)) {
@@ -942,9 +972,11 @@ int group_frame(struct conn *c, const struct wire_frame *f, void *payload)
 	lock_with(g, &o);
 	if (is_stream(f->type)) {
 		/* Backpressure on the peer: this thread reads the socket. */
-		while (g->stream_bytes >= STREAM_BYTES_MAX && !g->closing && g->conn == c) {
+		while (g->stream_bytes >= STREAM_BYTES_MAX && !g->closing && !c->closed && g->conn == c) {
 			g->out = NULL;
+			c->waiting = true;
 			cond_wait(&g->cond, &g->lock);
+			c->waiting = false;
 			g->out = &o;
 		}
 		const char *why = NULL;
@@ -976,7 +1008,8 @@ void group_batch(struct conn *c)
 void group_sent(struct conn *c, uint64_t bytes)
 {
 	struct repl_event ev = {.type = EV_SENT, .session = c->session, .bytes = bytes};
-	step_and_run(c->g, &ev);
+	if (ev.session)
+		step_and_run(c->g, &ev);
 }
 
 /* The connection stands: it becomes the group's, with the next session number. */
@@ -1021,9 +1054,13 @@ void group_conn_down(struct conn *c, int code, const char *text)
 	struct repl_event ev = {.type = EV_LINK_DOWN, .session = c->session, .error = code, .text = text};
 	if (c->session || c->dialled)
 		step(g, &ev);
-	g->conns--;
 	unlock_with(g);
 	outbox_run(g, &o);
+	/* Not before all that followed is under way: who waits for quiet goes by the counts. */
+	mutex_lock(&g->lock);
+	g->conns--;
+	cond_broadcast(&g->cond);
+	mutex_unlock(&g->lock);
 	group_unref(g);
 }
 
@@ -1032,7 +1069,10 @@ void group_tick(struct group *g)
 	struct outbox o;
 	outbox_init(&o);
 	lock_with(g, &o);
-	struct repl_event ev = {.type = EV_TICK, .heard_ns = g->conn ? link_heard_ns(g->conn->link) : 0};
+	/* A receiver that waits for room does not listen: that is this host's slowness, not the peer's silence. */
+	struct repl_event ev = {.type = EV_TICK};
+	if (g->conn)
+		ev.heard_ns = g->conn->waiting ? clock_mono_ns() : link_heard_ns(g->conn->link);
 	step(g, &ev);
 	unlock_with(g);
 	outbox_run(g, &o);
@@ -1061,8 +1101,8 @@ int group_command(struct group *g, struct shell_command *c, struct ctl_conn *ctl
 	struct outbox o;
 	outbox_init(&o);
 	atomic_fetch_add(&c->refs, 1); /* the core's, until ACT_CMD_DONE */
-	c->c.result3 = c->c.cmd == CMD_FAILOVER ? active_bytes(g) : 0;
 	lock_with(g, &o);
+	c->c.result3 = c->c.cmd == CMD_FAILOVER ? active_bytes(g) : 0;
 	struct repl_event ev = {.type = EV_COMMAND, .command = &c->c};
 	step(g, &ev);
 	unlock_with(g);
@@ -1135,6 +1175,7 @@ static int open_volume(struct group *g, const struct repl_meta *m, uint32_t i, s
 	atomic_store(&v->refs, 1);
 	v->g = g;
 	v->d = g->d;
+	v->id = g->id + 1 + i;
 	v->index = i;
 	memcpy(v->name, m->volumes[i].name, sizeof(v->name));
 	g->vols[g->n_vols++] = v;
@@ -1227,17 +1268,28 @@ int group_open(struct daemon *d, const struct repl_meta *m, uint32_t id, struct 
 void group_shutdown(struct group *g)
 {
 	struct repl_event ev = {.type = EV_SHUTDOWN};
-	step_and_run(g, &ev);
-}
-
-void group_wait_quiet(struct group *g, uint64_t deadline_ns)
-{
-	mutex_lock(&g->lock);
+	struct outbox o;
+	outbox_init(&o);
+	lock_with(g, &o);
 	g->closing = true;
 	cond_broadcast(&g->cond);
-	while ((g->conns || g->jobs) && cond_wait_until(&g->cond, &g->lock, deadline_ns))
-		;
+	step(g, &ev);
+	unlock_with(g);
+	outbox_run(g, &o);
+}
+
+bool group_wait_quiet(struct group *g, uint64_t deadline_ns)
+{
+	bool in_time = true;
+	mutex_lock(&g->lock);
+	while ((g->conns || g->jobs) && in_time)
+		if (deadline_ns)
+			in_time = cond_wait_until(&g->cond, &g->lock, deadline_ns);
+		else
+			cond_wait(&g->cond, &g->lock);
+	bool quiet = g->conns == 0 && g->jobs == 0;
 	mutex_unlock(&g->lock);
+	return quiet;
 }
 
 void group_close(struct group *g)

@@ -48,13 +48,17 @@ struct gvol_handle {
 	uint64_t epoch; /* of the group when it was opened */
 };
 
-/* A connection: dialled for a group, or accepted and given to one by its JOIN. */
+/* A connection: dialled for a group, or accepted and given to one by its JOIN. Two may hold one: the link, until its
+ * `down`, and the thread that dials, until link_dial has returned; who comes last frees it. */
 struct conn {
 	struct daemon *d;
-	struct link *link; /* a reference */
-	struct group *g;   /* set before the first event of this connection; a reference */
-	uint64_t session;
+	_Atomic int refs;
+	struct link *link;	   /* a reference; set under daemon.lock, NULL while link_dial is under way */
+	_Atomic(struct group *) g; /* a reference; set before the first event of this connection */
+	_Atomic uint64_t session;
 	bool dialled;
+	bool closed, waiting; /* under group.lock: the core has closed it; its receiver waits for room */
+	uint64_t since_ns;    /* under daemon.lock. Accepted: when, until its JOIN came; else 0 */
 	struct conn *next;
 };
 
@@ -118,8 +122,9 @@ struct group {
 int group_open(struct daemon *d, const struct repl_meta *m, uint32_t id, struct group **ret, struct err *e);
 /* No link, no request may be under way or come any more. Drops the daemon's reference. */
 void group_close(struct group *g);
-void group_shutdown(struct group *g); /* says goodbye, answers what waits; asynchronous */
-void group_wait_quiet(struct group *g, uint64_t deadline_ns);
+void group_shutdown(struct group *g); /* says goodbye, answers what waits, takes no connection; asynchronous */
+/* Until no connection and no job is left. deadline_ns 0: none; false: it has passed. */
+bool group_wait_quiet(struct group *g, uint64_t deadline_ns);
 struct group *group_ref(struct group *g);
 void group_unref(struct group *g);
 void group_tick(struct group *g);
@@ -150,6 +155,7 @@ struct daemon {
 	bool stop;
 	_Atomic bool ending; /* daemon_close has begun */
 	struct conn *conns;
+	struct conn acceptor; /* the argument of an accepted link before `up`: only its `d` is used */
 
 	struct mutex admin;	/* verbs that add or remove groups and volumes: one at a time */
 	pthread_rwlock_t names; /* groups, gvols: lists and ids */
@@ -165,7 +171,12 @@ int daemon_add_group(struct daemon *d, const struct repl_meta *m, struct err *e)
 int daemon_remove_group(struct daemon *d, struct group *g, struct err *e);
 const struct link_callbacks *daemon_link_callbacks(bool dialled);
 bool daemon_addr_allowed(const struct daemon *d, const char *addr, struct err *e);
-void daemon_conn_free(struct conn *c);
+void daemon_conn_add(struct conn *c);
+void daemon_conn_set_link(struct conn *c, struct link *l);
+void daemon_conn_remove(struct conn *c);
+void daemon_conn_put(struct conn *c);
+void daemon_conns_close(struct daemon *d, const struct group *g); /* at once; g NULL: all */
+struct group *gvol_group(struct gvol *v); /* a reference; NULL: deleted */
 void daemon_names_changed(struct daemon *d);
 json_t *group_status_json(struct group *g);
 

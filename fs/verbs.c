@@ -15,6 +15,8 @@
 #define REPFS_VERSION "0"
 #endif
 
+#define TIMEOUT_MAX_MS UINT64_C(1000000000000) /* what is above means the same: never */
+
 struct call {
 	struct daemon *d;
 	struct ctl_conn *ctl;
@@ -46,7 +48,7 @@ static uint64_t arg_u64(const struct call *c, const char *key, uint64_t def)
 /* timeout_ms as a deadline; 0: none. */
 static uint64_t deadline(const struct call *c)
 {
-	uint64_t ms = arg_u64(c, "timeout_ms", 0);
+	uint64_t ms = min_u64(arg_u64(c, "timeout_ms", 0), TIMEOUT_MAX_MS);
 	return ms ? clock_mono_ns() + ms * NS_PER_MS : 0;
 }
 
@@ -82,14 +84,9 @@ static int need_volume(const struct call *c, struct gvol **ret, struct group **r
 	if (err)
 		return err;
 	struct gvol *v = gvol_find(c->d, name);
-	struct group *g = v ? daemon_group(c->d, name) : NULL;
-	if (v && g && v->g != g) { /* a group of that name has other volumes */
-		group_unref(g);
-		g = group_ref(v->g);
-	}
-	if (v == NULL || g == NULL) {
+	struct group *g = v ? gvol_group(v) : NULL;
+	if (g == NULL) {
 		gvol_unref(v);
-		group_unref(g);
 		return err_set(c->e, ERR_NOENT, "%s %s: no such volume; `list` shows them", c->verb, name);
 	}
 	*ret = v;
@@ -170,7 +167,72 @@ static int bring_back(const struct call *c, const char *group, struct err *e)
 		return 0;
 	if (!err)
 		err = daemon_add_group(c->d, m, e);
+	if (err)
+		log_error(group, "the group could not be taken up again, its volumes are not served; start repfs anew: %s",
+			  e->text);
 	free(m);
+	return err;
+}
+
+struct import_arg {
+	struct progress_arg p;
+	const char *group;
+	bool out; /* the group is out, admin held */
+	int err;
+	struct err why;
+};
+
+/* A copy may take hours: others do their work meanwhile. Once all is copied the record is next, and the group has to
+ * be out for that. */
+static int import_progress(void *arg, uint64_t done, uint64_t total)
+{
+	struct import_arg *a = arg;
+	const struct call *c = a->p.c;
+	int stop = verb_progress(&a->p, done, total);
+	if (stop || done < total || a->out)
+		return stop;
+	mutex_lock(&c->d->admin);
+	a->out = true;
+	a->err = take_out(c, a->group);
+	if (a->err)
+		a->why = *c->e; /* the store will say that it was cancelled */
+	return a->err;
+}
+
+static int do_store_import(const struct call *c, const char *name, const char *file, const char *group)
+{
+	struct import_arg a = {.p = {.c = c, .started = clock_mono_ns()}, .group = group};
+	int err = store_import(c->d->store, name, file, arg_str(c, "format"), group, import_progress, &a, c->e);
+	if (a.err) {
+		err = a.err;
+		*c->e = a.why;
+	}
+	if (!a.out)
+		return err;
+	struct err e2 = {0};
+	int err2 = a.err ? 0 : bring_back(c, group, &e2);
+	mutex_unlock(&c->d->admin);
+	if (!err && err2) {
+		err = err2;
+		*c->e = e2;
+	}
+	return err;
+}
+
+static int do_store_create(const struct call *c, const char *name, uint64_t size, const char *group)
+{
+	mutex_lock(&c->d->admin);
+	int err = take_out(c, group);
+	if (!err) {
+		err = store_create_volume(c->d->store, name, size, group, c->e);
+		struct err e2 = {0};
+		int err2 = bring_back(c, group, &e2);
+		if (!err && err2) {
+			err = err2;
+			*c->e = e2;
+		}
+	}
+	mutex_unlock(&c->d->admin);
 	return err;
 }
 
@@ -193,21 +255,7 @@ static int add_volume(const struct call *c, bool import)
 		gvol_unref(there);
 		return err_set(c->e, ERR_EXIST, "%s %s: a volume of that name exists already", c->verb, name);
 	}
-	struct progress_arg p = {.c = c, .started = clock_mono_ns()};
-	mutex_lock(&c->d->admin);
-	err = take_out(c, group);
-	if (!err) {
-		err = import
-			  ? store_import(c->d->store, name, file, arg_str(c, "format"), group, verb_progress, &p, c->e)
-			  : store_create_volume(c->d->store, name, size, group, c->e);
-		struct err e2 = {0};
-		int err2 = bring_back(c, group, &e2);
-		if (!err && err2) {
-			err = err2;
-			*c->e = e2;
-		}
-	}
-	mutex_unlock(&c->d->admin);
+	err = import ? do_store_import(c, name, file, group) : do_store_create(c, name, size, group);
 	if (err)
 		return prefixed(c, name, err);
 	struct gvol *v = gvol_find(c->d, name);
@@ -233,15 +281,17 @@ static int do_delete(const struct call *c)
 {
 	struct gvol *v;
 	struct group *g;
+	mutex_lock(&c->d->admin);
 	int err = need_volume(c, &v, &g);
-	if (err)
+	if (err) {
+		mutex_unlock(&c->d->admin);
 		return err;
+	}
 	char group[NAME_SIZE], name[NAME_SIZE];
 	memcpy(group, g->name, sizeof(group));
 	memcpy(name, v->name, sizeof(name));
 	group_unref(g);
 	gvol_unref(v);
-	mutex_lock(&c->d->admin);
 	err = take_out(c, group);
 	if (!err) {
 		err = store_delete_volume(c->d->store, name, c->e);
@@ -266,8 +316,12 @@ static int do_export(const struct call *c)
 	int err = need_volume(c, &v, &g);
 	if (err)
 		return err;
+	struct gvol_handle *h = NULL; /* open, so that it is not deleted meanwhile */
+	bool direct;
 	if (file == NULL || file[0] != '/') {
-		err = err_set(c->e, ERR_USAGE, "export %s: the file's absolute path is missing", v->name);
+		err = err_set(c->e, ERR_USAGE, "the file's absolute path is missing");
+	} else if ((err = gvol_open(v, false, true, &h, &direct)) < 0) {
+		(void)err_set(c->e, -err, "the volume could not be opened: %s", err_short(err));
 	} else {
 		struct progress_arg p = {.c = c, .started = clock_mono_ns()};
 		uint64_t ckpt = arg_u64(c, "checkpoint", 0);
@@ -290,6 +344,7 @@ static int do_export(const struct call *c)
 			result(c, json_pack("{s:s, s:s, s:I}", "volume", v->name, "file", file, "size",
 					    (json_int_t)volume_size(v->vol)));
 	}
+	gvol_release(h);
 	err = prefixed(c, v->name, err);
 	group_unref(g);
 	gvol_unref(v);
@@ -298,10 +353,10 @@ static int do_export(const struct call *c)
 
 static json_t *volume_entry(struct group *g, uint32_t i, bool full)
 {
-	mutex_lock(&g->lock);
-	const struct repl_meta *m = repl_meta(g->core);
 	uint64_t allocated = 0;
 	(void)volume_allocated(g->vols[i]->vol, LAYER_DISK, 0, &allocated);
+	mutex_lock(&g->lock);
+	const struct repl_meta *m = repl_meta(g->core);
 	json_t *j = json_pack("{s:s, s:s, s:I, s:I, s:s, s:s, s:I}", "name", m->volumes[i].name, "group", g->name,
 			      "size", (json_int_t)m->volumes[i].size, "id", (json_int_t)m->volumes[i].id, "role",
 			      role_name(m->role), "state", state_name(m->state), "allocated", (json_int_t)allocated);
@@ -345,9 +400,7 @@ static json_t *entry_by_name(struct daemon *d, const char *name, bool full)
 {
 	json_t *j = NULL;
 	struct gvol *v = gvol_find(d, name);
-	pthread_rwlock_rdlock(&d->names);
-	struct group *g = v && v->g ? group_ref(v->g) : NULL;
-	pthread_rwlock_unlock(&d->names);
+	struct group *g = v ? gvol_group(v) : NULL;
 	if (g)
 		j = volume_entry(g, v->index, full);
 	group_unref(g);
@@ -430,6 +483,10 @@ static int wait_for(const struct call *c, struct group *g, enum wait_for what)
 		int err = 0;
 		mutex_lock(&g->lock);
 		bool holds = wait_holds(g, what, &e, &err);
+		if (!holds && !err && g->closing)
+			err = atomic_load(&c->d->ending)
+				  ? err_set(&e, ERR_CANCELED, "the daemon is shutting down")
+				  : err_set(&e, ERR_CANCELED, "volumes were added to the group or deleted meanwhile");
 		mutex_unlock(&g->lock);
 		if (holds)
 			return 0;
@@ -476,7 +533,10 @@ static int set_ids(const struct call *c, struct group *g)
 	if (!json_is_object(ids) || json_object_size(ids) == 0)
 		return 0;
 	struct repl_meta *m = NULL;
-	int err = store_load_group(c->d->store, g->name, &m, c->e);
+	int err = take_out(c, g->name);
+	if (err)
+		return err;
+	err = store_load_group(c->d->store, g->name, &m, c->e);
 	const char *key;
 	json_t *value;
 	json_object_foreach((json_t *)ids, key, value)
@@ -497,17 +557,15 @@ static int set_ids(const struct call *c, struct group *g)
 		for (uint32_t k = 0; k < i; k++)
 			if (m->volumes[i].id == m->volumes[k].id)
 				err = err_set(c->e, ERR_USAGE, "two volumes would have the id %u", m->volumes[i].id);
-	if (!err) {
-		err = take_out(c, g->name);
-		if (!err) {
-			err = store_save_group(c->d->store, m, c->e);
-			struct err e2 = {0};
-			int err2 = bring_back(c, m->group, &e2);
-			if (!err && err2)
-				err = err2;
-		}
-	}
+	if (!err)
+		err = store_save_group(c->d->store, m, c->e);
 	free(m);
+	struct err e2 = {0};
+	int err2 = bring_back(c, g->name, &e2);
+	if (!err && err2) {
+		err = err2;
+		*c->e = e2;
+	}
 	return err;
 }
 
@@ -576,7 +634,9 @@ static int do_protect(const struct call *c)
 	}
 	if (!err) {
 		struct shell_command *sc = shell_command_new(CMD_PROTECT);
-		if (sc) {
+		if (sc == NULL) {
+			err = err_set(c->e, ERR_NOMEM, "out of memory");
+		} else {
 			(void)snprintf(sc->c.text, sizeof(sc->c.text), "%s", peer);
 			sc->c.flags = arg_bool(c, "adopt", false) ? WIRE_JOIN_ADOPT : 0;
 			err = group_command(g, sc, c->ctl, deadline(c), c->e);
@@ -659,6 +719,8 @@ static int do_failover(const struct call *c)
 	if (err)
 		return err;
 	struct shell_command *sc = shell_command_new(CMD_FAILOVER);
+	if (sc == NULL)
+		err = prefixed(c, g->name, err_set(c->e, ERR_NOMEM, "out of memory"));
 	const json_t *to = json_object_get(c->args, "to");
 	if (sc && to) {
 		const char *text = json_string_value(to);
@@ -831,7 +893,8 @@ static int do_extents(const struct call *c)
 		for (uint32_t i = 0; i < m->n_ckpts && m->ckpts[i].number < number; i++)
 			last = m->ckpts[i].number;
 		mutex_unlock(&g->lock);
-		err = volume_changed(v->vol, since, last, false, add_run, &r);
+		if ((err = volume_changed(v->vol, since, last, false, add_run, &r)) < 0)
+			(void)err_set(c->e, -err, "the map could not be read: %s", err_short(err));
 	}
 	for (uint64_t off = 0; !err && !since && off < size;) {
 		struct extent x;
@@ -883,9 +946,12 @@ static int do_set(const struct call *c)
 	int err = need_group(c, &g);
 	if (err)
 		return err;
+	mutex_lock(&g->lock);
+	bool secondary = repl_meta(g->core)->role == ROLE_SECONDARY;
+	mutex_unlock(&g->lock);
 	if (!json_is_object(map) || json_object_size(map) == 0)
 		err = err_set(c->e, ERR_USAGE, "give one or more KEY=VALUE; `get` shows the keys");
-	else if (repl_meta(g->core)->role == ROLE_SECONDARY)
+	else if (secondary)
 		err = err_set(c->e, ERR_STATE,
 			      "this host is secondary for it; set it on the primary, the peer gets it from there");
 	else

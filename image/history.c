@@ -203,8 +203,9 @@ void volume_drop(struct volume *v, uint64_t ckpt)
 	l = v->chain[i];
 	/* What it holds, older images need: dropping it unmerged would make them wrong without a word. */
 	PRE(i == 0 || overlay_count(l->o) == 0 || __atomic_load_n(&l->merged, __ATOMIC_ACQUIRE));
-	memmove(&v->chain[i], &v->chain[i + 1], (v->n_chain - (uint32_t)i - 1) * sizeof(v->chain[0]));
 	v->n_chain--;
+	for (uint32_t k = (uint32_t)i; k < v->n_chain; k++)
+		v->chain[k] = v->chain[k + 1];
 	volume_unlock(v);
 	volume_retire(v, l);
 }

@@ -502,11 +502,8 @@ static int resize_locked(struct volume *v, uint64_t size, struct resized *z)
 
 	if (v->prepared_undo || v->prepared_active)
 		return -ERR_BUSY;
-	for (; rc == 0 && z->n < v->n_chain; z->n += rc == 0) {
+	for (; rc == 0 && z->n < v->n_chain; z->n += rc == 0)
 		rc = layer_reopen(v, v->chain[z->n], size, &z->chain[z->n]);
-		if (rc == 0)
-			z->chain[z->n]->merged = v->chain[z->n]->merged;
-	}
 	if (rc == 0 && v->active)
 		rc = layer_reopen(v, v->active, size, &z->active);
 	if (rc == 0)
@@ -516,6 +513,7 @@ static int resize_locked(struct volume *v, uint64_t size, struct resized *z)
 	for (uint32_t i = 0; i < z->n; i++) {
 		struct layer *old = v->chain[i];
 
+		z->chain[i]->merged = old->merged;
 		v->chain[i] = z->chain[i];
 		z->chain[i] = old;
 	}
@@ -584,14 +582,13 @@ int view_make(struct volume *v, bool active, uint64_t base, struct view *ret)
 	return 0;
 }
 
-/* bitmap_next_* search to the map's end; a small range in a map of 2^34 bits must not cost that. */
+/* bitmap_next_* search to the map's end; a small range in a map of 2^34 bits must not cost that. bitmap_any stays in
+ * its range, and when it says yes, the search ends there too. */
 #define BITS_SEARCH_SMALL 4096U
 
 uint64_t bits_next_set(const struct bitmap *b, uint64_t from, uint64_t end)
 {
-	if (from >= end)
-		return end;
-	if (end - from <= BITS_SEARCH_SMALL && !bitmap_any(b, from, end - from))
+	if (from >= end || !bitmap_any(b, from, end - from))
 		return end;
 	return min_u64(bitmap_next_set(b, from), end);
 }
@@ -617,12 +614,26 @@ bool view_has(const struct view *w, uint64_t block)
 	return false;
 }
 
-uint64_t view_next_held(const struct view *w, uint64_t from, uint64_t end)
+static uint64_t view_next_held_within(const struct view *w, uint64_t from, uint64_t end)
 {
 	if (w->active)
 		end = bits_next_set(w->active->held, from, end);
 	for (uint32_t i = 0; i < w->n; i++)
 		end = bits_next_set(w->chain[i]->held, from, end);
+	return end;
+}
+
+/* In growing windows: what one layer has nearby must not wait for a search of an empty one to its end. */
+uint64_t view_next_held(const struct view *w, uint64_t from, uint64_t end)
+{
+	for (uint64_t window = BITS_SEARCH_SMALL; from < end; window *= 8) {
+		uint64_t stop = end - from < window ? end : from + window;
+		uint64_t found = view_next_held_within(w, from, stop);
+
+		if (found < stop)
+			return found;
+		from = stop;
+	}
 	return end;
 }
 
@@ -869,10 +880,12 @@ static int view_extent(struct volume *v, const struct view *w, uint64_t off, str
 static void overlay_extent(struct volume *v, const struct layer *l, uint64_t off, struct extent *ret)
 {
 	uint64_t block = off >> BLOCK_SHIFT, blocks = volume_blocks(v), stop = blocks;
-	bool there = l && bitmap_test(l->held, block);
+	bool there = false;
 
-	if (l)
+	if (l) {
+		there = bitmap_test(l->held, block);
 		stop = there ? bits_next_clear(l->held, block, blocks) : bits_next_set(l->held, block, blocks);
+	}
 	*ret = (struct extent){off, min_u64(stop << BLOCK_SHIFT, v->size) - off, there};
 }
 

@@ -8,7 +8,8 @@
   failover   the secondary is killed, the primary's host is lost, the secondary is started and failed over: it must be
              the last checkpoint, exactly one cut through the stream (I1, I3, I7)
   latest     the primary's host is lost: what was flushed under F survives, as one prefix (I2, I12); in every second
-             round the secondary is killed too, before it fails over: a prefix up to a barrier, and some of what follows
+             round the secondary is killed first, started again and failed over: a prefix up to a barrier, and some of what
+             follows
   commit     the secondary is killed right after it was told to fail over, again and again (I15)
 
 A failing round prints its seed; --rounds 1 --seed S KIND repeats it as far as timing allows.
@@ -187,14 +188,15 @@ def rounds_latest(rng, rounds, report):
         rig.load()
         rig.pair.proxy.delay = rng.choice((0, 0.005, 0.03))
         rig.random_moment()
+        b = rig.pair.b
         lost = time.monotonic_ns()  # before: once it notices, the primary goes on alone
+        if i % 2:
+            b.kill9()
         rig.pair.proxy.lose()
         rig.pair.a.kill9()
         rig.ckpt.stop()
         rig.writer.stop(errors_ok=True)
-        b = rig.pair.b
         if i % 2:
-            b.kill9()
             b.start()
         b.wait_status("vm1", 10, link="DOWN")
         b.repctl("-y", "failover", "vm1", "--to", "latest", "--wait", timeout=60)

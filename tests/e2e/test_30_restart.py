@@ -131,6 +131,28 @@ def test_only_dirty_regions_travel():
     p.same()
 
 
+def test_what_was_under_way_is_dirty():
+    """I4: what the peer has not acknowledged stays dirty, however long ago it was flushed here; cut, it travels again."""
+    p = Pair(proxy=True)
+    (vol,) = p.protect(size=SIZE, protocol="A", peer_timeout="60s")
+    e2e.pwrite(vol, 0, b"\x11" * SIZE, sync=True)
+    wait_for(lambda: p.a.status("vm1")["dirty_bytes"] == 0, "dirty bits to clear", 20)
+    p.proxy.stall()
+    for i in range(40):
+        e2e.pwrite(vol, i * 300 * KIB // 4096 * 4096, b"\x22" * BLOCK)
+    e2e.punch(vol, 15 * MIB, 100 * KIB)
+    e2e.fsync(vol)
+    end = time.monotonic() + 2.5
+    while time.monotonic() < end:  # long enough for bits to be cleared, if they were
+        check(p.a.status("vm1")["dirty_bytes"] >= 40 * BLOCK, "dirty bits are gone before the peer has it")
+        time.sleep(0.1)
+    p.proxy.cut()
+    p.proxy.unstall()
+    p.a.wait_synced("vm1")
+    p.checkpoint()
+    p.same()
+
+
 def test_link_cuts():
     p = Pair(proxy=True)
     log, w = loaded(p)

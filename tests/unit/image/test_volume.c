@@ -1,5 +1,6 @@
 /* Volumes against a plain model: random operations with every checkpoint's image kept, and the single properties. */
 #include <criterion/criterion.h>
+#include <signal.h>
 #include <stdint.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -346,6 +347,18 @@ Test(volume_one, merges_can_be_repeated_and_the_older_wins)
 	write_at(&model, VOLUME_WRITE, 0, 100, 9);
 	model_reopen(&model);
 	model_check(&model);
+}
+
+/* Merged once, but then given more by another merge: what it holds is not all in the older one any more. */
+Test(volume_one, dropping_what_is_not_merged_traps, .signal = SIGILL)
+{
+	for (unsigned i = 0; i < 4; i++) {
+		model_checkpoint(&model, false);
+		write_at(&model, VOLUME_WRITE, i * 4096, 4096, (uint8_t)(1 + i));
+	}
+	cr_assert_eq(volume_merge_into_older(model.v, model.ckpts[1].number), 0);
+	model_drop(&model, 2);
+	volume_drop(model.v, model.ckpts[1].number);
 }
 
 Test(volume_one, resize_grows_and_older_images_read_zero_there)
