@@ -165,6 +165,7 @@ static void scan_acks(struct repl *r)
 }
 
 static void cycle_check(struct repl *r);
+static bool cycle_start(struct repl *r);
 
 /* For the RPO: how old the newest moment is of which all that was sent has been received. */
 static void sample_received(struct repl *r)
@@ -248,7 +249,10 @@ static void on_resync_ack(struct repl *r)
 	r->link = LINK_SYNCED;
 	r->progress_ns = r->now_ns;
 	r->error.code = 0;
-	r->cycle_next_ns = r->now_ns; /* the peer has it all durable: clear at once */
+	/* The peer has it all durable: clear as soon as this host has. */
+	r->cycle_next_ns = r->now_ns;
+	if (!r->cycle_on && !r->cycle_io_busy)
+		(void)cycle_start(r);
 	repl_tx(r, TX_IN_SYNC);
 	repl_log(r, 2, "in sync");
 	/* The checkpoint that ends a resync: the secondary's view stands on it. */
@@ -336,8 +340,6 @@ void primary_settings_changed(struct repl *r)
 }
 
 /* ---- checkpoints, stop ---- */
-
-static bool cycle_start(struct repl *r);
 
 static void send_checkpoint(struct repl *r, uint64_t number, uint32_t flags)
 {

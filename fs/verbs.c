@@ -526,17 +526,18 @@ static int wait_for(const struct call *c, struct group *g, enum wait_for what)
 	}
 }
 
-/* `ids`: the numbers that a hub assigns to the volumes, before the protection begins. */
-static int set_ids(const struct call *c, struct group *g)
+/* `ids`: the numbers that a hub assigns to the volumes, before the protection begins. The caller holds no reference of
+ * the group, as taking it out waits for all others. */
+static int set_ids(const struct call *c, const char *group)
 {
 	const json_t *ids = json_object_get(c->args, "ids");
 	if (!json_is_object(ids) || json_object_size(ids) == 0)
 		return 0;
 	struct repl_meta *m = NULL;
-	int err = take_out(c, g->name);
+	int err = take_out(c, group);
 	if (err)
 		return err;
-	err = store_load_group(c->d->store, g->name, &m, c->e);
+	err = store_load_group(c->d->store, group, &m, c->e);
 	const char *key;
 	json_t *value;
 	json_object_foreach((json_t *)ids, key, value)
@@ -561,7 +562,7 @@ static int set_ids(const struct call *c, struct group *g)
 		err = store_save_group(c->d->store, m, c->e);
 	free(m);
 	struct err e2 = {0};
-	int err2 = bring_back(c, g->name, &e2);
+	int err2 = bring_back(c, group, &e2);
 	if (!err && err2) {
 		err = err2;
 		*c->e = e2;
@@ -614,10 +615,12 @@ static int do_protect(const struct call *c)
 	else if (!daemon_addr_allowed(c->d, peer, c->e))
 		err = -ERR_PERM;
 	if (!err && json_object_get(c->args, "ids")) {
-		mutex_lock(&c->d->admin);
-		err = set_ids(c, g);
-		mutex_unlock(&c->d->admin);
+		char group[NAME_SIZE];
+		memcpy(group, g->name, sizeof(group));
 		group_unref(g);
+		mutex_lock(&c->d->admin);
+		err = set_ids(c, group);
+		mutex_unlock(&c->d->admin);
 		if (err)
 			return prefixed(c, arg_str(c, "name"), err);
 		err = need_group(c, &g);

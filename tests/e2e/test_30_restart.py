@@ -146,8 +146,10 @@ def test_what_was_under_way_is_dirty():
     while time.monotonic() < end:  # long enough for bits to be cleared, if they were
         check(p.a.status("vm1")["dirty_bytes"] >= 40 * BLOCK, "dirty bits are gone before the peer has it")
         time.sleep(0.1)
+    before = p.a.status("vm1")["counters"]["reconnects"]
     p.proxy.cut()
     p.proxy.unstall()
+    wait_for(lambda: p.a.status("vm1")["counters"]["reconnects"] > before, "the primary to connect again")
     p.a.wait_synced("vm1")
     p.checkpoint()
     p.same()

@@ -966,7 +966,8 @@ class Log:
 
     def flushed_before(self, t):
         """Writes that had ended when a flush began that had ended by t."""
-        last = max((f.start for f in self.flushes if f.ok and f.done < t), default=-1)
+        with self.lock:
+            last = max((f.start for f in self.flushes if f.ok and f.done < t), default=-1)
         return lambda w: w.ok and w.done < last
 
     # -- reading an image
@@ -1025,9 +1026,9 @@ class Log:
             horizon = max((f.start for f in self.flushes if f.ok and f.done < horizon), default=-1)
         elif prefix is None:
             horizon = -1
-        for (vol, u), writes in self.by_unit.items():
-            if vol not in found:
-                continue
+        with self.lock:  # the writer may be at work
+            by_unit = [(k, list(v)) for k, v in self.by_unit.items() if k[0] in found]
+        for (vol, u), writes in by_unit:
             w = found[vol][u]
             must = [x for x in writes if x.ok and ((required is not None and required(x)) or x.done < horizon)]
             if not must:
