@@ -106,6 +106,12 @@ enum lineage_decision lineage_decide(const struct wire_join *a, const struct wir
 			*ret_source = !i;
 			return LINEAGE_PARTIAL;
 		}
+		/* Made for this sync, which was cut before its first block: everything. */
+		if (unfinished(t) && (t->flags & WIRE_JOIN_FRESH) != 0 && t->lineage.current == 0 &&
+		    t->sync_from == 0) {
+			*ret_source = !i;
+			return LINEAGE_FULL;
+		}
 		/* Made for this protection, or its owner asked for it: everything. */
 		if ((o->flags & WIRE_JOIN_PROTECT) != 0 &&
 		    ((t->flags & WIRE_JOIN_FRESH) != 0 || (o->flags & WIRE_JOIN_ADOPT) != 0)) {
@@ -131,7 +137,8 @@ enum lineage_decision lineage_decide(const struct wire_join *a, const struct wir
 	if (s->role != ROLE_PRIMARY || t->role != ROLE_SECONDARY || unfinished(s))
 		return LINEAGE_NO_SOURCE;
 	*ret_source = source;
-	return d;
+	/* What an unfinished sync from elsewhere has changed on it stands in nobody's dirty set. */
+	return unfinished(t) ? LINEAGE_FULL : d;
 }
 
 const char *lineage_decision_name(enum lineage_decision d)

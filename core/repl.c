@@ -187,6 +187,16 @@ struct tx *repl_tx(struct repl *r, enum tx_kind kind)
 	return t;
 }
 
+struct tx *repl_tx_queued(struct repl *r, enum tx_kind kind)
+{
+	for (unsigned i = 0; i < r->tx_count; i++) {
+		struct tx *t = &r->txq[(r->tx_head + i) % TX_MAX];
+		if (t->kind == kind)
+			return t;
+	}
+	return NULL;
+}
+
 bool repl_tx_pending(const struct repl *r, enum tx_kind kind)
 {
 	if (r->saving && r->tx.kind == kind)
@@ -209,12 +219,14 @@ static bool tx_prepare(struct repl *r, struct tx *t, struct repl_meta *m)
 	m->ckpt_max = max_u64(m->ckpt_max, r->ckpt_used);
 	switch (t->kind) {
 	case TX_BUMP:
-		if (m->alone)
+		/* A session that began meanwhile took what waits here into its resync; a host that stepped down
+		 * meanwhile writes no more. */
+		if (m->alone || primary_live(r) || repl_serving(m, false) == SERVING_EIO)
 			return false;
 		begin_generation(r, m);
 		return true;
 	case TX_ACTIVATE:
-		if (t->session != r->session)
+		if (t->session != r->session || r->link != LINK_HANDSHAKE || r->closing)
 			return false;
 		if (m->role != ROLE_PRIMARY) {
 			m->role = ROLE_PRIMARY;
@@ -240,6 +252,9 @@ static bool tx_prepare(struct repl *r, struct tx *t, struct repl_meta *m)
 		lineage_in_sync(&m->lineage);
 		return true;
 	case TX_SHUT_OUT:
+		/* It has written alone since its JOIN: the next handshake will find a split brain. */
+		if (m->lineage.current != t->lineage.current)
+			return false;
 		m->role = ROLE_SECONDARY;
 		repl_state_move(m, STATE_NONE);
 		m->shut_out = true;
@@ -279,7 +294,10 @@ void repl_tx_run(struct repl *r)
 		r->tx.active_id = r->meta->active_id;
 		if (!tx_prepare(r, &r->tx, r->next)) {
 			struct tx t = r->tx;
-			tx_done(r, &t, t.kind == TX_BUMP || t.kind == TX_SPLIT ? 0 : -ERR_CANCELED);
+			int error = t.kind == TX_BUMP || t.kind == TX_SPLIT ? 0 : -ERR_CANCELED;
+			if (t.kind == TX_BUMP && repl_serving(r->meta, false) == SERVING_EIO)
+				error = -ERR_IO;
+			tx_done(r, &t, error);
 			continue;
 		}
 		r->saving = true;
@@ -320,7 +338,7 @@ static void tx_done(struct repl *r, struct tx *t, int error)
 			primary_settings_changed(r);
 		} else if (t->command)
 			repl_command_done(r, t->command, 0, " ");
-		else if (t->number && !error)
+		else if (t->number && !error && t->session == r->session && r->is_target)
 			session_send(r, WIRE_SETTINGS_ACK, t->number, 0, 0, 0, NULL, 0);
 		break;
 	default:
@@ -358,7 +376,7 @@ static bool is_flush(const struct repl_io *io)
 	return io->kind == REPL_FLUSH;
 }
 
-static bool frozen(const struct repl *r)
+bool repl_frozen(const struct repl *r)
 {
 	return r->meta->settings.on_disconnect == ON_DISCONNECT_FREEZE && r->meta->role == ROLE_PRIMARY &&
 	       r->meta->state == STATE_RUNNING && r->link != LINK_SYNCED && r->link != LINK_RESYNC;
@@ -368,7 +386,9 @@ static bool gate_open(const struct repl *r, const struct repl_io *io)
 {
 	if (r->holding || r->activating || r->stopping || r->failing_over || r->finalising)
 		return false;
-	if (frozen(r) || (!is_flush(io) && secondary_switching(r)))
+	if (repl_frozen(r) || (!is_flush(io) && secondary_switching(r)))
+		return false;
+	if (!is_flush(io) && r->throttled && r->admit < 2)
 		return false;
 	/* The queue to the peer is full: new writes wait (on_congestion=block). */
 	if (!is_flush(io) && primary_live(r) && r->queue_bytes >= r->meta->settings.queue_max_bytes)
@@ -401,6 +421,8 @@ static void io_start(struct repl *r, struct repl_io *io)
 	}
 	r->counters.writes++;
 	r->counters.write_bytes += io->len;
+	if (r->throttled)
+		r->admit -= r->admit < 2 ? r->admit : 2;
 	r->writes_in_flight++;
 	io->phase = PHASE_CLAIM;
 	claim_set(io);
@@ -500,7 +522,11 @@ static void bump_done(struct repl *r, int error)
  * peer begins one with its first write only (cur != 0: written), and not for flushes. */
 void repl_alone(struct repl *r, struct repl_io *io)
 {
-	if (frozen(r) && !r->shutdown) {
+	if (repl_frozen(r)) {
+		if (r->shutdown) {
+			io_finish(r, io, -ERR_IO);
+			return;
+		}
 		io->phase = PHASE_FROZEN;
 		list_push(&r->frozen, io);
 		return;
@@ -607,6 +633,11 @@ static void guest_io_done(struct repl *r, struct repl_io *io, int error)
 			return;
 		}
 		struct range b = intent_bits(io);
+		if (r->clear_busy && bitmap_any(&r->vol[io->volume].clearing, b.off, b.len)) {
+			/* A clear of one of them began meanwhile and may undo it: again, after that. */
+			io_intent(r, io);
+			return;
+		}
 		bitmap_set_range(&r->vol[io->volume].intent, b.off, b.len);
 		io_local(r, io);
 		return;
@@ -631,13 +662,13 @@ static void guest_io_done(struct repl *r, struct repl_io *io, int error)
 		secondary_commit_pump(r);
 		return;
 	}
-	if (error && io->save_failed && r->meta->role != ROLE_SECONDARY && r->meta->n_ckpts) {
-		/* Room for history never fails a guest's write (SPEC 3): unpinned checkpoints go first, then pinned
-		 * ones. */
-		io->phase = PHASE_BUMP;
+	if (error && io->save_failed && r->meta->n_ckpts) {
+		/* Room for history never fails a guest's write (SPEC 3): the oldest checkpoint goes. Writes that fail
+		 * together wait for the same one. */
 		r->writes_in_flight++;
-		struct tx *t = repl_tx(r, TX_DROP);
-		t->io = io;
+		if (r->room.head == NULL)
+			repl_tx(r, TX_DROP);
+		list_push(&r->room, io);
 		repl_tx_run(r);
 		return;
 	}
@@ -811,7 +842,8 @@ static void cmd_start(struct repl *r, struct repl_command *c)
 	else {
 		r->start = c;
 		(void)snprintf(r->dial_addr, sizeof(r->dial_addr), "%s", m->peer);
-		session_dial(r);
+		if (!r->dialing) /* else the one under way serves */
+			session_dial(r);
 	}
 }
 
@@ -827,7 +859,9 @@ static void cmd_stop(struct repl *r, struct repl_command *c)
 		repl_command_done(r, c, -ERR_BUSY, "another stop is under way");
 		return;
 	}
-	if (is_primary(r) && r->link == LINK_DOWN) {
+	if (repl_tx_pending(r, TX_STOPPED)) {
+		repl_command_done(r, c, -ERR_BUSY, "another stop is under way");
+	} else if (is_primary(r) && r->link == LINK_DOWN) {
 		struct tx *t = repl_tx(r, TX_STOPPED);
 		t->command = c;
 	} else if (r->link != LINK_SYNCED) {
@@ -874,6 +908,10 @@ static void cmd_discard(struct repl *r, struct repl_command *c)
 		repl_command_done(r, c, -ERR_STATE,
 				  "only a running secondary has an active overlay to discard (%s, %s)",
 				  role_name(r->meta->role), state_name(r->meta->state));
+	else if (r->failing_over)
+		repl_command_done(r, c, -ERR_BUSY, "a failover is under way");
+	else if (repl_tx_pending(r, TX_DISCARD))
+		repl_command_done(r, c, -ERR_BUSY, "another discard is under way");
 	else
 		repl_tx(r, TX_DISCARD)->command = c;
 }

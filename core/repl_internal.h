@@ -23,6 +23,8 @@
 #define REDIAL_MIN_NS UINT64_C(50000000)
 #define REDIAL_MAX_NS UINT64_C(2000000000)
 #define REFUSED_REDIAL_NS UINT64_C(2000000000)
+/* Of what a peer may name: room above it for this host's own, so that no number outgrows the wire's limit. */
+#define CKPT_PEER_MAX (WIRE_CKPT_NUMBER_MAX / 2)
 
 enum phase {
 	PHASE_NONE,
@@ -92,6 +94,7 @@ struct repl {
 	/* requests */
 	struct reqset claims;
 	struct repl_list gated, bumping, clear_wait, acks, frozen, held, window;
+	struct repl_list room; /* writes that wait for a checkpoint to be dropped */
 	struct repl_volume_state vol[GROUP_VOLUMES_MAX];
 	uint64_t writes_in_flight; /* guests' writes past the gate and not locally done */
 	bool holding;		   /* restarted primary: nothing served before the handshake */
@@ -102,8 +105,9 @@ struct repl {
 	enum link_state link;
 	uint64_t session;
 	bool dialer, join_sent, join_got, dialing, closing;
-	struct wire_join theirs;
-	bool join_waits; /* their JOIN is here, but the old session's work has not ended */
+	struct wire_join mine, theirs; /* as sent and got: both hosts decide from the same two */
+	bool join_waits;	       /* their JOIN is here, but the old session's work has not ended */
+	bool refused;		       /* this session ended in a refusal: no quick redial */
 	bool is_source, is_target;
 	enum lineage_decision decision;
 	uint64_t link_since_ns, heard_ns, pinged_ns, redial_ns, redial_wait_ns, progress_ns;
@@ -156,6 +160,7 @@ struct repl {
 	bool apply_stopped;
 	bool keeping;	    /* RESYNC_BEGIN came; nothing of the stream is applied before TX_KEEP is durable */
 	bool barrier_waits; /* a checkpoint waits for the view's writes under way */
+	bool ckpt_owed;	    /* the one that ends a resync is still to come */
 	struct repl_command *want_ckpt;
 	/* failover, commit */
 	struct repl_command *failover;
@@ -167,6 +172,9 @@ struct repl {
 	uint32_t commit_vol;
 	uint64_t commit_off, commit_total, commit_done;
 	bool committing, commit_stopped;
+	bool presynced;		/* the disks were synced once since the commit began */
+	bool throttled;		/* guests' writes are let in at half the commit's pace, so that it ends */
+	unsigned admit;		/* throttled: writes that may start, in halves */
 	uint64_t active_writes; /* in flight to active in FAILOVER */
 	struct repl_command *dropping;
 
@@ -188,7 +196,8 @@ void repl_submit(struct repl *r, struct repl_io *io, enum repl_target target);
 void repl_complete(struct repl *r, struct repl_io *io, int error);
 void repl_command_done(struct repl *r, struct repl_command *c, int error, const char *fmt, ...)
     __attribute__((format(printf, 4, 5)));
-struct tx *repl_tx(struct repl *r, enum tx_kind kind); /* queues one and returns it; repl_tx_run starts it */
+struct tx *repl_tx(struct repl *r, enum tx_kind kind);	      /* queues one and returns it; repl_tx_run starts it */
+struct tx *repl_tx_queued(struct repl *r, enum tx_kind kind); /* one that has not started yet, or NULL */
 void repl_tx_run(struct repl *r);
 bool repl_tx_pending(const struct repl *r, enum tx_kind kind);
 void repl_gate_run(struct repl *r);
@@ -196,6 +205,7 @@ void repl_release_claim(struct repl *r, struct repl_io *io);
 void repl_alone(struct repl *r, struct repl_io *io); /* complete it without the peer's word */
 void repl_ready_claims(struct repl *r, struct reqset_claim *ready);
 void repl_mark_written(struct repl *r, const struct repl_io *io);
+bool repl_frozen(const struct repl *r); /* nothing may complete without the peer: on_disconnect=freeze */
 extern const struct sm_table repl_states;
 void repl_state_move(struct repl_meta *m, unsigned to);
 

@@ -75,8 +75,15 @@ static void wait_ack(struct repl *r, struct repl_io *io)
 
 void primary_local_done(struct repl *r, struct repl_io *io)
 {
+	/* Again: a clear cycle may have gone by since it started. */
+	if (r->meta->has_peer)
+		repl_mark_written(r, io);
 	if (io->error) {
-		/* The range stays dirty; the guest is told. */
+		/* What the disk holds now was not sent: the range stays dirty for the next resync, or for this one. */
+		if (primary_live(r)) {
+			uint64_t first = io->off >> REGION_SHIFT, last = (io->off + io->len - 1) >> REGION_SHIFT;
+			bitmap_set_range(&r->vol[io->volume].todo, first, last - first + 1);
+		}
 		repl_set_error(r, io->error, "write", (int)io->volume, io->off, io->len,
 			       "a local write to %s failed: %s", r->meta->volumes[io->volume].name,
 			       err_short(io->error));
@@ -90,7 +97,6 @@ void primary_local_done(struct repl *r, struct repl_io *io)
 		repl_alone(r, io);
 		return;
 	}
-	repl_mark_written(r, io);
 	io->session = r->session;
 	if (r->link == LINK_RESYNC && all_in_todo(&r->vol[io->volume], io)) {
 		repl_release_claim(r, io);
@@ -204,10 +210,8 @@ static void on_checkpoint_ack(struct repl *r, const struct wire_frame *f)
 {
 	uint64_t number = f->offset;
 	r->progress_ns = r->now_ns;
-	if (number == 0 || number > r->ckpt_used) {
-		session_protocol_error(r, "CHECKPOINT_ACK for %llu, which was never asked", (unsigned long long)number);
-		return;
-	}
+	bool stopping = r->stopping && number == r->stop_number;
+	bool asked = stopping || number == r->auto_ckpt;
 	if (number == r->auto_ckpt)
 		r->auto_ckpt = 0;
 	struct repl_command *c = NULL;
@@ -215,9 +219,13 @@ static void on_checkpoint_ack(struct repl *r, const struct wire_frame *f)
 		if ((*p)->result == number) {
 			c = *p;
 			*p = c->next;
+			c->next = NULL;
 			break;
 		}
-	bool stopping = r->stopping && number == r->stop_number;
+	if (number == 0 || (!asked && c == NULL)) {
+		session_protocol_error(r, "CHECKPOINT_ACK for %llu, which was not asked", (unsigned long long)number);
+		return;
+	}
 	if (f->length != WIRE_VOID_NONE) {
 		if (f->length == WIRE_VOID_ACTIVE)
 			repl_log(r, 2, "checkpoint %llu not taken: the secondary's active overlay is not empty",
@@ -233,11 +241,24 @@ static void on_checkpoint_ack(struct repl *r, const struct wire_frame *f)
 		return;
 	}
 	r->counters.checkpoints++;
-	struct tx *t = repl_tx(r, stopping ? TX_STOPPED : TX_CKPT);
-	t->number = number;
-	t->command = stopping ? r->stop : c;
-	if (stopping && r->stop)
-		r->stop->result2 = f->seq;
+	if (stopping) {
+		r->stop_number = 0; /* its answer is here: another would be one too many */
+		struct tx *t = repl_tx(r, TX_STOPPED);
+		t->number = number;
+		t->command = r->stop;
+		if (r->stop)
+			r->stop->result2 = f->seq;
+		return;
+	}
+	/* Those that complete while the disk is slow are saved together. */
+	struct tx *t = repl_tx_queued(r, TX_CKPT);
+	if (t == NULL)
+		t = repl_tx(r, TX_CKPT);
+	t->number = max_u64(t->number, number);
+	if (c) {
+		c->next = t->command;
+		t->command = c;
+	}
 }
 
 static void on_resync_ack(struct repl *r)
@@ -290,6 +311,10 @@ void primary_frame(struct repl *r, const struct repl_event *ev)
 		on_checkpoint_ack(r, f);
 		break;
 	case WIRE_RESYNC_READY:
+		if (f->offset > CKPT_PEER_MAX) {
+			session_protocol_error(r, "RESYNC_READY with number %llu", (unsigned long long)f->offset);
+			break;
+		}
 		r->ckpt_used = max_u64(r->ckpt_used, f->offset); /* [NUMMAX] */
 		r->rs_ready = true;
 		r->progress_ns = r->now_ns;
@@ -386,11 +411,16 @@ void primary_tx_done(struct repl *r, struct tx *t, int error)
 		return;
 	case TX_CKPT:
 		r->last_ckpt_wall_ns = r->wall_ns;
-		repl_command_done(r, t->command, error,
-				  "checkpoint %llu was taken, but its number could not be saved here: %s",
-				  (unsigned long long)t->number, err_short(error));
+		for (struct repl_command *c = t->command, *next; c; c = next) {
+			next = c->next;
+			repl_command_done(r, c, error,
+					  "checkpoint %llu was taken, but its number could not be saved here: %s",
+					  (unsigned long long)c->result, err_short(error));
+		}
 		return;
 	case TX_STOPPED:
+		if (!error)
+			r->holding = false;
 		r->stopping = r->stop_cleared = false;
 		r->stop_number = 0;
 		if (t->command == r->stop)
@@ -572,14 +602,13 @@ void primary_tick(struct repl *r)
 	const struct settings *s = &r->meta->settings;
 	if (r->now_ns - r->intent_looked_ns >= INTENT_LOOK_NS && r->meta->has_peer)
 		intent_look(r);
-	if (s->on_disconnect == ON_DISCONNECT_CONTINUE && r->frozen.head) {
-		struct repl_io *io = list_pop(&r->frozen);
-		repl_alone(r, io);
-	}
+	while (r->frozen.head && !repl_frozen(r)) /* the setting was changed, or replication stopped */
+		repl_alone(r, list_pop(&r->frozen));
 	if (!primary_live(r))
 		return;
 	/* Something outstanding made no progress for four times peer_timeout: a hung disk behind a live daemon. */
-	if (r->seq > r->applied && r->now_ns - r->progress_ns > 4 * s->peer_timeout_ms * UINT64_C(1000000)) {
+	bool outstanding = r->seq > r->applied || (r->link == LINK_RESYNC && !r->rs_ready);
+	if (outstanding && r->now_ns - r->progress_ns > 4 * s->peer_timeout_ms * UINT64_C(1000000)) {
 		repl_set_error(r, ERR_TIMEOUT, "peer", -1, 0, 0,
 			       "the peer made no progress for four times peer_timeout");
 		session_close(r, false);
@@ -587,7 +616,7 @@ void primary_tick(struct repl *r)
 		r->session = 0;
 		return;
 	}
-	if (r->seq == r->applied)
+	if (!outstanding)
 		r->progress_ns = r->now_ns;
 	sample_received(r);
 	if (!r->cycle_on && !r->cycle_io_busy && r->now_ns >= r->cycle_next_ns)
@@ -749,7 +778,7 @@ void primary_resync_io_done(struct repl *r, struct repl_io *io, int error)
 		repl_set_error(r, error, "resync", (int)io->volume, io->off, io->len,
 			       "reading %s for the resync failed: %s", r->meta->volumes[io->volume].name,
 			       err_short(error));
-		r->redial_wait_ns = REDIAL_MAX_NS;
+		r->refused = true;
 		session_close(r, false);
 		return;
 	}

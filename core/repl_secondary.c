@@ -15,8 +15,9 @@
  * Failover: end of the stream → what was received is applied → every block of undo(base) .. live and active is durably
  * dirty [FOBITS] → one metadata write: generation [FOGEN], target, state, local checkpoint of the disk as received
  * [FOTARGET, FOKEEP] → answered. The way back is written in the background, as ordinary writes of the new epoch, region
- * by region under exclusive claims; a guest's write to active puts its regions back into `todo`. When `todo` is empty
- * and nothing is under way, requests wait for one metadata write: DONE.
+ * by region under exclusive claims; a guest's write to active puts its regions back into `todo`, and after the first
+ * pass guests' writes are let in at half the commit's pace, so that it ends under any load. When `todo` is empty the
+ * disks are synced; then requests wait, the little that came meanwhile is written and synced, one metadata write: DONE.
  */
 #include "core/repl_internal.h"
 
@@ -44,9 +45,9 @@ static uint64_t active_id_next(const struct repl_meta *m)
 void secondary_stream(struct repl *r, struct repl_io *io)
 {
 	if (io->seq != r->in_seq + 1) {
-		repl_complete(r, io, -ERR_CANCELED);
 		session_protocol_error(r, "sequence number %llu after %llu", (unsigned long long)io->seq,
 				       (unsigned long long)r->in_seq);
+		repl_complete(r, io, -ERR_CANCELED);
 		return;
 	}
 	bool done = io->kind == REPL_RESYNC_DONE;
@@ -59,7 +60,7 @@ void secondary_stream(struct repl *r, struct repl_io *io)
 	}
 	/* Numbers only grow (I17); one that was used already is never taken again. */
 	if (io->kind == REPL_CHECKPOINT) {
-		if (io->arg <= r->ckpt_used) {
+		if (io->arg <= r->ckpt_used || io->arg > CKPT_PEER_MAX) {
 			session_protocol_error(r, "checkpoint %llu after %llu", (unsigned long long)io->arg,
 					       (unsigned long long)r->ckpt_used);
 			repl_complete(r, io, -ERR_CANCELED);
@@ -226,6 +227,11 @@ static void checkpoint_void(struct repl *r, struct repl_io *io, enum wire_void w
 {
 	if (io->session == r->session)
 		session_send(r, WIRE_CHECKPOINT_ACK, 0, io->arg, why, 0, NULL, 0);
+	if (io->flags & WIRE_CKPT_STOP) {
+		struct repl_command *c = r->stop;
+		r->stop = NULL;
+		repl_command_done(r, c, -ERR_STATE, "its last checkpoint could not be taken");
+	}
 	if (why == WIRE_VOID_ACTIVE)
 		repl_log(r, 2, "checkpoint %llu not taken: the active overlay is not empty",
 			 (unsigned long long)io->arg);
@@ -310,6 +316,8 @@ void secondary_tick(struct repl *r)
 		secondary_ack(r, false);
 	if (r->committing)
 		secondary_commit_pump(r);
+	else if (r->meta->state == STATE_FAILOVER && !r->mark_busy && !r->commit_stopped)
+		secondary_commit_start(r);
 	secondary_retention(r);
 }
 
@@ -436,14 +444,11 @@ void secondary_retention(struct repl *r)
 	repl_submit(r, &r->merge_io, TARGET_OWN);
 }
 
-/* For room (a guest's write cannot be saved): the oldest unpinned one, then the oldest pinned one. 0: none may go. */
+/* For room (a guest's write cannot be saved): the oldest, pinned or not. One in the middle would have to be merged into
+ * its older neighbour first, which takes room and frees next to none. 0: there is none. */
 static uint64_t pick_for_room(const struct repl_meta *m)
 {
-	for (unsigned pinned = 0; pinned < 2; pinned++)
-		for (uint32_t i = 0; i < m->n_ckpts; i++)
-			if (((m->ckpts[i].flags & CKPT_PINNED) != 0) == pinned)
-				return m->ckpts[i].number;
-	return 0;
+	return m->n_ckpts ? m->ckpts[0].number : 0;
 }
 
 static void remove_ckpt(struct repl_meta *m, uint64_t number)
@@ -584,6 +589,7 @@ static void switched(struct repl *r, struct tx *t, int error)
 	}
 	r->counters.checkpoints++;
 	r->error.code = 0;
+	r->ckpt_owed = false;
 	if (io->session == r->session) {
 		session_send(r, WIRE_CHECKPOINT_ACK, t->arg, t->number, WIRE_VOID_NONE, 0, NULL, 0);
 	}
@@ -623,6 +629,7 @@ static void adopted(struct repl *r, struct tx *t, int error)
 	if (io->session == r->session) {
 		r->link = LINK_SYNCED;
 		r->error.code = 0;
+		r->ckpt_owed = true;
 		r->in_applied = r->in_flushed = max_u64(r->in_flushed, io->seq);
 		session_send(r, WIRE_RESYNC_ACK, io->seq, 0, 0, 0, NULL, 0);
 		secondary_ack(r, true);
@@ -687,7 +694,7 @@ void secondary_tx_done(struct repl *r, struct tx *t, int error)
 	case TX_COMMITTED:
 		r->finalising = false;
 		if (!error) {
-			r->committing = false;
+			r->committing = r->throttled = false;
 			repl_log(r, 2, "the failover is committed");
 		}
 		return;
@@ -697,27 +704,36 @@ void secondary_tx_done(struct repl *r, struct tx *t, int error)
 			r->error.code = 0;
 			secondary_commit_start(r);
 		}
+		if (t->kind == TX_COMMIT_FAILED && error)
+			r->commit_stopped = false; /* not even that could be saved: the tick tries the commit again */
 		repl_command_done(r, t->command, error, "the group's record could not be saved: %s", err_short(error));
 		return;
 	case TX_DISCARD:
+		/* The checkpoint that ends a resync is asked for again once active is empty (SPEC 7). */
+		if (!error && r->ckpt_owed && r->is_target && r->link == LINK_SYNCED)
+			session_send(r, WIRE_CHECKPOINT_WANT, 0, 0, 0, 0, NULL, 0);
 		if (t->command)
 			t->command->result2 = t->arg;
 		repl_command_done(r, t->command, error, "the discard could not be saved: %s", err_short(error));
 		return;
 	case TX_DROP:
-		if (t->io) { /* for room: try the write again */
-			t->io->claim.next_ready = NULL;
-			repl_log(r, 0,
-				 "no room to keep checkpoint %llu: it was dropped so that the guest's write succeeds",
-				 (unsigned long long)t->dropped);
-			t->io->phase = PHASE_IO;
-			if (error) {
-				r->writes_in_flight--;
-				t->io->error = -ERR_NOSPC;
-				primary_local_done(r, t->io);
-			} else {
-				repl_submit(r, t->io, TARGET_DISK);
+		if (t->number == 0) { /* for room: try the writes again */
+			if (!error)
+				repl_log(
+				    r, 0,
+				    "no room to keep checkpoint %llu: it was dropped so that guests' writes succeed",
+				    (unsigned long long)t->dropped);
+			for (uint64_t n = r->room.count; n; n--) {
+				struct repl_io *io = list_pop(&r->room);
+				if (error) {
+					r->writes_in_flight--;
+					io->error = -ERR_NOSPC;
+					primary_local_done(r, io);
+				} else {
+					repl_submit(r, io, TARGET_DISK);
+				}
 			}
+			primary_stop_check(r);
 			return;
 		}
 		if (t->command == r->dropping)
@@ -808,6 +824,10 @@ void secondary_failover(struct repl *r, struct repl_command *c)
 		c->result3 = m->received_bytes;
 		int i = repl_meta_find_ckpt(m, m->target);
 		c->result_time_ns = i >= 0 ? m->ckpts[i].time_ns : 0;
+		if (m->state == STATE_FAILOVER_FAILED && repl_tx_pending(r, TX_COMMIT_RETRY)) {
+			repl_command_done(r, c, -ERR_BUSY, "the commit is about to be tried again");
+			return;
+		}
 		if (m->state == STATE_FAILOVER_FAILED) {
 			repl_tx(r, TX_COMMIT_RETRY)->command = c;
 			return;
@@ -859,6 +879,14 @@ void secondary_failover_go(struct repl *r)
 	if (!r->failing_over || !secondary_quiet(r) || r->writes_in_flight || r->mark_busy || r->marked ||
 	    r->clear_busy || r->merge_busy || r->sync_busy || r->union_busy || r->saving || r->tx_count)
 		return;
+	/* What was received may have ended in a checkpoint, or in the end of a resync: what is asked for is looked at
+	 * again. */
+	if (outcome(r, r->failover, &r->failover_outcome) < 0) {
+		r->failover = NULL;
+		r->failing_over = false;
+		repl_gate_run(r);
+		return;
+	}
 	/* From the older of the target and the base: what differs from the primary, and what has to go back. */
 	uint64_t to = r->failover_outcome, base = r->meta->base;
 	r->mark_busy = true;
@@ -870,6 +898,8 @@ void secondary_failover_go(struct repl *r)
 void secondary_commit_start(struct repl *r)
 {
 	if (!r->marked && !r->mark_busy) { /* after a restart: what is to do is found again */
+		if (r->clear_busy)
+			return; /* it could undo the bits that the mark sets; the tick comes again */
 		r->mark_busy = true;
 		r->mark_io.kind = REPL_MARK;
 		r->mark_io.arg = r->meta->base;
@@ -877,7 +907,8 @@ void secondary_commit_start(struct repl *r)
 		return;
 	}
 	r->committing = true;
-	r->commit_stopped = false;
+	r->commit_stopped = r->presynced = r->throttled = false;
+	r->admit = 0;
 	r->commit_vol = 0;
 	r->commit_off = 0;
 	r->commit_total = r->commit_done = 0;
@@ -911,6 +942,7 @@ static bool commit_next(struct repl *r, struct repl_io *io)
 			io->len = min_u64(min_u64(end << REGION_SHIFT, r->meta->volumes[r->commit_vol].size) - off,
 					  COMMIT_MAX);
 			r->commit_off = off + io->len;
+			r->throttled = r->throttled || turn > 0; /* behind the first pass: guests write it anew */
 			return true;
 		}
 		r->commit_vol = 0;
@@ -921,7 +953,7 @@ static bool commit_next(struct repl *r, struct repl_io *io)
 
 void secondary_commit_pump(struct repl *r)
 {
-	if (!r->committing || r->commit_stopped || r->finalising || r->meta->state != STATE_FAILOVER)
+	if (!r->committing || r->commit_stopped || r->meta->state != STATE_FAILOVER || repl_tx_pending(r, TX_COMMITTED))
 		return;
 	struct repl_io *io;
 	while ((io = commit_slot(r)) != NULL && commit_next(r, io)) {
@@ -942,12 +974,16 @@ void secondary_commit_pump(struct repl *r)
 	for (uint32_t i = 0; i < r->meta->n_volumes; i++)
 		if (r->vol[i].todo.count)
 			return;
-	/* All is written. New requests wait; those under way end; the disks are synced; one metadata write. */
-	r->finalising = true;
-	if (r->active_writes || r->writes_in_flight) {
-		r->finalising = false;
-		return; /* the last of them calls again */
+	if (r->sync_busy)
+		return;
+	/* All is written. The disks are synced once while guests go on, so that the hold is short. Then new requests
+	 * wait; those under way end and are written too; the disks are synced; one metadata write. */
+	if (r->presynced) {
+		r->finalising = true;
+		if (r->active_writes || r->writes_in_flight)
+			return; /* the last of them calls again */
 	}
+	r->throttled = false;
 	r->sync_busy = true;
 	r->sync_io.kind = REPL_FLUSH;
 	r->sync_io.session = 0;
@@ -964,7 +1000,7 @@ static void commit_failed(struct repl *r, const struct repl_io *io, int error)
 	if (r->commit_stopped)
 		return;
 	r->commit_stopped = true;
-	r->finalising = false;
+	r->finalising = r->throttled = false;
 	repl_set_error(r, error, "commit", io ? (int)io->volume : -1, io ? io->off : 0, io ? io->len : 0,
 		       "the commit of the failover met an error: %s; run `failover` again when it is mended",
 		       err_short(error));
@@ -981,6 +1017,7 @@ static void commit_done(struct repl *r, struct repl_io *io, int error)
 		return;
 	}
 	r->commit_done += io->len;
+	r->admit = (unsigned)min_u64(r->admit + 1, 2 * COMMITS_MAX);
 	secondary_commit_pump(r);
 }
 
@@ -1019,6 +1056,15 @@ static void synced(struct repl *r, int error)
 			commit_failed(r, NULL, error);
 		else
 			repl_tx(r, TX_COMMITTED);
+		return;
+	}
+	if (r->committing && r->sync_io.session == 0) {
+		if (error) {
+			commit_failed(r, NULL, error);
+			return;
+		}
+		r->presynced = r->throttled = true;
+		secondary_commit_pump(r);
 		return;
 	}
 	if (r->sync_io.session != r->session || r->closing || !r->is_target)

@@ -101,9 +101,8 @@ void repl_join(const struct repl *r, struct wire_join *j)
 
 static void send_join(struct repl *r)
 {
-	struct wire_join j;
-	repl_join(r, &j);
-	int n = wire_join_encode(&j, r->scratch, sizeof(r->scratch));
+	repl_join(r, &r->mine);
+	int n = wire_join_encode(&r->mine, r->scratch, sizeof(r->scratch));
 	INVARIANT(n > 0);
 	r->join_sent = true;
 	session_send(r, WIRE_JOIN, 0, 0, 0, 0, r->scratch, (uint32_t)n);
@@ -111,12 +110,19 @@ static void send_join(struct repl *r)
 
 static void session_reset(struct repl *r)
 {
-	r->join_sent = r->join_got = r->join_waits = r->closing = false;
+	r->join_sent = r->join_got = r->join_waits = r->closing = r->refused = false;
 	r->is_source = r->is_target = r->dirty_ended = r->union_started = false;
 	r->decision = LINEAGE_NO_SOURCE;
 	r->seq = r->received = r->applied = r->flushed = 0;
 	r->last_was_flush = false;
 	r->queue_bytes = 0;
+}
+
+/* A stop, or stepping down, may have come while a dial was under way. */
+static bool dial_wanted(const struct repl *r)
+{
+	return r->protect || r->start ||
+	       (r->meta->role == ROLE_PRIMARY && r->meta->state == STATE_RUNNING && !r->meta->split_brain);
 }
 
 void session_link_up(struct repl *r, const struct repl_event *ev)
@@ -132,7 +138,7 @@ void session_link_up(struct repl *r, const struct repl_event *ev)
 	r->link_since_ns = r->heard_ns = r->pinged_ns = r->progress_ns = r->now_ns;
 	if (r->was_connected)
 		r->counters.reconnects++;
-	if (r->shutdown)
+	if (r->shutdown || (r->dialer && !dial_wanted(r)))
 		session_close(r, false);
 	else if (r->dialer)
 		send_join(r);
@@ -160,10 +166,13 @@ void session_link_down(struct repl *r, int code, const char *text)
 	r->join_waits = false;
 	r->activating = false;
 	redial_plan(r, had);
-	if (code == -ERR_STATE || code == -ERR_SPLIT || code == -ERR_BUSY || code == -ERR_VERSION || code == -ERR_PERM)
+	if (r->refused || code == -ERR_STATE || code == -ERR_SPLIT || code == -ERR_BUSY || code == -ERR_VERSION ||
+	    code == -ERR_PERM)
 		r->redial_ns = max_u64(r->redial_ns, r->now_ns + REFUSED_REDIAL_NS);
-	fail_pending(r, &r->protect, fail, why);
-	fail_pending(r, &r->start, fail, why);
+	if (!repl_tx_pending(r, TX_SPLIT)) { /* else its end answers them */
+		fail_pending(r, &r->protect, fail, why);
+		fail_pending(r, &r->start, fail, why);
+	}
 	fail_pending(r, &r->want_ckpt, -ERR_PEER, why);
 	if (r->setting) /* saved here; the peer gets it with the next JOIN */
 		repl_command_done(r, r->setting, 0, " ");
@@ -214,6 +223,19 @@ static bool volumes_match(struct repl *r, const struct wire_join *j, char *why, 
 }
 
 static void decide(struct repl *r);
+static void union_start(struct repl *r);
+
+/* A clean stop whose answer was lost: the secondary is in DONE, the primary still in RUNNING. `j` is the primary's JOIN
+ * (to_secondary) or the secondary's. */
+static bool stop_unheard(unsigned role, unsigned state, const struct wire_join *j, bool to_secondary)
+{
+	if ((j->flags & (WIRE_JOIN_START | WIRE_JOIN_PROTECT | WIRE_JOIN_SPLIT)) != 0)
+		return false;
+	if (to_secondary)
+		return role == ROLE_SECONDARY && state == STATE_DONE && j->role == ROLE_PRIMARY &&
+		       j->state == STATE_RUNNING;
+	return role == ROLE_PRIMARY && state == STATE_RUNNING && j->role == ROLE_SECONDARY && j->state == STATE_DONE;
+}
 
 /* The listener's side of a JOIN: what has to change here before the answer. */
 static void listener_answer(struct repl *r)
@@ -243,6 +265,10 @@ static void listener_answer(struct repl *r)
 		session_refuse(r, ERR_STATE, "the peer is primary for that group itself");
 		return;
 	}
+	if (stop_unheard(m->role, m->state, j, true)) {
+		send_join(r); /* it stops too */
+		return;
+	}
 	if (m->role == ROLE_SECONDARY && m->state == STATE_DONE && !m->split_brain) {
 		if (!(j->flags & (WIRE_JOIN_START | WIRE_JOIN_PROTECT)) || j->role != ROLE_PRIMARY) {
 			session_refuse(r, ERR_STATE, "replication of that group is stopped; `start` it on the primary");
@@ -260,7 +286,8 @@ static void listener_answer(struct repl *r)
 /* Both JOINs can be looked at: the old session's work has ended. */
 void session_join_ready(struct repl *r)
 {
-	if (!r->join_waits || !secondary_quiet(r) || r->saving || r->tx_count || r->failing_over)
+	if (!r->join_waits || !secondary_quiet(r) || r->saving || r->tx_count || r->failing_over ||
+	    (r->sync_busy && r->meta->role == ROLE_SECONDARY))
 		return;
 	r->join_waits = false;
 	char why[WIRE_TEXT_MAX];
@@ -288,6 +315,10 @@ static void on_join(struct repl *r, const struct repl_event *ev)
 	}
 	if (wire_join_decode(&r->theirs, ev->payload, ev->frame->length_payload, &e) < 0) {
 		session_protocol_error(r, "%s", e.text);
+		return;
+	}
+	if (r->theirs.ckpt_max > CKPT_PEER_MAX) {
+		session_protocol_error(r, "checkpoint numbers up to %llu", (unsigned long long)r->theirs.ckpt_max);
 		return;
 	}
 	r->join_got = r->join_waits = true;
@@ -330,14 +361,17 @@ static void send_dirty(struct repl *r)
 
 static void decide(struct repl *r)
 {
-	struct wire_join mine;
-	repl_join(r, &mine);
 	int source = 0;
 	enum lineage_decision d =
-	    r->dialer ? lineage_decide(&mine, &r->theirs, &source) : lineage_decide(&r->theirs, &mine, &source);
+	    r->dialer ? lineage_decide(&r->mine, &r->theirs, &source) : lineage_decide(&r->theirs, &r->mine, &source);
 	bool me = (source == 0) == r->dialer;
 	r->decision = d;
 	r->ckpt_used = max_u64(r->ckpt_used, r->theirs.ckpt_max); /* [NUMMAX]; in the record with the next save */
+	if (r->dialer && !r->start && !r->protect && stop_unheard(r->mine.role, r->mine.state, &r->theirs, false)) {
+		repl_log(r, 1, "the peer has completed a stop whose answer was lost; this side stops too");
+		repl_tx(r, TX_STOPPED)->number = r->theirs.last_stream;
+		return;
+	}
 	repl_log(r, 2, "handshake: %s%s", lineage_decision_name(d),
 		 d <= LINEAGE_FULL ? (me ? ", this host is the source" : ", this host is the target") : "");
 	switch (d) {
@@ -347,7 +381,8 @@ static void decide(struct repl *r)
 		if (me) {
 			if (d == LINEAGE_FULL)
 				set_all_dirty(r);
-			return; /* DIRTY_END goes on */
+			union_start(r); /* if DIRTY_END is here; else that goes on */
+			return;
 		}
 		r->is_target = true;
 		r->link = LINK_RESYNC;
@@ -361,7 +396,7 @@ static void decide(struct repl *r)
 		return;
 	case LINEAGE_SHUT_OUT:
 		if (!me)
-			repl_tx(r, TX_SHUT_OUT);
+			repl_tx(r, TX_SHUT_OUT)->lineage = r->mine.lineage;
 		else
 			session_close(r, true);
 		return;
@@ -423,7 +458,7 @@ static void intents_from_dirty(struct repl *r)
 
 static void union_start(struct repl *r)
 {
-	if (r->union_busy || r->union_started || r->clear_busy || !r->dirty_ended)
+	if (r->union_busy || r->union_started || r->clear_busy || !r->dirty_ended || r->join_waits)
 		return; /* tried again from the tick */
 	r->union_busy = r->union_started = true;
 	intents_from_dirty(r);
@@ -451,7 +486,8 @@ void session_union_done(struct repl *r, int error)
 
 static void activated(struct repl *r, struct tx *t, int error)
 {
-	r->activating = false;
+	if (t->session == r->session)
+		r->activating = false;
 	if (t->session != r->session || r->link != LINK_HANDSHAKE || r->closing)
 		return;
 	if (error) {
@@ -494,8 +530,11 @@ void session_tx_done(struct repl *r, struct tx *t, int error)
 		decide(r);
 		return;
 	case TX_SHUT_OUT: {
-		if (error)
+		if (error) {
+			if (t->session == r->session && r->link != LINK_DOWN)
+				session_close(r, false);
 			return;
+		}
 		r->holding = false;
 		repl_set_error(r, ERR_STATE, "handshake", -1, 0, 0,
 			       "the peer has failed over; this host is no longer primary. `failback` on the peer makes "
@@ -548,6 +587,7 @@ static void on_refuse(struct repl *r, const struct repl_event *ev)
 	fail_pending(r, &r->protect, code, text);
 	fail_pending(r, &r->start, code, text);
 	r->redial_wait_ns = REDIAL_MAX_NS;
+	r->refused = true;
 	session_close(r, false);
 }
 
@@ -574,8 +614,9 @@ void session_frame(struct repl *r, const struct repl_event *ev)
 		return;
 	case WIRE_DIRTY:
 	case WIRE_DIRTY_END:
+		/* The peer may have decided while a save holds this host up: what it says is taken, and used then. */
 		if (r->link != LINK_HANDSHAKE || !r->join_sent || !r->join_got || r->is_target || r->dirty_ended ||
-		    r->decision > LINEAGE_FULL) {
+		    (!r->join_waits && r->decision > LINEAGE_FULL)) {
 			session_protocol_error(r, "%s out of order", wire_type_name(f->type));
 			return;
 		}
@@ -608,9 +649,13 @@ void session_frame(struct repl *r, const struct repl_event *ev)
 			session_protocol_error(r, "SETTINGS do not decode");
 			return;
 		}
-		struct tx *t = repl_tx(r, TX_SETTINGS);
+		/* A peer that does not wait for the answer gets one for its last word only. */
+		struct tx *t = repl_tx_queued(r, TX_SETTINGS);
+		if (t == NULL || t->command)
+			t = repl_tx(r, TX_SETTINGS);
 		t->settings = s;
 		t->number = f->seq;
+		t->session = r->session;
 	} else {
 		session_protocol_error(r, "%s out of order", wire_type_name(f->type));
 		if (ev->io)

@@ -285,7 +285,9 @@ static int set_intent(struct group *g, const struct repl_io *io)
 	return err ? err : intent_sync(t);
 }
 
-/* Writes all runs of set bits of `b`. */
+/* Writes all runs of set bits of `b`. Without group.lock, though a guest's write may set bits of `intent` meanwhile
+ * (nothing clears any while this runs): words are read whole (core/bitmap.h), and whether such a bit is in a run or
+ * not, its own write sets it durably before it goes on. `clearing` does not change before the clear is done. */
 static int write_intents(struct group *g, uint32_t vol, const struct bitmap *b, bool set)
 {
 	int err = 0;
@@ -705,7 +707,7 @@ static void save_run(struct pool_job *job)
 	step_and_run(g, &ev);
 	if (changed && late)
 		invalidate(g);
-	if (!err && (chain || discarded))
+	if (!err)
 		for (uint32_t i = 0; i < g->n_vols; i++)
 			volume_reap(g->vols[i]->vol);
 	if (!err && chain)

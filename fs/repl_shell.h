@@ -176,7 +176,7 @@ void daemon_conn_set_link(struct conn *c, struct link *l);
 void daemon_conn_remove(struct conn *c);
 void daemon_conn_put(struct conn *c);
 void daemon_conns_close(struct daemon *d, const struct group *g); /* at once; g NULL: all */
-struct group *gvol_group(struct gvol *v); /* a reference; NULL: deleted */
+struct group *gvol_group(struct gvol *v);			  /* a reference; NULL: deleted */
 void daemon_names_changed(struct daemon *d);
 json_t *group_status_json(struct group *g);
 

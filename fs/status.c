@@ -17,29 +17,39 @@ static json_t *error_json(const struct repl_error *x)
 			 "length", (json_int_t)x->len, "time", t, "text", x->text);
 }
 
-static json_t *volume_json(struct group *g, const struct repl_meta *m, uint32_t i)
+/* Of a volume's overlays. Looked at before group.lock is taken: a chain's lock may be held across I/O. */
+struct overlays {
+	uint64_t active, hidden;
+	struct volume_counters c;
+};
+
+static void overlays_look(struct group *g, struct overlays o[GROUP_VOLUMES_MAX])
+{
+	for (uint32_t i = 0; i < g->n_vols; i++) {
+		struct volume *v = g->vols[i]->vol;
+		o[i].active = volume_active_blocks(v) * BLOCK_SIZE;
+		o[i].hidden = volume_undo_blocks(v, 0) * BLOCK_SIZE;
+		volume_counters(v, &o[i].c);
+	}
+}
+
+static json_t *volume_json(struct group *g, const struct repl_meta *m, uint32_t i, const struct overlays *o)
 {
 	struct gvol *v = g->vols[i];
-	struct volume_counters c = {0};
 	char path[4096 + NAME_SIZE];
-	volume_counters(v->vol, &c);
 	(void)snprintf(path, sizeof(path), "%s/volumes/%s", g->d->cfg.mount ? g->d->cfg.mount : "", v->name);
 	return json_pack("{s:s, s:I, s:I, s:o, s:I, s:I, s:I, s:I}", "name", v->name, "id",
 			 (json_int_t)m->volumes[i].id, "size", (json_int_t)volume_size(v->vol), "path",
-			 g->d->cfg.mount ? json_string(path) : json_null(), "active_bytes",
-			 (json_int_t)(volume_active_blocks(v->vol) * BLOCK_SIZE), "hidden_bytes",
-			 (json_int_t)(volume_undo_blocks(v->vol, 0) * BLOCK_SIZE), "history_bytes",
-			 (json_int_t)c.history_bytes, "checkpoints", (json_int_t)m->n_ckpts);
+			 g->d->cfg.mount ? json_string(path) : json_null(), "active_bytes", (json_int_t)o->active,
+			 "hidden_bytes", (json_int_t)o->hidden, "history_bytes", (json_int_t)o->c.history_bytes,
+			 "checkpoints", (json_int_t)m->n_ckpts);
 }
 
-static json_t *counters_json(struct group *g, const struct repl_counters *c)
+static json_t *counters_json(const struct group *g, const struct repl_counters *c, const struct overlays *o)
 {
 	uint64_t cow = 0;
-	for (uint32_t i = 0; i < g->n_vols; i++) {
-		struct volume_counters vc = {0};
-		volume_counters(g->vols[i]->vol, &vc);
-		cow += vc.cow_bytes;
-	}
+	for (uint32_t i = 0; i < g->n_vols; i++)
+		cow += o[i].c.cow_bytes;
 	return json_pack("{s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I}", "writes", (json_int_t)c->writes,
 			 "write_bytes", (json_int_t)c->write_bytes, "flushes", (json_int_t)c->flushes, "sent_bytes",
 			 (json_int_t)c->sent_bytes, "received_bytes", (json_int_t)c->received_bytes, "resync_bytes",
@@ -75,7 +85,9 @@ static json_t *seconds_since(uint64_t wall_ns)
 json_t *group_status_json(struct group *g)
 {
 	struct repl_status s;
+	struct overlays overlays[GROUP_VOLUMES_MAX];
 	char gen[20];
+	overlays_look(g, overlays);
 	mutex_lock(&g->lock);
 	const struct repl_meta *m = repl_meta(g->core);
 	repl_status(g->core, clock_mono_ns(), &s);
@@ -83,7 +95,7 @@ json_t *group_status_json(struct group *g)
 	for (unsigned i = 0; i < s.n_reasons; i++)
 		json_array_append_new(reasons, json_string(s.reasons[i]));
 	for (uint32_t i = 0; i < m->n_volumes; i++)
-		json_array_append_new(volumes, volume_json(g, m, i));
+		json_array_append_new(volumes, volume_json(g, m, i, &overlays[i]));
 	(void)snprintf(gen, sizeof(gen), "%016llx", (unsigned long long)m->lineage.current);
 	bool valid = s.checkpoint != 0 && !m->broken;
 	char protocol[8];
@@ -105,8 +117,8 @@ json_t *group_status_json(struct group *g)
 	    (json_int_t)s.dirty_bytes, "queue_bytes", (json_int_t)s.queue_bytes, "resync", resync_json(&s), "commit",
 	    s.commit ? json_pack("{s:I, s:I}", "done", (json_int_t)s.commit_done, "total", (json_int_t)s.commit_total)
 		     : json_null(),
-	    "error", error_json(&s.error), "counters", counters_json(g, &s.counters), "volumes", volumes, "jobs",
-	    json_array());
+	    "error", error_json(&s.error), "counters", counters_json(g, &s.counters, overlays), "volumes", volumes,
+	    "jobs", json_array());
 	mutex_unlock(&g->lock);
 	json_object_update(j, rest);
 	json_decref(rest);

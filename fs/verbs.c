@@ -168,7 +168,8 @@ static int bring_back(const struct call *c, const char *group, struct err *e)
 	if (!err)
 		err = daemon_add_group(c->d, m, e);
 	if (err)
-		log_error(group, "the group could not be taken up again, its volumes are not served; start repfs anew: %s",
+		log_error(group,
+			  "the group could not be taken up again, its volumes are not served; start repfs anew: %s",
 			  e->text);
 	free(m);
 	return err;

@@ -1,5 +1,5 @@
-/* A volume: making, opening, closing, growing, and reading it. Saving and writing are in cow.c, epochs and what the
- * mount shows of overlays in history.c; the locks and what they protect are in volume_internal.h.
+/* A volume: making, opening, closing, growing, and reading it. Saving and writing are in cow.c, epochs in
+ * history.c, extents and sizes in extents.c; the locks and what they protect are in volume_internal.h.
  *
  * A read resolves its range to runs of blocks with one source: the active overlay if it is asked for and holds them,
  * else the oldest overlay of the chain from the checkpoint on that does, else the disk. Between the look at the bitmaps
@@ -357,7 +357,9 @@ static int open_layer(struct volume *v, enum layer_kind kind, uint64_t id, uint6
 	if (rc < 0)
 		return rc;
 	rc = layer_new(v, o, kind, id, ret);
-	return rc < 0 ? err_set(e, -rc, "open overlay %s: %s", path, err_short(rc)) : 0;
+	if (rc < 0)
+		(void)err_set(e, -rc, "open overlay %s: %s", path, err_short(rc));
+	return rc;
 }
 
 static int open_layers(struct volume *v, const struct volume_open_args *args, struct err *e)
@@ -473,7 +475,11 @@ static int layer_reopen(struct volume *v, struct layer *l, uint64_t size, struct
 
 	if (rc == 0)
 		rc = overlay_sync_map(l->o);
-	return rc < 0 ? rc : open_layer(v, l->kind, l->id, size, ret, NULL);
+	if (rc == 0)
+		rc = open_layer(v, l->kind, l->id, size, ret, NULL);
+	if (rc == 0)
+		(*ret)->merged = l->merged;
+	return rc;
 }
 
 static void resized_drop(struct resized *z)
@@ -513,7 +519,6 @@ static int resize_locked(struct volume *v, uint64_t size, struct resized *z)
 	for (uint32_t i = 0; i < z->n; i++) {
 		struct layer *old = v->chain[i];
 
-		z->chain[i]->merged = old->merged;
 		v->chain[i] = z->chain[i];
 		z->chain[i] = old;
 	}
@@ -602,16 +607,6 @@ uint64_t bits_next_clear(const struct bitmap *b, uint64_t from, uint64_t end)
 	while (from < end && bitmap_test(b, from))
 		from++;
 	return from;
-}
-
-bool view_has(const struct view *w, uint64_t block)
-{
-	if (w->active && bitmap_test(w->active->held, block))
-		return true;
-	for (uint32_t i = 0; i < w->n; i++)
-		if (bitmap_test(w->chain[i]->held, block))
-			return true;
-	return false;
 }
 
 static uint64_t view_next_held_within(const struct view *w, uint64_t from, uint64_t end)
@@ -769,8 +764,7 @@ int volume_read_ckpt(struct volume *v, uint64_t ckpt, uint64_t off, uint64_t len
 	return ckpt ? read_through(v, false, ckpt, off, len, buf) : -ERR_NOENT;
 }
 
-/* The layer that LAYER_ACTIVE or LAYER_UNDO names, NULL if there is none to have. chain_lock held. */
-static int find_overlay(struct volume *v, enum volume_layer layer, uint64_t ckpt, struct layer **ret)
+int chain_find_overlay(struct volume *v, enum volume_layer layer, uint64_t ckpt, struct layer **ret)
 {
 	int i;
 
@@ -795,7 +789,7 @@ static int read_overlay_locked(struct volume *v, struct layer *l, uint64_t off, 
 
 	while (at < end) {
 		uint64_t block = at >> BLOCK_SHIFT, stop = l ? bits_next_set(l->held, block, block_end) : block_end;
-		bool there = stop == block;
+		bool there = l && stop == block;
 		uint64_t n;
 		int rc = 0;
 
@@ -820,214 +814,9 @@ int volume_read_overlay(struct volume *v, enum volume_layer layer, uint64_t ckpt
 
 	PRE(layer == LAYER_ACTIVE || layer == LAYER_UNDO);
 	volume_lock_shared(v);
-	rc = find_overlay(v, layer, ckpt, &l);
+	rc = chain_find_overlay(v, layer, ckpt, &l);
 	if (rc == 0)
 		rc = range_fits(v, off, len) ? read_overlay_locked(v, l, off, len, buf) : -ERR_RANGE;
 	volume_unlock(v);
 	return rc;
-}
-
-/* ---- extents and sizes ---- */
-
-/* Neighbours of one kind joined into one answer, at most. */
-#define EXTENT_JOINS_MAX 64U
-/* Runs of blocks looked at for an allocated size, at most; beyond, blocks held count as allocated on the disk too. */
-#define ALLOCATED_RUNS_MAX 1024U
-
-/* The piece of one kind that holds off: by the layers, or where none has it, by the disk. */
-static int view_extent_one(struct volume *v, const struct view *w, uint64_t off, struct extent *ret)
-{
-	uint64_t block = off >> BLOCK_SHIFT, blocks = volume_blocks(v), held;
-	int rc;
-
-	if (!view_has(w, block)) {
-		uint64_t limit = min_u64(view_next_held(w, block, blocks) << BLOCK_SHIFT, v->size);
-
-		rc = disk_extent(v->disk, off, limit, ret);
-		if (rc < 0 || ret->data)
-			return rc;
-		/* A hole may be one that a discard of this moment punched: its blocks are in the live overlay by now
-		 * (V2). */
-		volume_fence();
-		held = view_next_held(w, block, units_of(ret->off + ret->len, BLOCK_SHIFT));
-		if (held != block) {
-			ret->len = min_u64(ret->off + ret->len, held << BLOCK_SHIFT) - ret->off;
-			return 0;
-		}
-	}
-	*ret = (struct extent){off, min_u64(view_next_free(w, block, blocks) << BLOCK_SHIFT, v->size) - off, true};
-	return 0;
-}
-
-static int view_extent(struct volume *v, const struct view *w, uint64_t off, struct extent *ret)
-{
-	struct extent x = {off, 0, false};
-	int rc = view_extent_one(v, w, off, &x);
-
-	for (unsigned i = 0; rc == 0 && i < EXTENT_JOINS_MAX && x.off + x.len < v->size; i++) {
-		struct extent next;
-
-		rc = view_extent_one(v, w, x.off + x.len, &next);
-		if (rc < 0 || next.data != x.data)
-			break;
-		x.len += next.len;
-	}
-	if (rc == 0)
-		*ret = x;
-	return rc;
-}
-
-static void overlay_extent(struct volume *v, const struct layer *l, uint64_t off, struct extent *ret)
-{
-	uint64_t block = off >> BLOCK_SHIFT, blocks = volume_blocks(v), stop = blocks;
-	bool there = false;
-
-	if (l) {
-		there = bitmap_test(l->held, block);
-		stop = there ? bits_next_clear(l->held, block, blocks) : bits_next_set(l->held, block, blocks);
-	}
-	*ret = (struct extent){off, min_u64(stop << BLOCK_SHIFT, v->size) - off, there};
-}
-
-static int extent_locked(struct volume *v, enum volume_layer layer, uint64_t ckpt, uint64_t off, struct extent *ret)
-{
-	struct layer *l;
-	struct view w;
-	int rc;
-
-	if (off >= v->size)
-		return -ERR_RANGE;
-	switch (layer) {
-	case LAYER_DISK:
-		return disk_extent(v->disk, off, v->size, ret);
-	case LAYER_ACTIVE:
-	case LAYER_UNDO:
-		rc = find_overlay(v, layer, ckpt, &l);
-		if (rc == 0)
-			overlay_extent(v, l, off, ret);
-		return rc;
-	case LAYER_IMAGE:
-		if (ckpt == 0)
-			return -ERR_NOENT;
-		break;
-	case LAYER_VIEW:
-		break;
-	}
-	rc = view_make(v, layer == LAYER_VIEW, ckpt, &w);
-	return rc < 0 ? rc : view_extent(v, &w, off, ret);
-}
-
-int volume_extent(struct volume *v, enum volume_layer layer, uint64_t ckpt, uint64_t off, struct extent *ret)
-{
-	int rc;
-
-	volume_lock_shared(v);
-	rc = extent_locked(v, layer, ckpt, off, ret);
-	volume_unlock(v);
-	return rc;
-}
-
-/* The disk's, and what layers hold where the disk has a hole. */
-static int view_allocated(struct volume *v, const struct view *w, uint64_t *ret)
-{
-	uint64_t total, blocks = volume_blocks(v), block = view_next_held(w, 0, blocks);
-	int rc = disk_allocated(v->disk, &total);
-
-	for (unsigned i = 0; rc == 0 && i < ALLOCATED_RUNS_MAX && block < blocks; i++) {
-		uint64_t end = view_next_free(w, block, blocks);
-		uint64_t at = block << BLOCK_SHIFT, stop = min_u64(end << BLOCK_SHIFT, v->size);
-
-		while (at < stop) {
-			struct extent x;
-
-			rc = disk_extent(v->disk, at, stop, &x);
-			if (rc < 0)
-				return rc;
-			if (!x.data)
-				total += round_up_u64(x.len, BLOCK_SIZE);
-			at = x.off + x.len;
-		}
-		block = view_next_held(w, end, blocks);
-	}
-	if (rc == 0)
-		*ret = total;
-	return rc;
-}
-
-static int allocated_locked(struct volume *v, enum volume_layer layer, uint64_t ckpt, uint64_t *ret)
-{
-	struct layer *l;
-	struct view w;
-	int rc;
-
-	switch (layer) {
-	case LAYER_DISK:
-		return disk_allocated(v->disk, ret);
-	case LAYER_ACTIVE:
-	case LAYER_UNDO:
-		rc = find_overlay(v, layer, ckpt, &l);
-		if (rc == 0)
-			*ret = l ? overlay_count(l->o) << BLOCK_SHIFT : 0;
-		return rc;
-	case LAYER_IMAGE:
-		if (ckpt == 0)
-			return -ERR_NOENT;
-		break;
-	case LAYER_VIEW:
-		break;
-	}
-	rc = view_make(v, layer == LAYER_VIEW, ckpt, &w);
-	return rc < 0 ? rc : view_allocated(v, &w, ret);
-}
-
-int volume_allocated(struct volume *v, enum volume_layer layer, uint64_t ckpt, uint64_t *ret)
-{
-	int rc;
-
-	volume_lock_shared(v);
-	rc = allocated_locked(v, layer, ckpt, ret);
-	volume_unlock(v);
-	return rc;
-}
-
-uint64_t volume_active_blocks(struct volume *v)
-{
-	uint64_t n;
-
-	volume_lock_shared(v);
-	n = v->active ? overlay_count(v->active->o) : 0;
-	volume_unlock(v);
-	return n;
-}
-
-uint64_t volume_undo_blocks(struct volume *v, uint64_t ckpt)
-{
-	struct layer *l = NULL;
-	uint64_t n;
-
-	volume_lock_shared(v);
-	n = find_overlay(v, LAYER_UNDO, ckpt, &l) == 0 && l ? overlay_count(l->o) : 0;
-	volume_unlock(v);
-	return n;
-}
-
-uint64_t volume_live(struct volume *v)
-{
-	uint64_t id;
-
-	volume_lock_shared(v);
-	id = v->n_chain ? v->chain[v->n_chain - 1]->id : 0;
-	volume_unlock(v);
-	return id;
-}
-
-void volume_counters(struct volume *v, struct volume_counters *ret)
-{
-	struct volume_counters c = {.cow_bytes = __atomic_load_n(&v->cow_bytes, __ATOMIC_RELAXED)};
-
-	volume_lock_shared(v);
-	for (uint32_t i = 0; i + 1 < v->n_chain; i++)
-		c.history_bytes += overlay_count(v->chain[i]->o) << BLOCK_SHIFT;
-	volume_unlock(v);
-	*ret = c;
 }

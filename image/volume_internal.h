@@ -127,7 +127,7 @@ void volume_lock_shared(struct volume *v);
 void volume_lock_exclusive(struct volume *v);
 void volume_unlock(struct volume *v);
 
-/* volume.c: layers and paths */
+/* volume.c: layers, paths, reads */
 #define VOLUME_PATH_SIZE (NAME_SIZE + 64)
 void volume_path(const char *name, const char *file, char out[VOLUME_PATH_SIZE]);
 void layer_path(const struct volume *v, enum layer_kind kind, uint64_t id, char out[VOLUME_PATH_SIZE]);
@@ -138,9 +138,11 @@ void layer_unref(struct layer *l); /* NULL is fine */
 
 /* Index of checkpoint k in the chain, or -ERR_NOENT. chain_lock held. */
 int chain_find(const struct volume *v, uint64_t ckpt);
+/* The layer that LAYER_ACTIVE or LAYER_UNDO names, NULL if there is none to have (no active; 0 without a chain).
+ * -ERR_NOENT: a checkpoint that is not kept. chain_lock held. */
+int chain_find_overlay(struct volume *v, enum volume_layer layer, uint64_t ckpt, struct layer **ret);
 /* active over image(base), or without active; base 0: nothing but the disk. -ERR_NOENT. chain_lock held. */
 int view_make(struct volume *v, bool active, uint64_t base, struct view *ret);
-bool view_has(const struct view *w, uint64_t block);
 /* The first block in [from, end) that any (no) layer holds; `end` if there is none. */
 uint64_t view_next_held(const struct view *w, uint64_t from, uint64_t end);
 uint64_t view_next_free(const struct view *w, uint64_t from, uint64_t end);

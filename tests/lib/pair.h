@@ -12,7 +12,8 @@
 struct pair_host {
 	char store[256];
 	struct daemon *d;
-	struct err err; /* of the last call */
+	struct daemon_hooks hooks; /* from the next start on */
+	struct err err;		   /* of the last call */
 };
 
 struct pair {

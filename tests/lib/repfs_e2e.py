@@ -10,7 +10,7 @@ request stuck in the kernel comes back and the test fails with a message.
 
 Environment: REPFS_BIN (folder of repfs and repctl; default build/dev, then build), TMPDIR, REPFS_E2E_KEEP=1 (leave
 the files), REPFS_E2E_STRICT=1 (a skipped test is a failure), REPFS_E2E_SLOW (factor for all time limits, for
-sanitizer builds and slow machines).
+sanitizer builds and slow machines; above 1 memory is not measured).
 """
 
 import atexit

@@ -13,6 +13,9 @@
  * group h to the latest. A difference or an error that nothing explains ends it with exit code 1. Arguments: seconds
  * (default 5), seed (default: the clock).
  */
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdio.h>
@@ -58,6 +61,25 @@ static uint64_t guest_model[GUEST_LEN / SECTOR];
 static atomic_bool end, failed;
 static atomic_ulong marks, writes, flushes, checkpoints, restarts, compares, verbs, churned, guest_writes;
 
+static _Thread_local struct err last;
+
+/* pair_do for several threads: the error is the thread's. */
+static int act(struct pair_host *h, const char *verb, json_t *args)
+{
+	json_t *result = NULL;
+	memset(&last, 0, sizeof(last));
+	int err = daemon_command(h->d, NULL, verb, args, &result, &last);
+	json_decref(args);
+	json_decref(result);
+	return err;
+}
+
+static int create(const char *name, const char *group, uint64_t size)
+{
+	return act(&p.a, "create",
+		   json_pack("{s:s, s:s, s:I}", "name", name, "group", group, "size", (json_int_t)size));
+}
+
 struct worker {
 	pthread_t thread;
 	unsigned index;
@@ -74,8 +96,8 @@ static uint64_t rnd(struct worker *w, uint64_t below)
 
 static void fail(const char *what, const char *volume, uint64_t off, int err)
 {
-	(void)fprintf(stderr, "stress_daemon: %s: %s at %llu: %d (a: %s) (b: %s)\n", what, volume,
-		      (unsigned long long)off, err, p.a.err.text, p.b.err.text);
+	(void)fprintf(stderr, "stress_daemon: %s: %s at %llu: %d %s\n", what, volume, (unsigned long long)off, err,
+		      err ? last.text : "");
 	atomic_store(&failed, true);
 	atomic_store(&end, true);
 }
@@ -175,7 +197,7 @@ static void *writer_main(void *arg)
 
 static void churn_one(struct worker *w, const char *name, const char *group)
 {
-	int err = pair_create(&p.a, name, group, UINT64_C(1) << 20);
+	int err = create(name, group, UINT64_C(1) << 20);
 	if (err && err != -ERR_EXIST && err != -ERR_BUSY && err != -ERR_STATE)
 		fail("create", name, 0, err);
 	(void)pair_write(&p.a, name, rnd(w, 200) * SECTOR, 8192, 0x77);
@@ -183,14 +205,14 @@ static void churn_one(struct worker *w, const char *name, const char *group)
 		char file[256];
 		(void)snprintf(file, sizeof(file), "%s/export-%u-%llu", p.dir, w->index,
 			       (unsigned long long)rnd(w, 1000000));
-		(void)pair_do(&p.a, "export", json_pack("{s:s, s:s}", "name", name, "file", file), NULL);
-		(void)pair_do(&p.a, "import",
-			      json_pack("{s:s, s:s, s:s}", "name", "imported", "file", file, "group", group), NULL);
+		(void)act(&p.a, "export", json_pack("{s:s, s:s}", "name", name, "file", file));
+		(void)act(&p.a, "import",
+			  json_pack("{s:s, s:s, s:s}", "name", "imported", "file", file, "group", group));
 		(void)unlink(file);
 	}
 	if (rnd(w, 3) == 0)
 		return;
-	err = pair_do(&p.a, "delete", json_pack("{s:s}", "name", rnd(w, 6) ? name : "imported"), NULL);
+	err = act(&p.a, "delete", json_pack("{s:s}", "name", rnd(w, 6) ? name : "imported"));
 	if (err && err != -ERR_NOENT && err != -ERR_BUSY && err != -ERR_STATE)
 		fail("delete", name, 0, err);
 	atomic_fetch_add(&churned, 1);
@@ -208,11 +230,10 @@ static void *churn_main(void *arg)
 		churn_one(w, name, rnd(w, 2) ? "xs" : name);
 		if (w->index == 0 && made < PROTECTED_MAX && rnd(w, 20) == 0) {
 			(void)snprintf(name, sizeof(name), "y%u", made++);
-			(void)pair_create(&p.a, name, name, UINT64_C(1) << 20);
-			(void)pair_do(&p.a, "protect",
-				      json_pack("{s:s, s:s, s:{s:i}, s:i}", "name", name, "peer", p.addr, "ids", name,
-						(int)made + 100, "timeout_ms", 200),
-				      NULL);
+			(void)create(name, name, UINT64_C(1) << 20);
+			(void)act(&p.a, "protect",
+				  json_pack("{s:s, s:s, s:{s:i}, s:i}", "name", name, "peer", p.addr, "ids", name,
+					    (int)made + 100, "timeout_ms", 200));
 		}
 		(void)pthread_rwlock_unlock(&a_up);
 		(void)usleep(1000);
@@ -415,20 +436,17 @@ static bool view_is(struct pair_host *h, const struct vol *v, const uint64_t *mo
 /* Both groups, while nobody writes on the primary, and no guest on the secondary. */
 static int checkpoint_now(void)
 {
-	struct err *e = &p.a.err;
 	(void)pthread_mutex_lock(&guest_lock);
 	(void)pthread_rwlock_wrlock(&pause_lock);
-	int err = pair_do(&p.a, "checkpoint", json_pack("{s:s, s:i}", "name", "g", "timeout_ms", 10000), NULL);
+	int err = act(&p.a, "checkpoint", json_pack("{s:s, s:i}", "name", "g", "timeout_ms", 10000));
 	for (size_t i = 0; !err && i < VOLS; i++)
 		memcpy(vols[i].at_ckpt, vols[i].model, vols[i].size / SECTOR * sizeof(uint64_t));
 	(void)pthread_rwlock_unlock(&pause_lock);
 	if (!err)
 		memset(guest_model, 0, sizeof(guest_model));
 	(void)pthread_mutex_unlock(&guest_lock);
-	if (err && err != -ERR_STATE && err != -ERR_PEER && err != -ERR_BUSY) {
-		(void)fprintf(stderr, "checkpoint: %s\n", e->text);
+	if (err && err != -ERR_STATE && err != -ERR_PEER && err != -ERR_BUSY)
 		fail("checkpoint", "g", 0, err);
-	}
 	if (!err)
 		atomic_fetch_add(&checkpoints, 1);
 	return err;
@@ -436,8 +454,7 @@ static int checkpoint_now(void)
 
 static int synced(const char *group)
 {
-	int err = pair_do(&p.a, "wait",
-			  json_pack("{s:s, s:s, s:i}", "name", group, "for", "in-sync", "timeout_ms", 30000), NULL);
+	int err = act(&p.a, "wait", json_pack("{s:s, s:s, s:i}", "name", group, "for", "in-sync", "timeout_ms", 30000));
 	if (err)
 		fail("not in sync again", group, 0, err);
 	return err;
@@ -452,10 +469,9 @@ static void control_once(struct worker *w)
 	else if (what == 1)
 		restart(&p.a, &a_up, rnd(w, 2));
 	else if (what < 5)
-		(void)pair_do(&p.a, "set",
-			      json_pack("{s:s, s:{s:s}}", "name", rnd(w, 2) ? "g" : "h", "settings", "protocol",
-					protocols[rnd(w, 4)]),
-			      NULL);
+		(void)act(&p.a, "set",
+			  json_pack("{s:s, s:{s:s}}", "name", rnd(w, 2) ? "g" : "h", "settings", "protocol",
+				    protocols[rnd(w, 4)]));
 	else if (what < 10 && synced("g") == 0 && checkpoint_now() == 0) {
 		for (size_t i = 0; i < 2; i++)
 			if (!view_is(&p.b, &vols[i], vols[i].at_ckpt, "the view after a checkpoint"))
@@ -472,15 +488,15 @@ static int set_up(void)
 		vols[i].model = calloc(vols[i].size / SECTOR, sizeof(uint64_t));
 		vols[i].at_ckpt = calloc(vols[i].size / SECTOR, sizeof(uint64_t));
 		err = vols[i].model && vols[i].at_ckpt ? 0 : -ERR_NOMEM;
-		err = err ? err : pair_create(&p.a, vols[i].name, vols[i].group, vols[i].size);
+		err = err ? err : create(vols[i].name, vols[i].group, vols[i].size);
 	}
 	/* Checkpoints of g are the controller's own: it knows what was there. */
 	if (!err)
-		err = pair_do(&p.a, "set",
-			      json_pack("{s:s, s:{s:s}}", "name", "g", "settings", "checkpoint_interval", "0"), NULL);
+		err =
+		    act(&p.a, "set", json_pack("{s:s, s:{s:s}}", "name", "g", "settings", "checkpoint_interval", "0"));
 	if (!err)
-		err = pair_do(&p.a, "set",
-			      json_pack("{s:s, s:{s:s}}", "name", "h", "settings", "checkpoint_interval", "1s"), NULL);
+		err =
+		    act(&p.a, "set", json_pack("{s:s, s:{s:s}}", "name", "h", "settings", "checkpoint_interval", "1s"));
 	err = err ? err : pair_protect(&p, "g");
 	err = err ? err : pair_protect(&p, "h");
 	err = err ? err : daemon_serve_control(p.a.d, &p.a.err);
@@ -492,8 +508,7 @@ static void finish(struct worker *w)
 {
 	uint64_t *buf = malloc(OP_MAX);
 	for (unsigned i = 0; i < 2 && !atomic_load(&failed); i++)
-		(void)pair_do(&p.a, "set",
-			      json_pack("{s:s, s:{s:s}}", "name", i ? "h" : "g", "settings", "protocol", "F"), NULL);
+		(void)act(&p.a, "set", json_pack("{s:s, s:{s:s}}", "name", i ? "h" : "g", "settings", "protocol", "F"));
 	if (buf == NULL || atomic_load(&failed) || synced("g") || synced("h"))
 		goto out;
 	int err;
@@ -519,7 +534,7 @@ static void finish(struct worker *w)
 		json_t *args = json_pack("{s:s, s:b, s:i}", "name", i ? "h" : "g", "wait", 1, "timeout_ms", 30000);
 		if (i)
 			json_object_set_new(args, "to", json_string("latest"));
-		err = pair_do(&p.b, "failover", args, NULL);
+		err = act(&p.b, "failover", args);
 		if (err)
 			fail("failover", i ? "h" : "g", 0, err);
 	}
@@ -539,8 +554,8 @@ out:
 
 int main(int argc, char **argv)
 {
-	static void *(*const mains[])(void *) = {writer_main,  writer_main, writer_main,  reader_main,
-						 reader_main,  guest_main,  churn_main,	  churn_main,
+	static void *(*const mains[])(void *) = {writer_main,  writer_main,  writer_main, reader_main,
+						 reader_main,  guest_main,   churn_main,  churn_main,
 						 manager_main, manager_main, poller_main, poller_main};
 	static const unsigned index[] = {0, 1, 2, 0, 1, 0, 0, 1, 0, 1, 0, 1};
 	struct worker w[ARRAY_LEN(mains)];
@@ -549,9 +564,12 @@ int main(int argc, char **argv)
 	struct worker c = {.seed = seed | 1};
 
 	log_init("stress_daemon", LOG_STDERR, LOG_TEXT, LOG_LEVEL_ERROR);
-	(void)pthread_rwlock_init(&a_up, NULL);
-	(void)pthread_rwlock_init(&b_up, NULL);
-	(void)pthread_rwlock_init(&pause_lock, NULL);
+	pthread_rwlockattr_t attr;
+	(void)pthread_rwlockattr_init(&attr);
+	(void)pthread_rwlockattr_setkind_np(&attr, PTHREAD_RWLOCK_PREFER_WRITER_NONRECURSIVE_NP);
+	(void)pthread_rwlock_init(&a_up, &attr);
+	(void)pthread_rwlock_init(&b_up, &attr);
+	(void)pthread_rwlock_init(&pause_lock, &attr);
 	(void)pthread_mutex_init(&guest_lock, NULL);
 	(void)printf("seed %llu\n", (unsigned long long)seed);
 	(void)fflush(stdout);
@@ -577,10 +595,11 @@ int main(int argc, char **argv)
 		free(vols[i].model);
 		free(vols[i].at_ckpt);
 	}
-	(void)printf("%lu writes, %lu flushes, %lu checkpoints, %lu compared, %lu restarts, %lu guest writes, %lu verbs, "
-		     "%lu created and deleted: %s\n",
-		     atomic_load(&writes), atomic_load(&flushes), atomic_load(&checkpoints), atomic_load(&compares),
-		     atomic_load(&restarts), atomic_load(&guest_writes), atomic_load(&verbs), atomic_load(&churned),
-		     atomic_load(&failed) ? "FAILED" : "ok");
+	(void)printf(
+	    "%lu writes, %lu flushes, %lu checkpoints, %lu compared, %lu restarts, %lu guest writes, %lu verbs, "
+	    "%lu created and deleted: %s\n",
+	    atomic_load(&writes), atomic_load(&flushes), atomic_load(&checkpoints), atomic_load(&compares),
+	    atomic_load(&restarts), atomic_load(&guest_writes), atomic_load(&verbs), atomic_load(&churned),
+	    atomic_load(&failed) ? "FAILED" : "ok");
 	return atomic_load(&failed) ? 1 : 0;
 }

@@ -202,17 +202,21 @@ static void read_once(struct worker *w, uint8_t *buf)
 /* An extent said to be a hole must be zeroes in the image, whatever writers do. */
 static void extents_once(struct worker *w)
 {
+	static const enum volume_layer layers[] = {LAYER_UNDO, LAYER_ACTIVE, LAYER_VIEW, LAYER_IMAGE};
 	struct stress *s = w->s;
 	struct extent x = {0};
 	uint64_t off = next_random(&w->seed, SIZE);
 	struct kept k;
-	int rc;
+	int rc = 0;
 
 	lock_shared(&s->list);
 	k = s->kept[next_random(&w->seed, s->n_kept)];
-	rc = volume_extent(s->v, LAYER_IMAGE, k.number, off, &x);
-	if (rc < 0)
-		fail(s, "an extent can't be had", off >> BLOCK_SHIFT, rc);
+	for (unsigned i = 0; i < ARRAY_LEN(layers); i++) {
+		/* The last stays for the look at its holes. */
+		rc = volume_extent(s->v, layers[i], layers[i] == LAYER_VIEW ? s->base : k.number, off, &x);
+		if (rc < 0 || x.off != off || x.len == 0 || x.len > SIZE - off)
+			fail(s, "an extent is not right", off >> BLOCK_SHIFT, rc);
+	}
 	for (uint64_t i = 0; rc == 0 && !x.data && i < x.len; i++)
 		if (k.image[x.off + i] != 0) {
 			fail(s, "a hole over data", (x.off + i) >> BLOCK_SHIFT, 0);
@@ -357,6 +361,11 @@ static bool run(struct storage *storage, double seconds)
 	return ok;
 }
 
+static void show_check(const char *kind, const char *expr, const char *file, int line)
+{
+	fprintf(stderr, "stress_volume: %s(%s) does not hold at %s:%d\n", kind, expr, file, line);
+}
+
 int main(int argc, char **argv)
 {
 	double seconds = argc > 1 ? atof(argv[1]) : 3;
@@ -365,6 +374,7 @@ int main(int argc, char **argv)
 	struct storage *storage;
 	bool ok;
 
+	check_hook = show_check;
 	if (seconds <= 0 || seconds > 3600) {
 		fprintf(stderr, "usage: stress_volume [SECONDS]\n");
 		return 2;

@@ -1,0 +1,1109 @@
+/* The replication core alone: events in, whole action traces out. A fake shell records what is emitted and holds each
+ * request and save until the test ends it, so every order of things can be had. */
+#include <criterion/criterion.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "core/repl.h"
+
+#define SIZE (UINT64_C(8) << 20)
+#define SEC UINT64_C(1000000000)
+#define IOS 256
+
+struct host {
+	struct repl *r;
+	void *mem, *metas[2];
+	uint64_t now, session, random;
+	char trace[8192];
+	struct repl_io *submitted[IOS];
+	unsigned n_submitted;
+	bool saving;
+	struct repl_meta saved; /* as last asked to be saved */
+	struct repl_io io[IOS]; /* by name */
+	struct repl_command cmd;
+	int cmd_error, cmd_count;
+};
+
+static void note(struct host *h, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
+static void note(struct host *h, const char *fmt, ...)
+{
+	size_t n = strlen(h->trace);
+	if (n)
+		h->trace[n++] = ' ';
+	va_list ap;
+	va_start(ap, fmt);
+	(void)vsnprintf(h->trace + n, sizeof(h->trace) - n, fmt, ap);
+	va_end(ap);
+}
+
+static const char *name_of(const struct repl_io *io)
+{
+	static const char *const kinds[] = {"write", "zero", "discard", "sync",	  "ckpt",    "rdone", "scan",
+					    "read",  "mark", "commit",	"iclear", "intents", "merge"};
+	static char letter[2];
+	if (io->internal)
+		return kinds[io->kind];
+	letter[0] = (char)io->owner;
+	return letter;
+}
+
+static void emit(void *arg, const struct repl_action *a)
+{
+	static const char *const targets[] = {"disk", "active", "intent", "ckpt", "own"};
+	struct host *h = arg;
+	switch (a->type) {
+	case ACT_SUBMIT:
+		note(h, "do:%s/%s", name_of(a->io), targets[a->io->target]);
+		h->submitted[h->n_submitted++] = a->io;
+		cr_assert_lt(h->n_submitted, IOS);
+		break;
+	case ACT_COMPLETE:
+		note(h, a->error ? "done:%s=%s" : "done:%s", name_of(a->io), err_name(a->error));
+		memset(a->io, 0xdd, sizeof(*a->io)); /* the owner's again: the core must not look at it */
+		break;
+	case ACT_SEND:
+		if (a->frame.type == WIRE_PING)
+			break;
+		if (a->frame.seq)
+			note(h, "send:%s#%d", wire_type_name(a->frame.type), (int)a->frame.seq);
+		else
+			note(h, "send:%s", wire_type_name(a->frame.type));
+		break;
+	case ACT_SAVE_META:
+		cr_assert_not(h->saving, "one save at a time");
+		h->saving = true;
+		h->saved = *a->meta;
+		note(h, "save:%s/%s", role_name(a->meta->role), state_name(a->meta->state));
+		if (a->ckpt)
+			note(h, "+%d", (int)a->ckpt);
+		if (a->drop)
+			note(h, "-%d", (int)a->drop);
+		cr_assert_eq(repl_meta_validate(a->meta, NULL), 0);
+		break;
+	case ACT_DIAL:
+		note(h, "dial");
+		break;
+	case ACT_CLOSE:
+		note(h, "close");
+		break;
+	case ACT_CMD_DONE:
+		h->cmd_count++;
+		h->cmd_error = a->error;
+		note(h, a->error ? "cmd=%s" : "cmd", err_name(a->error));
+		break;
+	case ACT_LOG:
+	case ACT_SERVING:
+		break;
+	}
+}
+
+static void step(struct host *h, struct repl_event ev)
+{
+	ev.now_ns = h->now;
+	ev.wall_ns = h->now;
+	repl_step(h->r, &ev);
+}
+
+static void expect(struct host *h, const char *trace, int line)
+{
+	cr_assert_str_eq(h->trace, trace, "line %d:\n  got  \"%s\"\n  want \"%s\"", line, h->trace, trace);
+	h->trace[0] = 0;
+}
+#define EXPECT(h, t) expect(h, t, __LINE__)
+
+static void forget(struct host *h)
+{
+	h->trace[0] = 0;
+}
+
+/* A guest's request, by a letter. */
+static void guest(struct host *h, char name, enum repl_kind kind, uint64_t off, uint64_t len)
+{
+	struct repl_io *io = &h->io[(unsigned char)name];
+	*io = (struct repl_io){.kind = kind, .off = off, .len = len, .owner = (uint8_t)name};
+	step(h, (struct repl_event){.type = EV_IO, .io = io});
+}
+
+static void fin_full(struct host *h, const char *name, int error, bool hole, uint64_t ext_len, bool save_failed)
+{
+	for (unsigned i = 0; i < h->n_submitted; i++) {
+		struct repl_io *io = h->submitted[i];
+		if (strcmp(name_of(io), name) != 0)
+			continue;
+		memmove(&h->submitted[i], &h->submitted[i + 1], (h->n_submitted - i - 1) * sizeof(h->submitted[0]));
+		h->n_submitted--;
+		io->hole = hole;
+		io->ext_len = ext_len;
+		io->save_failed = save_failed;
+		step(h, (struct repl_event){.type = EV_IO_DONE, .io = io, .error = error});
+		return;
+	}
+	cr_assert_fail("%s was not submitted", name);
+}
+
+static void fin(struct host *h, const char *name)
+{
+	fin_full(h, name, 0, false, 0, false);
+}
+
+static void saved(struct host *h)
+{
+	cr_assert(h->saving);
+	h->saving = false;
+	step(h, (struct repl_event){.type = EV_META_SAVED});
+}
+
+static void tick(struct host *h, uint64_t after_ns)
+{
+	h->now += after_ns;
+	step(h, (struct repl_event){.type = EV_TICK, .heard_ns = h->now});
+}
+
+static void frame(struct host *h, unsigned type, uint64_t seq, uint64_t off, uint64_t len, const void *data,
+		  uint32_t data_len)
+{
+	struct wire_frame f = {
+	    .type = (uint16_t)type, .seq = seq, .offset = off, .length = len, .length_payload = data_len};
+	step(h, (struct repl_event){.type = EV_FRAME, .session = h->session, .frame = &f, .payload = data});
+}
+
+/* A frame of the stream, for a secondary. */
+static void stream(struct host *h, char name, unsigned type, enum repl_kind kind, uint64_t seq, uint64_t off,
+		   uint64_t len)
+{
+	struct repl_io *io = &h->io[(unsigned char)name];
+	*io = (struct repl_io){.kind = kind, .off = off, .len = len, .seq = seq, .owner = (uint8_t)name};
+	io->resync = type == WIRE_RESYNC_WRITE || type == WIRE_RESYNC_ZERO;
+	if (kind == REPL_CHECKPOINT)
+		io->arg = off;
+	io->lineage.current = 100;
+	struct wire_frame f = {.type = (uint16_t)type, .seq = seq, .offset = off, .length = len};
+	step(h, (struct repl_event){.type = EV_FRAME, .session = h->session, .frame = &f, .io = io});
+}
+
+static void ack(struct host *h, uint64_t received, uint64_t applied, uint64_t flushed)
+{
+	uint8_t buf[64];
+	struct wire_ack a = {received, applied, flushed};
+	int n = wire_ack_encode(&a, buf, sizeof(buf));
+	frame(h, WIRE_ACK, 0, 0, 0, buf, (uint32_t)n);
+}
+
+static void link_down(struct host *h)
+{
+	step(h, (struct repl_event){.type = EV_LINK_DOWN, .session = h->session});
+}
+
+static void command(struct host *h, enum repl_cmd cmd, uint64_t number)
+{
+	h->cmd = (struct repl_command){.cmd = cmd, .number = number};
+	h->cmd_count = 0;
+	step(h, (struct repl_event){.type = EV_COMMAND, .command = &h->cmd});
+}
+
+static bool dirty(struct host *h, uint64_t off)
+{
+	return bitmap_test(&repl_volume_state(h->r, 0)->dirty, off >> REGION_SHIFT);
+}
+
+/* ---- hosts ---- */
+
+static void meta_of(struct repl_meta *m, enum role role, enum state state)
+{
+	repl_meta_init(m, "vm");
+	m->role = (uint8_t)role;
+	m->state = (uint8_t)state;
+	m->has_peer = true;
+	m->lineage.current = 100;
+	m->settings.checkpoint_interval_ms = 0;
+	m->n_volumes = 1;
+	(void)snprintf(m->volumes[0].name, sizeof(m->volumes[0].name), "vm");
+	m->volumes[0].size = SIZE;
+	m->ckpt_max = m->last_stream = 1;
+	if (role == ROLE_PRIMARY)
+		(void)snprintf(m->peer, sizeof(m->peer), "peer:1");
+	if (role == ROLE_SECONDARY) {
+		m->n_ckpts = 1;
+		m->ckpts[0] = (struct repl_ckpt){.number = 1, .generation = 100};
+		m->base = 1;
+		m->active_id = 1;
+	}
+}
+
+static struct host *host_new(const struct repl_meta *m)
+{
+	static const uint8_t store[16] = {7};
+	struct host *h = calloc(1, sizeof(*h));
+	struct repl_init_args a = {.store = store, .random_seed = 5, .now_ns = SEC, .emit = emit, .emit_arg = h};
+	h->now = SEC;
+	h->r = malloc(repl_size());
+	h->metas[0] = a.meta = malloc(sizeof(*m));
+	h->metas[1] = a.next = malloc(sizeof(*m));
+	*a.meta = *m;
+	a.volume_memory[0] = h->mem = calloc(1, repl_volume_bytes(SIZE));
+	repl_init(h->r, &a);
+	return h;
+}
+
+static void join_frame(struct host *h, const struct repl_meta *peer, uint32_t flags)
+{
+	static struct wire_join j;
+	static uint8_t buf[WIRE_JOIN_ENCODED_MAX];
+	memset(&j, 0, sizeof(j));
+	memcpy(j.group, peer->group, sizeof(j.group));
+	j.role = peer->role;
+	j.state = peer->state;
+	j.lineage = peer->lineage;
+	j.sync_from = peer->sync_from;
+	j.ckpt_max = peer->ckpt_max;
+	j.settings = peer->settings;
+	j.n_volumes = 1;
+	j.volumes[0] = peer->volumes[0];
+	j.flags = flags | (peer->alone ? WIRE_JOIN_ALONE : 0U) | (peer->inconsistent ? WIRE_JOIN_INCONSISTENT : 0U);
+	int n = wire_join_encode(&j, buf, sizeof(buf));
+	cr_assert_gt(n, 0);
+	frame(h, WIRE_JOIN, 0, 0, 0, buf, (uint32_t)n);
+}
+
+static void link_up(struct host *h, bool dialer)
+{
+	h->session++;
+	step(h, (struct repl_event){.type = EV_LINK_UP, .session = h->session, .dialer = dialer});
+}
+
+/* From the primary's dial to its session as source with nothing to do, one frame (RESYNC_DONE, 1) sent. */
+static void connect(struct host *h, struct repl_meta *peer)
+{
+	tick(h, 3 * SEC);
+	forget(h);
+	link_up(h, true);
+	EXPECT(h, "send:JOIN");
+	join_frame(h, peer, 0);
+	frame(h, WIRE_DIRTY_END, 0, 0, 0, NULL, 0);
+	EXPECT(h, "do:intents/own");
+	fin(h, "intents");
+	EXPECT(h, "save:primary/RUNNING");
+	saved(h);
+}
+
+static struct repl_meta peer_meta;
+
+/* A primary in sync under `protocol`: RESYNC_DONE is 1, the first checkpoint 2 was frame 2. */
+static struct host *primary(enum protocol protocol)
+{
+	static struct repl_meta m;
+	meta_of(&m, ROLE_PRIMARY, STATE_RUNNING);
+	m.settings.protocol = protocol;
+	meta_of(&peer_meta, ROLE_SECONDARY, STATE_RUNNING);
+	struct host *h = host_new(&m);
+	connect(h, &peer_meta);
+	EXPECT(h, "send:RESYNC_DONE#1");
+	frame(h, WIRE_RESYNC_ACK, 1, 0, 0, NULL, 0);
+	EXPECT(h, "send:CHECKPOINT#2 save:primary/RUNNING");
+	saved(h);
+	ack(h, 2, 2, 1);
+	frame(h, WIRE_CHECKPOINT_ACK, 0, 2, 0, NULL, 0);
+	EXPECT(h, "save:primary/RUNNING");
+	saved(h);
+	EXPECT(h, "");
+	return h;
+}
+
+/* A write that has had its intent bit set before. */
+static void warm(struct host *h)
+{
+	guest(h, 'z', REPL_WRITE, 0, 4096);
+	EXPECT(h, "do:z/intent");
+	fin(h, "z");
+	EXPECT(h, "do:z/disk");
+	fin(h, "z");
+	forget(h);
+	ack(h, 3, 3, 1);
+	forget(h);
+}
+
+static struct host *secondary(void)
+{
+	static struct repl_meta m;
+	meta_of(&m, ROLE_SECONDARY, STATE_RUNNING);
+	meta_of(&peer_meta, ROLE_PRIMARY, STATE_RUNNING);
+	struct host *h = host_new(&m);
+	link_up(h, false);
+	join_frame(h, &peer_meta, 0);
+	EXPECT(h, "send:JOIN send:DIRTY_END");
+	stream(h, 'd', WIRE_RESYNC_DONE, REPL_RESYNC_DONE, 1, 0, 0);
+	EXPECT(h, "do:d/disk");
+	fin(h, "d");
+	EXPECT(h, "save:secondary/RUNNING");
+	saved(h);
+	EXPECT(h, "send:RESYNC_ACK#1 send:ACK done:d");
+	return h;
+}
+
+static void host_free(struct host *h)
+{
+	repl_check(h->r);
+	free(h->metas[0]);
+	free(h->metas[1]);
+	free(h->mem);
+	free(h->r);
+	free(h);
+}
+
+/* ---- a guest's write, by protocol ---- */
+
+Test(repl, protocol_f_completes_a_write_when_it_is_queued)
+{
+	struct host *h = primary(PROTOCOL_F);
+	guest(h, 'a', REPL_WRITE, 0, 4096);
+	EXPECT(h, "do:a/intent"); /* a clean region: its durable bit first */
+	cr_assert_not(dirty(h, 0));
+	fin(h, "a");
+	EXPECT(h, "do:a/disk");
+	cr_assert(dirty(h, 0), "before the write");
+	fin(h, "a");
+	EXPECT(h, "send:WRITE#3 done:a");
+	guest(h, 'b', REPL_WRITE, 65536, 4096); /* the same MiB: no second intent */
+	EXPECT(h, "do:b/disk");
+	fin(h, "b");
+	EXPECT(h, "send:WRITE#4 done:b");
+	host_free(h);
+}
+
+Test(repl, protocol_b_waits_for_received_and_c_for_applied)
+{
+	struct host *h = primary(PROTOCOL_B);
+	warm(h);
+	guest(h, 'a', REPL_WRITE, 0, 4096);
+	fin(h, "a");
+	EXPECT(h, "do:a/disk send:WRITE#4");
+	ack(h, 4, 3, 1);
+	EXPECT(h, "done:a");
+	host_free(h);
+	h = primary(PROTOCOL_C);
+	warm(h);
+	guest(h, 'a', REPL_WRITE, 0, 4096);
+	fin(h, "a");
+	EXPECT(h, "do:a/disk send:WRITE#4");
+	ack(h, 4, 3, 1);
+	EXPECT(h, "");
+	ack(h, 4, 4, 1);
+	EXPECT(h, "done:a");
+	host_free(h);
+}
+
+Test(repl, a_flush_under_f_waits_for_both)
+{
+	struct host *h = primary(PROTOCOL_F);
+	warm(h);
+	guest(h, 'f', REPL_FLUSH, 0, 0);
+	EXPECT(h, "send:FLUSH#4 do:f/disk");
+	fin(h, "f");
+	EXPECT(h, "");
+	ack(h, 4, 4, 3);
+	EXPECT(h, "");
+	ack(h, 4, 4, 4);
+	EXPECT(h, "done:f");
+	host_free(h);
+}
+
+Test(repl, overlapping_writes_leave_in_order)
+{
+	struct host *h = primary(PROTOCOL_F);
+	warm(h);
+	guest(h, 'a', REPL_WRITE, 0, 8192);
+	guest(h, 'b', REPL_WRITE, 4096 + 512, 512); /* another part of a block of a's */
+	guest(h, 'c', REPL_WRITE, 16384, 4096);
+	EXPECT(h, "do:a/disk do:c/disk");
+	fin(h, "c");
+	EXPECT(h, "send:WRITE#4 done:c");
+	fin(h, "a");
+	EXPECT(h, "send:WRITE#5 do:b/disk done:a");
+	fin(h, "b");
+	EXPECT(h, "send:WRITE#6 done:b");
+	host_free(h);
+}
+
+/* ---- without the peer ---- */
+
+Test(repl, what_waits_under_c_begins_a_generation_when_the_link_is_lost)
+{
+	struct host *h = primary(PROTOCOL_C);
+	warm(h);
+	guest(h, 'a', REPL_WRITE, 0, 4096);
+	fin(h, "a");
+	forget(h);
+	link_down(h);
+	EXPECT(h, "save:primary/RUNNING");
+	cr_assert(h->saved.alone);
+	cr_assert_eq(h->saved.lineage.bitmap, 100);
+	saved(h);
+	EXPECT(h, "done:a");
+	host_free(h);
+}
+
+Test(repl, alone_generation_then_intent_then_disk)
+{
+	struct host *h = primary(PROTOCOL_F);
+	link_down(h);
+	guest(h, 'a', REPL_WRITE, 0, 4096);
+	EXPECT(h, "save:primary/RUNNING");
+	guest(h, 'b', REPL_WRITE, 4096, 4096); /* waits for the same generation */
+	EXPECT(h, "");
+	saved(h);
+	EXPECT(h, "do:a/intent do:b/intent");
+	fin(h, "a");
+	EXPECT(h, "do:a/disk");
+	fin(h, "a");
+	EXPECT(h, "done:a");
+	fin(h, "b");
+	fin(h, "b");
+	EXPECT(h, "do:b/disk done:b");
+	guest(h, 'f', REPL_FLUSH, 0, 0); /* alone already: no other */
+	fin(h, "f");
+	EXPECT(h, "do:f/disk done:f");
+	host_free(h);
+}
+
+/* A flush that ends while the start of a session is being saved waits for a generation; the session has begun when its
+ * turn comes. A generation begun then would leave `alone` set in a live session, and the next write alone would begin
+ * none. */
+Test(repl, no_generation_begins_inside_a_session)
+{
+	struct host *h = primary(PROTOCOL_F);
+	link_down(h);
+	guest(h, 'f', REPL_FLUSH, 0, 0);
+	EXPECT(h, "do:f/disk");
+	tick(h, 0);
+	EXPECT(h, "dial");
+	link_up(h, true);
+	join_frame(h, &peer_meta, 0);
+	frame(h, WIRE_DIRTY_END, 0, 0, 0, NULL, 0);
+	fin(h, "intents");
+	EXPECT(h, "send:JOIN do:intents/own save:primary/RUNNING");
+	fin(h, "f");
+	EXPECT(h, "");
+	saved(h);
+	EXPECT(h, "send:RESYNC_DONE#1 done:f");
+	cr_assert_not(repl_meta(h->r)->alone);
+	cr_assert_eq(repl_meta(h->r)->lineage.current, 100);
+	host_free(h);
+}
+
+Test(repl, freeze_holds_and_a_stop_or_a_shutdown_ends_it)
+{
+	for (int end = 0; end < 2; end++) {
+		struct host *h = primary(PROTOCOL_C);
+		warm(h);
+		struct settings s = repl_meta(h->r)->settings;
+		s.on_disconnect = ON_DISCONNECT_FREEZE;
+		h->cmd = (struct repl_command){.cmd = CMD_SETTINGS, .settings = s};
+		step(h, (struct repl_event){.type = EV_COMMAND, .command = &h->cmd});
+		saved(h);
+		guest(h, 'a', REPL_WRITE, 0, 4096);
+		guest(h, 'b', REPL_WRITE, 8192, 4096);
+		fin(h, "a");
+		fin(h, "b");
+		forget(h);
+		link_down(h);
+		EXPECT(h, "cmd");
+		guest(h, 'c', REPL_WRITE, 0, 4096);
+		EXPECT(h, "");
+		if (end == 0) {
+			command(h, CMD_STOP, 0);
+			saved(h);
+			forget(h);
+			tick(h, 1000);
+			EXPECT(h, ""); /* c's generation is being saved: a and b wait for it too */
+			saved(h);
+			EXPECT(h, "do:c/disk done:a done:b");
+			fin(h, "c");
+			EXPECT(h, "done:c");
+		} else {
+			step(h, (struct repl_event){.type = EV_SHUTDOWN});
+			EXPECT(h, "done:c=ERR_IO done:a=ERR_IO done:b=ERR_IO");
+		}
+		host_free(h);
+	}
+}
+
+/* ---- what is dirty ---- */
+
+Test(repl, a_clear_cycle_leaves_what_a_newer_write_touched)
+{
+	struct host *h = primary(PROTOCOL_F);
+	warm(h);
+	guest(h, 'a', REPL_WRITE, 65536, 4096);
+	fin(h, "a");
+	forget(h);
+	tick(h, 2 * SEC);
+	EXPECT(h, "send:FLUSH#5 do:sync/disk");
+	guest(h, 'b', REPL_WRITE, 65536, 4096);
+	fin(h, "b");
+	forget(h);
+	ack(h, 6, 6, 5);
+	cr_assert(dirty(h, 0), "this host's own disk is not flushed yet");
+	fin(h, "sync");
+	cr_assert_not(dirty(h, 0));
+	cr_assert(dirty(h, 65536));
+	host_free(h);
+}
+
+Test(repl, a_write_that_spans_a_clear_cycle_and_the_end_of_its_session_is_dirty)
+{
+	struct host *h = primary(PROTOCOL_F);
+	warm(h);
+	guest(h, 'a', REPL_WRITE, 65536, 4096);
+	tick(h, 2 * SEC);
+	EXPECT(h, "do:a/disk send:FLUSH#4 do:sync/disk");
+	fin(h, "sync");
+	ack(h, 4, 4, 4);
+	link_down(h);
+	fin(h, "a");
+	EXPECT(h, "save:primary/RUNNING");
+	cr_assert(dirty(h, 65536), "nobody has sent it");
+	saved(h);
+	EXPECT(h, "done:a");
+	host_free(h);
+}
+
+Test(repl, a_write_that_failed_here_stays_dirty)
+{
+	struct host *h = primary(PROTOCOL_F);
+	warm(h);
+	guest(h, 'a', REPL_WRITE, 65536, 4096);
+	fin_full(h, "a", -ERR_IO, false, 0, false);
+	EXPECT(h, "do:a/disk done:a=ERR_IO");
+	for (int i = 0; i < 2; i++) {
+		tick(h, 2 * SEC);
+		if (h->n_submitted)
+			fin(h, "sync");
+		ack(h, 4, 4, 4);
+	}
+	cr_assert_not(dirty(h, 0));
+	cr_assert(dirty(h, 65536), "what the disk holds of it is not known");
+	host_free(h);
+}
+
+/* ---- resync ---- */
+
+Test(repl, a_resync_read_and_a_write_exclude_each_other)
+{
+	struct host *h = primary(PROTOCOL_F);
+	link_down(h);
+	guest(h, 'a', REPL_WRITE, 0, 4096);
+	saved(h);
+	fin(h, "a");
+	fin(h, "a");
+	forget(h);
+	connect(h, &peer_meta);
+	EXPECT(h, "send:RESYNC_BEGIN");
+	frame(h, WIRE_RESYNC_READY, 0, 2, 0, NULL, 0);
+	EXPECT(h, "do:scan/own");
+	fin_full(h, "scan", 0, false, 65536, false);
+	EXPECT(h, "do:read/own");
+	guest(h, 'b', REPL_WRITE, 4096, 4096);
+	EXPECT(h, ""); /* waits for the read */
+	fin(h, "read");
+	EXPECT(h, "send:RESYNC_WRITE#1 do:b/disk send:RESYNC_DONE#2");
+	fin(h, "b");
+	EXPECT(h, "send:WRITE#3 done:b"); /* forwarded: its region is done */
+	host_free(h);
+}
+
+Test(repl, a_write_to_a_region_still_to_be_sent_is_not_forwarded)
+{
+	struct host *h = primary(PROTOCOL_F);
+	link_down(h);
+	guest(h, 'a', REPL_WRITE, 0, 4096);
+	saved(h);
+	fin(h, "a");
+	fin(h, "a");
+	forget(h);
+	connect(h, &peer_meta);
+	EXPECT(h, "send:RESYNC_BEGIN");
+	guest(h, 'b', REPL_WRITE, 4096, 4096);
+	fin(h, "b");
+	EXPECT(h, "do:b/disk done:b");
+	guest(h, 'c', REPL_WRITE, 65536, 4096);
+	fin(h, "c");
+	EXPECT(h, "do:c/disk send:WRITE#1 done:c");
+	host_free(h);
+}
+
+Test(repl, a_peer_that_never_gets_ready_is_given_up)
+{
+	struct host *h = primary(PROTOCOL_F);
+	link_down(h);
+	guest(h, 'a', REPL_WRITE, 0, 4096);
+	saved(h);
+	fin(h, "a");
+	fin(h, "a");
+	forget(h);
+	connect(h, &peer_meta);
+	forget(h);
+	for (int i = 0; i < 7; i++)
+		tick(h, 4 * SEC);
+	EXPECT(h, "close dial");
+	host_free(h);
+}
+
+/* ---- handshake ---- */
+
+Test(repl, a_peers_dirty_set_may_come_while_a_generation_is_being_saved)
+{
+	struct host *h = primary(PROTOCOL_F);
+	link_down(h);
+	guest(h, 'a', REPL_WRITE, 0, 4096);
+	EXPECT(h, "save:primary/RUNNING");
+	tick(h, 0);
+	link_up(h, true);
+	join_frame(h, &peer_meta, 0);
+	frame(h, WIRE_DIRTY_END, 0, 0, 0, NULL, 0);
+	EXPECT(h, "dial send:JOIN");
+	saved(h);
+	EXPECT(h, "do:a/intent do:intents/own");
+	fin(h, "intents");
+	EXPECT(h, "save:primary/RUNNING");
+	host_free(h);
+}
+
+Test(repl, a_restarted_primary_holds_until_the_handshake_or_peer_timeout)
+{
+	static struct repl_meta m;
+	meta_of(&m, ROLE_PRIMARY, STATE_RUNNING);
+	struct host *h = host_new(&m);
+	guest(h, 'a', REPL_WRITE, 0, 4096);
+	EXPECT(h, "");
+	tick(h, SEC);
+	EXPECT(h, "dial");
+	step(h, (struct repl_event){.type = EV_LINK_DOWN, .error = -ERR_PEER});
+	EXPECT(h, "");
+	tick(h, 4 * SEC);
+	EXPECT(h, "dial save:primary/RUNNING"); /* alone from here on */
+	saved(h);
+	EXPECT(h, "do:a/intent");
+	host_free(h);
+}
+
+Test(repl, a_primary_whose_peer_failed_over_steps_down_unless_it_wrote_meanwhile)
+{
+	for (int wrote = 0; wrote < 2; wrote++) {
+		struct host *h = primary(PROTOCOL_F);
+		static struct repl_meta survivor;
+		meta_of(&survivor, ROLE_STANDALONE, STATE_DONE);
+		survivor.lineage = (struct lineage){.current = 200, .bitmap = 100};
+		survivor.alone = true;
+		link_down(h);
+		tick(h, 0);
+		link_up(h, true);
+		EXPECT(h, "dial send:JOIN");
+		if (wrote)
+			guest(h, 'a', REPL_WRITE, 0, 4096);
+		join_frame(h, &survivor, 0);
+		if (wrote) {
+			EXPECT(h, "save:primary/RUNNING"); /* the generation */
+			saved(h);
+			EXPECT(h, "do:a/intent close");
+			cr_assert_eq(repl_meta(h->r)->role, ROLE_PRIMARY);
+		} else {
+			EXPECT(h, "save:secondary/NONE");
+			guest(h, 'a', REPL_WRITE, 0, 4096); /* while it steps down */
+			saved(h);
+			EXPECT(h, "close done:a=ERR_IO");
+			cr_assert_not(repl_meta(h->r)->alone);
+		}
+		host_free(h);
+	}
+}
+
+Test(repl, a_stop_while_a_dial_is_under_way_stays_stopped)
+{
+	struct host *h = primary(PROTOCOL_F);
+	link_down(h);
+	tick(h, 0);
+	EXPECT(h, "dial");
+	command(h, CMD_STOP, 0);
+	EXPECT(h, "save:primary/DONE");
+	saved(h);
+	EXPECT(h, "cmd");
+	link_up(h, true);
+	EXPECT(h, "close");
+	host_free(h);
+}
+
+Test(repl, a_stop_whose_answer_was_lost_is_completed)
+{
+	static struct repl_meta m;
+	struct host *h = primary(PROTOCOL_F);
+	command(h, CMD_STOP, 0);
+	EXPECT(h, "send:CHECKPOINT#3");
+	link_down(h);
+	EXPECT(h, "cmd=ERR_PEER");
+	tick(h, 0);
+	link_up(h, true);
+	meta_of(&m, ROLE_SECONDARY, STATE_DONE);
+	join_frame(h, &m, 0);
+	EXPECT(h, "dial send:JOIN save:primary/DONE");
+	saved(h);
+	EXPECT(h, "send:GOODBYE close");
+	host_free(h);
+	h = host_new(&m);
+	link_up(h, false);
+	meta_of(&peer_meta, ROLE_PRIMARY, STATE_RUNNING);
+	join_frame(h, &peer_meta, 0);
+	EXPECT(h, "send:JOIN");
+	link_down(h);
+	link_up(h, false);
+	peer_meta.state = STATE_DONE;
+	join_frame(h, &peer_meta, WIRE_JOIN_START);
+	EXPECT(h, "save:secondary/NONE");
+	saved(h);
+	EXPECT(h, "send:JOIN send:DIRTY_END");
+	host_free(h);
+}
+
+Test(repl, a_start_into_a_split_brain_says_so_though_the_peer_hangs_up_first)
+{
+	static struct repl_meta m, wrote;
+	meta_of(&m, ROLE_PRIMARY, STATE_DONE);
+	struct host *h = host_new(&m);
+	command(h, CMD_START, 0);
+	link_up(h, true);
+	meta_of(&wrote, ROLE_SECONDARY, STATE_DONE);
+	wrote.lineage = (struct lineage){.current = 200, .bitmap = 100};
+	wrote.alone = true;
+	join_frame(h, &wrote, 0);
+	EXPECT(h, "dial send:JOIN save:primary/DONE");
+	link_down(h);
+	EXPECT(h, "");
+	saved(h);
+	EXPECT(h, "cmd=ERR_SPLIT close");
+	host_free(h);
+}
+
+Test(repl, a_target_made_for_a_sync_that_never_began_gets_everything)
+{
+	static struct wire_join p, t;
+	int source = -1;
+	p.role = ROLE_PRIMARY;
+	p.state = STATE_RUNNING;
+	p.lineage.current = 100;
+	t.role = ROLE_SECONDARY;
+	t.flags = WIRE_JOIN_FRESH | WIRE_JOIN_INCONSISTENT;
+	cr_assert_eq(lineage_decide(&p, &t, &source), LINEAGE_FULL);
+	cr_assert_eq(source, 0);
+	t.lineage.current = 100; /* unfinished from elsewhere: dirty bits are not enough */
+	t.sync_from = 300;
+	t.flags = WIRE_JOIN_INCONSISTENT;
+	cr_assert_eq(lineage_decide(&t, &p, &source), LINEAGE_FULL);
+	cr_assert_eq(source, 1);
+}
+
+/* ---- checkpoints, stop, settings ---- */
+
+Test(repl, a_checkpoint_is_answered_when_its_number_is_durable_here_too)
+{
+	struct host *h = primary(PROTOCOL_F);
+	command(h, CMD_CHECKPOINT, 0);
+	EXPECT(h, "send:CHECKPOINT#3");
+	ack(h, 3, 3, 1);
+	EXPECT(h, "");
+	frame(h, WIRE_CHECKPOINT_ACK, 0, 3, 0, NULL, 0);
+	EXPECT(h, "save:primary/RUNNING");
+	cr_assert_eq(h->saved.last_stream, 3);
+	saved(h);
+	EXPECT(h, "cmd");
+	cr_assert_eq(h->cmd.result, 3);
+	host_free(h);
+}
+
+Test(repl, answers_that_nobody_asked_for_are_refused)
+{
+	struct host *h = primary(PROTOCOL_F);
+	for (int i = 0; i < 100; i++)
+		frame(h, WIRE_CHECKPOINT_ACK, 0, 2, 0, NULL, 0);
+	EXPECT(h, "send:REFUSE close");
+	host_free(h);
+}
+
+Test(repl, many_checkpoints_and_settings_on_a_slow_disk_fit)
+{
+	struct host *h = primary(PROTOCOL_F);
+	static struct repl_command c[100];
+	for (int i = 0; i < 100; i++) {
+		c[i] = (struct repl_command){.cmd = CMD_CHECKPOINT};
+		step(h, (struct repl_event){.type = EV_COMMAND, .command = &c[i]});
+	}
+	for (int i = 0; i < 100; i++)
+		frame(h, WIRE_CHECKPOINT_ACK, 0, (uint64_t)i + 3, 0, NULL, 0);
+	saved(h);
+	saved(h);
+	cr_assert_eq(h->cmd_count, 100);
+	cr_assert_eq(repl_meta(h->r)->last_stream, 102);
+	host_free(h);
+	h = secondary();
+	uint8_t buf[4096];
+	struct wbuf w = {.data = buf, .size = sizeof(buf)};
+	settings_encode(&repl_meta(h->r)->settings, &w);
+	for (uint64_t i = 1; i <= 100; i++)
+		frame(h, WIRE_SETTINGS, i, 0, 0, buf, (uint32_t)w.len);
+	EXPECT(h, "save:secondary/RUNNING");
+	saved(h);
+	EXPECT(h, "send:SETTINGS_ACK#1 save:secondary/RUNNING");
+	saved(h);
+	EXPECT(h, "send:SETTINGS_ACK#100");
+	host_free(h);
+}
+
+Test(repl, numbers_near_the_wires_limit_are_refused)
+{
+	struct host *h = secondary();
+	stream(h, 'c', WIRE_CHECKPOINT, REPL_CHECKPOINT, 2, WIRE_CKPT_NUMBER_MAX, 0);
+	EXPECT(h, "send:REFUSE close done:c=ERR_CANCELED");
+	host_free(h);
+}
+
+Test(repl, a_clean_stop_clears_then_checkpoints_then_ends)
+{
+	struct host *h = primary(PROTOCOL_F);
+	warm(h);
+	guest(h, 'a', REPL_WRITE, 0, 4096);
+	forget(h);
+	command(h, CMD_STOP, 0);
+	EXPECT(h, ""); /* a is under way */
+	guest(h, 'b', REPL_WRITE, 4096, 4096);
+	fin(h, "a");
+	EXPECT(h, "send:WRITE#4 done:a send:FLUSH#5 do:sync/disk");
+	fin(h, "sync");
+	ack(h, 5, 5, 5);
+	EXPECT(h, "send:CHECKPOINT#6");
+	cr_assert_not(dirty(h, 0));
+	frame(h, WIRE_CHECKPOINT_ACK, 0, 3, 0, NULL, 0);
+	EXPECT(h, "save:primary/DONE");
+	saved(h);
+	EXPECT(h, "send:GOODBYE close cmd save:primary/DONE"); /* b begins a generation */
+	saved(h);
+	EXPECT(h, "do:b/disk");
+	host_free(h);
+}
+
+Test(repl, writes_without_room_share_one_drop)
+{
+	static struct repl_meta m;
+	meta_of(&m, ROLE_STANDALONE, STATE_DONE);
+	m.alone = true;
+	m.n_ckpts = 2;
+	m.ckpts[0] = (struct repl_ckpt){.number = 1, .generation = 100, .flags = CKPT_PINNED};
+	m.ckpts[1] = (struct repl_ckpt){.number = 2, .generation = 100};
+	m.ckpt_max = 2;
+	struct host *h = host_new(&m);
+	char name[2] = "";
+	for (int i = 0; i < 60; i++) {
+		guest(h, (char)('A' + i), REPL_WRITE, (uint64_t)i * 4096, 4096);
+		if (i == 0) /* the intent bit of them all */
+			fin(h, "A");
+	}
+	forget(h);
+	for (int i = 0; i < 60; i++) {
+		name[0] = (char)('A' + i);
+		fin_full(h, name, -ERR_NOSPC, false, 0, true);
+	}
+	EXPECT(h, "save:standalone/DONE -1"); /* one in the middle could not go unmerged */
+	saved(h);
+	cr_assert_eq(h->n_submitted, 60);
+	forget(h);
+	fin(h, "A");
+	EXPECT(h, "done:A");
+	host_free(h);
+}
+
+/* ---- the secondary ---- */
+
+Test(repl, nothing_passes_a_barrier)
+{
+	struct host *h = secondary();
+	stream(h, 'a', WIRE_WRITE, REPL_WRITE, 2, 0, 4096);
+	stream(h, 'b', WIRE_WRITE, REPL_WRITE, 3, 4096, 4096);
+	stream(h, 'f', WIRE_FLUSH, REPL_FLUSH, 4, 0, 0);
+	stream(h, 'c', WIRE_WRITE, REPL_WRITE, 5, 65536, 4096);
+	EXPECT(h, "do:a/disk do:b/disk");
+	fin(h, "b");
+	EXPECT(h, "done:b");
+	fin(h, "a");
+	EXPECT(h, "done:a do:f/disk");
+	fin(h, "f");
+	EXPECT(h, "send:ACK done:f do:c/disk");
+	host_free(h);
+}
+
+Test(repl, what_was_received_is_applied_before_a_new_join_is_answered)
+{
+	struct host *h = secondary();
+	stream(h, 'a', WIRE_WRITE, REPL_WRITE, 2, 0, 4096);
+	stream(h, 'f', WIRE_FLUSH, REPL_FLUSH, 3, 0, 0);
+	stream(h, 'b', WIRE_WRITE, REPL_WRITE, 4, 0, 4096);
+	EXPECT(h, "do:a/disk");
+	link_down(h);
+	link_up(h, false);
+	join_frame(h, &peer_meta, 0);
+	EXPECT(h, "");
+	fin(h, "a");
+	fin(h, "f");
+	EXPECT(h, "done:a do:f/disk done:f do:b/disk");
+	fin(h, "b");
+	EXPECT(h, "done:b send:JOIN send:DIRTY_END");
+	host_free(h);
+}
+
+Test(repl, a_resync_that_is_cut_while_the_disk_syncs_is_begun_again)
+{
+	struct host *h = secondary();
+	link_down(h);
+	link_up(h, false);
+	join_frame(h, &peer_meta, 0);
+	frame(h, WIRE_RESYNC_BEGIN, 0, 100, 0, NULL, 0);
+	EXPECT(h, "send:JOIN send:DIRTY_END do:sync/ckpt");
+	link_down(h);
+	link_up(h, false);
+	join_frame(h, &peer_meta, 0);
+	EXPECT(h, ""); /* the old session's work first */
+	fin(h, "sync");
+	EXPECT(h, "send:JOIN send:DIRTY_END");
+	frame(h, WIRE_RESYNC_BEGIN, 0, 100, 0, NULL, 0);
+	fin(h, "sync");
+	EXPECT(h, "do:sync/ckpt save:secondary/RUNNING +2");
+	cr_assert(h->saved.inconsistent);
+	saved(h);
+	EXPECT(h, "send:RESYNC_READY");
+	host_free(h);
+}
+
+Test(repl, a_stop_whose_checkpoint_fails_is_answered)
+{
+	struct host *h = secondary();
+	command(h, CMD_STOP, 0);
+	EXPECT(h, "send:STOP_WANT");
+	struct repl_io *io = &h->io['c'];
+	*io = (struct repl_io){.kind = REPL_CHECKPOINT, .seq = 2, .arg = 2, .owner = 'c'};
+	io->flags = WIRE_CKPT_COMMAND | WIRE_CKPT_STOP;
+	struct wire_frame f = {.type = WIRE_CHECKPOINT, .seq = 2, .offset = 2};
+	step(h, (struct repl_event){.type = EV_FRAME, .session = h->session, .frame = &f, .io = io});
+	fin(h, "c");
+	EXPECT(h, "do:c/ckpt save:secondary/DONE +2");
+	h->saving = false;
+	step(h, (struct repl_event){.type = EV_META_SAVED, .error = -ERR_NOSPC});
+	EXPECT(h, "send:CHECKPOINT_ACK cmd=ERR_STATE done:c");
+	host_free(h);
+}
+
+/* ---- failover ---- */
+
+Test(repl, a_failover_applies_marks_saves_answers_and_commits_racing_writes)
+{
+	struct host *h = secondary();
+	stream(h, 'a', WIRE_WRITE, REPL_WRITE, 2, 0, 4096);
+	forget(h);
+	command(h, CMD_FAILOVER, FAILOVER_DEFAULT);
+	EXPECT(h, "send:GOODBYE close");
+	stream(h, 'x', WIRE_WRITE, REPL_WRITE, 3, 0, 4096); /* of the ended session */
+	EXPECT(h, "done:x=ERR_CANCELED");
+	fin(h, "a");
+	EXPECT(h, "done:a do:mark/own");
+	guest(h, 'g', REPL_WRITE, 4096, 4096);
+	EXPECT(h, "");
+	repl_mark(h->r, 0, 0, 4096);
+	fin(h, "mark");
+	EXPECT(h, "save:standalone/FAILOVER +2");
+	cr_assert_eq(h->saved.target, 1);
+	cr_assert_eq(h->saved.base, 1);
+	cr_assert_eq(h->saved.lineage.bitmap, 100);
+	cr_assert(h->saved.alone);
+	saved(h);
+	EXPECT(h, "cmd do:commit/own"); /* g waits for the commit's claim */
+	fin(h, "commit");
+	EXPECT(h, "do:g/active do:sync/disk"); /* guests go on during the first sync */
+	guest(h, 'i', REPL_WRITE, 65536, 4096);
+	EXPECT(h, "do:i/active");
+	fin(h, "g");
+	EXPECT(h, "done:g do:commit/own"); /* picked up */
+	fin(h, "commit");
+	fin(h, "sync");
+	guest(h, 'j', REPL_WRITE, 131072, 4096);
+	EXPECT(h, ""); /* j waits, i ends */
+	fin(h, "i");
+	EXPECT(h, "done:i do:commit/own");
+	fin(h, "commit");
+	EXPECT(h, "do:sync/disk");
+	fin(h, "sync");
+	EXPECT(h, "save:standalone/DONE");
+	saved(h);
+	EXPECT(h, "do:j/disk");
+	host_free(h);
+}
+
+/* A guest that never pauses must not keep a commit from its end. */
+Test(repl, a_commit_ends_under_a_steady_load)
+{
+	static struct repl_meta m;
+	meta_of(&m, ROLE_STANDALONE, STATE_FAILOVER);
+	m.n_ckpts = 2;
+	m.ckpts[0] = (struct repl_ckpt){.number = 1, .generation = 100};
+	m.ckpts[1] = (struct repl_ckpt){.number = 2, .generation = 100};
+	m.ckpt_max = m.received = 2;
+	m.base = m.target = 1;
+	m.alone = true;
+	m.active_id = 1;
+	struct host *h = host_new(&m);
+	repl_mark(h->r, 0, 0, SIZE);
+	fin(h, "mark");
+	bool busy[64] = {false};
+	uint64_t x = 1;
+	int rounds = 0;
+	for (; rounds < 20000 && repl_meta(h->r)->state != STATE_DONE; rounds++) {
+		for (unsigned i = 0; i < 8; i++) { /* eight requests at any time */
+			struct repl_io *io = &h->io['A' + i];
+			if (busy[i] && io->owner != 0xdd)
+				continue;
+			busy[i] = true;
+			x = x * UINT64_C(6364136223846793005) + 1;
+			guest(h, (char)('A' + i), REPL_WRITE, ((x >> 33) % (SIZE / 4096)) * 4096, 4096);
+		}
+		if (h->saving)
+			saved(h);
+		else if (h->n_submitted)
+			fin(h, name_of(h->submitted[x % h->n_submitted]));
+		forget(h);
+	}
+	cr_assert_eq(repl_meta(h->r)->state, STATE_DONE, "not after %d rounds", rounds);
+	host_free(h);
+}
+
+Test(repl, a_checkpoint_that_was_received_is_what_a_failover_goes_back_to)
+{
+	struct host *h = secondary();
+	stream(h, 'c', WIRE_CHECKPOINT, REPL_CHECKPOINT, 2, 2, 0);
+	EXPECT(h, "do:c/ckpt");
+	command(h, CMD_FAILOVER, FAILOVER_DEFAULT);
+	EXPECT(h, "send:GOODBYE close");
+	fin(h, "c");
+	EXPECT(h, "save:secondary/RUNNING +2");
+	saved(h);
+	EXPECT(h, "done:c do:mark/own");
+	fin(h, "mark");
+	EXPECT(h, "save:standalone/FAILOVER +3");
+	cr_assert_eq(h->saved.target, 2);
+	host_free(h);
+}
+
+Test(repl, a_discard_does_not_cross_a_failover)
+{
+	struct host *h = secondary();
+	command(h, CMD_FAILOVER, FAILOVER_DEFAULT);
+	forget(h);
+	struct repl_command c = {.cmd = CMD_DISCARD};
+	step(h, (struct repl_event){.type = EV_COMMAND, .command = &c});
+	EXPECT(h, "cmd=ERR_BUSY");
+	host_free(h);
+}
