@@ -75,7 +75,7 @@ struct repl_io {
 	struct lineage lineage;	 /* RESYNC_DONE: the source's. */
 	enum repl_target target; /* with ACT_SUBMIT */
 	/* results the shell sets before EV_IO_DONE */
-	bool hole;		    /* RESYNC_SCAN */
+	bool hole;		    /* RESYNC_SCAN. MARK: active is not empty */
 	uint64_t ext_len;	    /* RESYNC_SCAN */
 	bool save_failed;	    /* old content could not be saved: the disk was not touched */
 	void *payload;		    /* the shell's own: bytes of a RESYNC_READ or of a stream's WRITE */

@@ -795,6 +795,21 @@ static int outcome(struct repl *r, struct repl_command *c, uint64_t *ret)
 	return 0;
 }
 
+/* Own writes in active belong to the base: only the default outcome that stays there keeps them. */
+static bool loses_active(const struct repl *r, const struct repl_command *c, uint64_t to)
+{
+	bool stays = c->number == FAILOVER_DEFAULT && to == r->meta->base;
+	return !stays && !(c->flags & FAILOVER_DISCARD_ACTIVE);
+}
+
+static void refuse_active(struct repl *r, struct repl_command *c)
+{
+	repl_command_done(r, c, -ERR_STATE,
+			  "the active overlay holds this side's own writes, which belong to checkpoint %llu; "
+			  "`--discard-active` gives them up",
+			  (unsigned long long)r->meta->base);
+}
+
 void secondary_failover(struct repl *r, struct repl_command *c)
 {
 	const struct repl_meta *m = r->meta;
@@ -848,14 +863,9 @@ void secondary_failover(struct repl *r, struct repl_command *c)
 	uint64_t to;
 	if (outcome(r, c, &to) < 0)
 		return;
-	/* The shell puts the number of blocks in active into result3. */
-	bool stays = c->number == FAILOVER_DEFAULT && to == m->base;
-	if (c->result3 && !(c->flags & FAILOVER_DISCARD_ACTIVE) && !stays) {
-		repl_command_done(r, c, -ERR_STATE,
-				  "the active overlay holds this side's own writes, which belong to checkpoint %llu; "
-				  "`--discard-active` "
-				  "gives them up",
-				  (unsigned long long)m->base);
+	/* The shell puts the number of bytes in active into result3. */
+	if (c->result3 && loses_active(r, c, to)) {
+		refuse_active(r, c);
 		return;
 	}
 	r->failover = c;
@@ -953,7 +963,8 @@ static bool commit_next(struct repl *r, struct repl_io *io)
 
 void secondary_commit_pump(struct repl *r)
 {
-	if (!r->committing || r->commit_stopped || r->meta->state != STATE_FAILOVER || repl_tx_pending(r, TX_COMMITTED))
+	if (r->shutdown || !r->committing || r->commit_stopped || r->meta->state != STATE_FAILOVER ||
+	    repl_tx_pending(r, TX_COMMITTED))
 		return;
 	struct repl_io *io;
 	while ((io = commit_slot(r)) != NULL && commit_next(r, io)) {
@@ -1041,6 +1052,16 @@ static void mark_done(struct repl *r, int error)
 	r->marked = true;
 	if (!r->failing_over) {
 		secondary_commit_start(r);
+		return;
+	}
+	/* A write to active that was under way when the command came has ended by now: the shell looked again. */
+	if (r->mark_io.hole && r->failover && loses_active(r, r->failover, r->failover_outcome)) {
+		struct repl_command *c = r->failover;
+		r->failover = NULL;
+		r->failing_over = r->marked = false;
+		for (uint32_t i = 0; i < r->meta->n_volumes; i++)
+			bitmap_clear_all(&r->vol[i].todo);
+		refuse_active(r, c);
 		return;
 	}
 	struct tx *t = repl_tx(r, TX_FAILOVER);

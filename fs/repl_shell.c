@@ -225,7 +225,17 @@ static void step_and_run(struct group *g, struct repl_event *ev)
 static void io_done(struct group *g, struct repl_io *io, int error)
 {
 	struct repl_event ev = {.type = EV_IO_DONE, .io = io, .error = error};
-	step_and_run(g, &ev);
+	struct outbox o;
+	outbox_init(&o);
+	lock_with(g, &o);
+	bool read = io->kind == REPL_RESYNC_READ;
+	step(g, &ev);
+	if (read) { /* not sent after all: its session had ended. It is not read again before the lock is released. */
+		free(io->payload);
+		io->payload = NULL;
+	}
+	unlock_with(g);
+	outbox_run(g, &o);
 }
 
 static struct volume_req req_of(const struct repl_io *io)
@@ -378,6 +388,7 @@ static int mark(struct group *g, struct repl_io *io)
 	}
 	mutex_unlock(&g->lock);
 	io->ext_len = m.bytes;
+	io->hole = active_bytes(g) != 0;
 	return err ? err : all_intents(g, true);
 }
 
