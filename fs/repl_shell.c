@@ -562,9 +562,11 @@ static void apply_job_run(struct pool_job *job);
 
 static void apply_kick(struct group *g)
 {
-	for (unsigned i = 0; i < APPLY_WORKERS_MAX; i++) {
+	/* A second worker joins when there is more than one batch to do, and syncs to overlap: without them two writers
+	 * of the same files only wait for each other in the kernel. */
+	unsigned most = store_info(g->d->store)->durability == DURABILITY_POWER ? APPLY_WORKERS_MAX : 1;
+	for (unsigned i = 0; i < most; i++) {
 		mutex_lock(&g->lock);
-		/* A second worker joins when there is more than one batch to do. */
 		struct apply_worker *w = &g->appliers[i];
 		bool start = g->apply.head && !w->busy && (i == 0 || g->apply.count > APPLY_BATCH_MAX);
 		if (start) {
