@@ -482,7 +482,16 @@ struct link_rx {
 	size_t pos, end;
 	uint64_t next;	/* number of the next frame */
 	bool delivered; /* since the last `batch` */
+	size_t unheard; /* bytes since the peer last counted as heard */
 };
+
+/* A whole frame counts as a word of the peer's, and so does a large frame's progress. A trickle does not: after bytes
+ * were lost on the way, later frames would fill up the one that was cut, and keep the link alive for minutes. */
+static void rx_heard(struct link *l, struct link_rx *rx)
+{
+	rx->unheard = 0;
+	atomic_store_explicit(&l->heard_ns, clock_mono_ns(), memory_order_relaxed);
+}
 
 static int64_t rx_read(struct link *l, struct link_rx *rx, void *buf, size_t len)
 {
@@ -493,8 +502,11 @@ static int64_t rx_read(struct link *l, struct link_rx *rx, void *buf, size_t len
 		l->cb.batch(l, link_arg(l));
 	}
 	n = l->stream->ops->read(l->stream, buf, len);
-	if (n > 0)
-		atomic_store_explicit(&l->heard_ns, clock_mono_ns(), memory_order_relaxed);
+	if (n > 0) {
+		rx->unheard += (size_t)n;
+		if (rx->unheard >= LINK_HEARD_BYTES)
+			rx_heard(l, rx);
+	}
 	return n;
 }
 
@@ -601,6 +613,7 @@ static int rx_deliver(struct link *l, struct link_rx *rx, const struct wire_fram
 		return 0;
 	}
 	rx->delivered = true;
+	rx_heard(l, rx);
 	r = l->cb.frame(l, link_arg(l), f, payload);
 	if (r < 0) {
 		mutex_lock(&l->lock);

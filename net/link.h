@@ -21,6 +21,7 @@
 #define LINK_HANDSHAKE_MS 2000 /* for the whole handshake */
 #define LINK_CONNECT_MS 2000   /* for connecting, each address */
 #define LINKS_MAX 512
+#define LINK_HEARD_BYTES 4096 /* of an unfinished frame: so much since the last word counts as one */
 #define LINK_LAZY_NS UINT64_C(1000000)
 #define LINK_LAZY_BYTES (128U << 10)
 
@@ -86,7 +87,7 @@ bool link_is_dialer(const struct link *l);
 uint64_t link_session(const struct link *l);
 const struct wire_hello *link_peer(const struct link *l);
 const char *link_peer_name(const struct link *l);
-/* Monotonic time of the last byte heard, ns. */
+/* Monotonic time, ns, of the last whole frame, or of LINK_HEARD_BYTES of an unfinished one. */
 uint64_t link_heard_ns(const struct link *l);
 
 #endif
