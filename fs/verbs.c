@@ -595,6 +595,11 @@ static int change_settings(const struct call *c, struct group *g, const json_t *
 		err = err_set(c->e, ERR_NOTSUP, "on_congestion=ahead comes in a later release; block is what there is");
 	if (!err && sc->c.settings.on_cow_error != ON_COW_ERROR_STOP)
 		err = err_set(c->e, ERR_NOTSUP, "on_cow_error: only stop is there; the others come in a later release");
+	const struct settings *n = &sc->c.settings;
+	if (!err && (n->keep_minutely || n->keep_hourly || n->keep_daily || n->history_max_bytes))
+		err = err_set(c->e, ERR_NOTSUP,
+			      "keep_minutely, keep_hourly, keep_daily and history_max_bytes come in a later release; "
+			      "keep_last is what there is");
 	if (!err)
 		err = group_command(g, sc, c->ctl, deadline(c), c->e);
 	shell_command_unref(sc);
