@@ -396,7 +396,7 @@ static bool gate_open(const struct repl *r, const struct repl_io *io)
 	return true;
 }
 
-static void claim_set(struct repl_io *io)
+void repl_claim_blocks(struct repl_io *io)
 {
 	struct range b = range_align_out((struct range){io->off, io->len}, BLOCK_SIZE);
 	io->claim.volume = io->volume;
@@ -425,7 +425,7 @@ static void io_start(struct repl *r, struct repl_io *io)
 		r->admit -= r->admit < 2 ? r->admit : 2;
 	r->writes_in_flight++;
 	io->phase = PHASE_CLAIM;
-	claim_set(io);
+	repl_claim_blocks(io);
 	if (reqset_add(&r->claims, &io->claim))
 		io_granted(r, io);
 }
@@ -979,9 +979,6 @@ static void command(struct repl *r, struct repl_command *c)
 		break;
 	case CMD_DROP:
 		cmd_drop(r, c);
-		break;
-	case CMD_VOLUMES:
-		repl_command_done(r, c, -ERR_NOTSUP, "not a command of the core");
 		break;
 	}
 }

@@ -109,7 +109,6 @@ enum repl_cmd {
 	CMD_DISCARD,
 	CMD_SETTINGS, /* settings: the new ones */
 	CMD_DROP,     /* number: a checkpoint */
-	CMD_VOLUMES,  /* the shell added or removed volumes: record replaced through `volumes` */
 };
 #define FAILOVER_DEFAULT 0
 #define FAILOVER_LATEST UINT64_MAX

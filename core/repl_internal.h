@@ -201,6 +201,8 @@ struct tx *repl_tx_queued(struct repl *r, enum tx_kind kind); /* one that has no
 void repl_tx_run(struct repl *r);
 bool repl_tx_pending(const struct repl *r, enum tx_kind kind);
 void repl_gate_run(struct repl *r);
+/* Sets the io's claim: exclusive, over the whole blocks that it touches. */
+void repl_claim_blocks(struct repl_io *io);
 void repl_release_claim(struct repl *r, struct repl_io *io);
 void repl_alone(struct repl *r, struct repl_io *io); /* complete it without the peer's word */
 void repl_ready_claims(struct repl *r, struct reqset_claim *ready);

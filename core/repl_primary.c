@@ -687,10 +687,7 @@ void primary_resync_pump(struct repl *r)
 		io->off = run.off;
 		io->len = min_u64(run.len, data ? RESYNC_READ_MAX : RESYNC_SCAN_MAX);
 		io->session = r->session;
-		io->claim.volume = vol;
-		io->claim.shared = false;
-		io->claim.off = io->off;
-		io->claim.end = round_up_u64(io->off + io->len, BLOCK_SIZE);
+		repl_claim_blocks(io);
 		r->rs_busy[i] = true;
 		/* A scan decides where to go on: nothing else is started before it has ended. */
 		r->rs_off = io->off + io->len;

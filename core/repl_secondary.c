@@ -80,15 +80,6 @@ void secondary_stream(struct repl *r, struct repl_io *io)
 	secondary_run(r);
 }
 
-static void claim_blocks(struct repl_io *io)
-{
-	struct range b = range_align_out((struct range){io->off, io->len}, BLOCK_SIZE);
-	io->claim.volume = io->volume;
-	io->claim.shared = false;
-	io->claim.off = b.off;
-	io->claim.end = range_end(b);
-}
-
 static void barrier_start(struct repl *r, struct repl_io *io)
 {
 	r->barrier = io;
@@ -139,7 +130,7 @@ void secondary_run(struct repl *r)
 		list_remove(io);
 		io->phase = PHASE_CLAIM;
 		list_push(&r->window, io);
-		claim_blocks(io);
+		repl_claim_blocks(io);
 		if (reqset_add(&r->claims, &io->claim))
 			secondary_granted(r, io);
 	}
@@ -969,10 +960,7 @@ void secondary_commit_pump(struct repl *r)
 	struct repl_io *io;
 	while ((io = commit_slot(r)) != NULL && commit_next(r, io)) {
 		io->kind = REPL_COMMIT;
-		io->claim.volume = io->volume;
-		io->claim.shared = false;
-		io->claim.off = io->off;
-		io->claim.end = round_up_u64(io->off + io->len, BLOCK_SIZE);
+		repl_claim_blocks(io);
 		/* Cleared before the commit reads: a write to active that comes later sets it again. */
 		bitmap_clear_range(&r->vol[io->volume].todo, io->off >> REGION_SHIFT, units_of(io->len, REGION_SHIFT));
 		r->commit_busy[io - r->commit] = true;
