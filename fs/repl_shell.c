@@ -34,7 +34,6 @@ struct outbox {
 
 struct stream_io {
 	struct repl_io io;
-	struct group *g;
 };
 
 /* A pool job for one of the core's own requests. */
@@ -153,10 +152,10 @@ static void emit(void *arg, const struct repl_action *a)
 		emit_send(g, a);
 		return;
 	case ACT_SAVE_META:
-		*g->saving = *a->meta;
-		g->save_ckpt = a->ckpt;
-		g->save_active_id = a->active_id;
-		g->save_drop = a->drop;
+		*g->save.meta = *a->meta;
+		g->save.ckpt = a->ckpt;
+		g->save.active_id = a->active_id;
+		g->save.drop = a->drop;
 		o->save = true;
 		return;
 	case ACT_DIAL:
@@ -238,228 +237,23 @@ static void io_done(struct group *g, struct repl_io *io, int error)
 	outbox_run(g, &o);
 }
 
-static struct volume_req req_of(const struct repl_io *io)
+static const void *data_of(struct repl_io *io)
 {
-	struct volume_req q = {.off = io->off, .len = io->len};
-	q.kind = io->kind == REPL_WRITE ? VOLUME_WRITE : io->kind == REPL_ZERO ? VOLUME_ZERO : VOLUME_DISCARD;
-	if (io->kind == REPL_WRITE && io->owner == OWNER_STREAM)
-		q.buf = io->payload;
-	else if (io->kind == REPL_WRITE)
-		q.buf = gio_of((struct repl_io *)io)->copy ? gio_of((struct repl_io *)io)->copy
-							   : gio_of((struct repl_io *)io)->data;
-	return q;
-}
-
-static int sync_disks(struct group *g)
-{
-	int first = 0;
-	for (uint32_t i = 0; i < g->n_vols; i++) {
-		int err = volume_sync(g->vols[i]->vol);
-		first = first ? first : err;
-	}
-	return first;
-}
-
-static int sync_actives(struct group *g)
-{
-	int first = sync_disks(g);
-	for (uint32_t i = 0; i < g->n_vols; i++) {
-		int err = volume_sync_active(g->vols[i]->vol);
-		first = first ? first : err;
-	}
-	return first;
-}
-
-static uint64_t active_bytes(struct group *g)
-{
-	uint64_t n = 0;
-	for (uint32_t i = 0; i < g->n_vols; i++)
-		n += volume_active_blocks(g->vols[i]->vol) * BLOCK_SIZE;
-	return n;
-}
-
-static int sync_for_checkpoint(struct group *g, struct repl_io *io)
-{
-	int err = 0;
-	if (store_info(g->d->store)->durability == DURABILITY_POWER)
-		err = sync_disks(g);
-	io->ext_len = active_bytes(g);
-	return err;
-}
-
-static int set_intent(struct group *g, const struct repl_io *io)
-{
-	struct intent *t = g->vols[io->volume]->intent;
-	uint64_t first = io->off >> INTENT_SHIFT, last = (io->off + io->len - 1) >> INTENT_SHIFT;
-	int err = intent_write(t, first, last - first + 1, true);
-	return err ? err : intent_sync(t);
-}
-
-/* Writes all runs of set bits of `b`. Without group.lock, though a guest's write may set bits of `intent` meanwhile
- * (nothing clears any while this runs): words are read whole (core/bitmap.h), and whether such a bit is in a run or
- * not, its own write sets it durably before it goes on. `clearing` does not change before the clear is done. */
-static int write_intents(struct group *g, uint32_t vol, const struct bitmap *b, bool set)
-{
-	int err = 0;
-	for (uint64_t at = bitmap_next_set(b, 0); at != BITMAP_NONE && !err;) {
-		uint64_t end = bitmap_next_clear(b, at);
-		if (end == BITMAP_NONE)
-			end = b->nbits;
-		err = intent_write(g->vols[vol]->intent, at, end - at, set);
-		at = end < b->nbits ? bitmap_next_set(b, end) : BITMAP_NONE;
-	}
-	return err || !set ? err : intent_sync(g->vols[vol]->intent);
-}
-
-static int all_intents(struct group *g, bool set)
-{
-	int err = 0;
-	for (uint32_t i = 0; i < g->n_vols && !err; i++) {
-		struct repl_volume_state *v = repl_volume_state(g->core, i);
-		err = write_intents(g, i, set ? &v->intent : &v->clearing, set);
-	}
-	return err;
-}
-
-static int scan(struct group *g, struct repl_io *io)
-{
-	struct extent x;
-	uint64_t at = io->off, end = io->off + io->len;
-	int err = volume_extent(g->vols[io->volume]->vol, LAYER_DISK, 0, at, &x);
-	if (err)
-		return err;
-	io->hole = !x.data;
-	io->ext_len = min_u64(x.off + x.len, end) - at;
-	while (at + io->ext_len < end) { /* joined as far as it is one kind */
-		if ((err = volume_extent(g->vols[io->volume]->vol, LAYER_DISK, 0, at + io->ext_len, &x)) < 0)
-			return err;
-		if (x.data == io->hole)
-			break;
-		io->ext_len = min_u64(x.off + x.len, end) - at;
-	}
-	return 0;
-}
-
-static int read_for_resync(struct group *g, struct repl_io *io)
-{
-	io->payload = malloc(io->len);
-	if (io->payload == NULL)
-		return -ERR_NOMEM;
-	int err = volume_read_disk(g->vols[io->volume]->vol, io->off, io->len, io->payload);
-	if (err) {
-		free(io->payload);
-		io->payload = NULL;
-	}
-	return err;
-}
-
-struct mark_arg {
-	struct group *g;
-	uint32_t volume;
-	uint64_t bytes;
-};
-
-static void mark_run(void *arg, uint64_t off, uint64_t len)
-{
-	struct mark_arg *m = arg;
-	repl_mark(m->g->core, m->volume, off, len);
-}
-
-static void count_run(void *arg, uint64_t off, uint64_t len)
-{
-	(void)off;
-	((struct mark_arg *)arg)->bytes += len;
-}
-
-/* No request is under way that could move the overlays, so the lock is held for the walk over their bitmaps only. */
-static int mark(struct group *g, struct repl_io *io)
-{
-	struct mark_arg m = {.g = g};
-	int err = 0;
-	mutex_lock(&g->lock);
-	const struct repl_meta *meta = repl_meta(g->core);
-	uint64_t from = io->arg ? io->arg : meta->n_ckpts ? meta->ckpts[0].number : 0;
-	for (m.volume = 0; m.volume < g->n_vols && !err; m.volume++) {
-		struct volume *v = g->vols[m.volume]->vol;
-		if (from)
-			err = volume_changed(v, from, 0, true, mark_run, &m);
-		if (from && !err)
-			err = volume_changed(v, from, 0, false, count_run, &m);
-	}
-	mutex_unlock(&g->lock);
-	io->ext_len = m.bytes;
-	io->hole = active_bytes(g) != 0;
-	return err ? err : all_intents(g, true);
-}
-
-static int commit(struct group *g, struct repl_io *io)
-{
-	uint64_t base, last = 0, written = 0;
-	mutex_lock(&g->lock);
-	const struct repl_meta *m = repl_meta(g->core);
-	base = m->base;
-	for (uint32_t i = 0; i < m->n_ckpts && m->ckpts[i].number < m->received; i++)
-		last = m->ckpts[i].number;
-	mutex_unlock(&g->lock);
-	return volume_commit(g->vols[io->volume]->vol, base, last, io->off, io->len, &written);
-}
-
-static int merge(struct group *g, struct repl_io *io)
-{
-	int err = 0;
-	for (uint32_t i = 0; i < g->n_vols && !err; i++)
-		err = volume_merge_into_older(g->vols[i]->vol, io->arg);
-	return err;
+	if (io->owner != OWNER_GUEST)
+		return NULL;
+	struct gio *gio = gio_of(io);
+	return gio->copy ? gio->copy : gio->data;
 }
 
 /* One request's I/O, in the calling thread. */
 static int execute(struct group *g, struct repl_io *io)
 {
-	switch (io->target) {
-	case TARGET_INTENT:
-		return set_intent(g, io);
-	case TARGET_CKPT:
-		return sync_for_checkpoint(g, io);
-	case TARGET_DISK:
-		if (io->kind == REPL_FLUSH || io->kind == REPL_RESYNC_DONE)
-			return sync_disks(g);
-		{
-			struct volume_req q = req_of(io);
-			int err = volume_write(g->vols[io->volume]->vol, &q, 1);
-			io->save_failed = q.save_failed;
-			return err;
-		}
-	case TARGET_ACTIVE:
-		if (io->kind == REPL_FLUSH)
-			return sync_actives(g);
-		{
-			struct volume_req q = req_of(io);
-			pthread_rwlock_rdlock(&g->view);
-			int err = volume_write_active(g->vols[io->volume]->vol, atomic_load(&g->base), &q);
-			pthread_rwlock_unlock(&g->view);
-			return err;
-		}
-	case TARGET_OWN:
-		break;
-	}
-	switch (io->kind) {
-	case REPL_RESYNC_SCAN:
-		return scan(g, io);
-	case REPL_RESYNC_READ:
-		return read_for_resync(g, io);
-	case REPL_MARK:
-		return mark(g, io);
-	case REPL_COMMIT:
-		return commit(g, io);
-	case REPL_INTENT_CLEAR:
-		return all_intents(g, false);
-	case REPL_INTENT_ALL:
-		return all_intents(g, true);
-	case REPL_MERGE:
-		return merge(g, io);
-	default:
-		UNREACHABLE();
-	}
+	if (io->target != TARGET_ACTIVE || io->kind == REPL_FLUSH)
+		return repl_exec_io(&g->exec, io, data_of(io), 0);
+	pthread_rwlock_rdlock(&g->view);
+	int err = repl_exec_io(&g->exec, io, data_of(io), atomic_load(&g->base));
+	pthread_rwlock_unlock(&g->view);
+	return err;
 }
 
 static void job_ended(struct group *g)
@@ -493,7 +287,7 @@ static void flush_in_rounds(struct group *g, struct sync_round *s, struct repl_i
 		s->served = s->waiting;
 		s->waiting = (struct repl_list){0};
 		mutex_unlock(&g->lock);
-		int err = s == &g->flush ? sync_disks(g) : sync_actives(g);
+		int err = s == &g->flush ? repl_exec_sync_disks(&g->exec) : repl_exec_sync_actives(&g->exec);
 		struct outbox o;
 		outbox_init(&o);
 		lock_with(g, &o);
@@ -602,7 +396,7 @@ static void apply_job_run(struct pool_job *job)
 	struct apply_worker *w = CONTAINER_OF(job, struct apply_worker, job);
 	struct group *g = w->g;
 	struct repl_io *ios[APPLY_BATCH_MAX];
-	struct volume_req reqs[APPLY_BATCH_MAX];
+	int errors[APPLY_BATCH_MAX];
 	for (;;) {
 		mutex_lock(&g->lock);
 		unsigned n = apply_take(g, ios);
@@ -612,15 +406,12 @@ static void apply_job_run(struct pool_job *job)
 			break;
 		}
 		mutex_unlock(&g->lock);
-		for (unsigned i = 0; i < n; i++)
-			reqs[i] = req_of(ios[i]);
-		(void)volume_write(g->vols[ios[0]->volume]->vol, reqs, n);
+		repl_exec_apply(&g->exec, ios, n, errors);
 		struct outbox o;
 		outbox_init(&o);
 		lock_with(g, &o);
 		for (unsigned i = 0; i < n; i++) {
-			ios[i]->save_failed = reqs[i].save_failed;
-			struct repl_event ev = {.type = EV_IO_DONE, .io = ios[i], .error = reqs[i].error};
+			struct repl_event ev = {.type = EV_IO_DONE, .io = ios[i], .error = errors[i]};
 			step(g, &ev);
 		}
 		struct repl_event ev = {.type = EV_BATCH, .session = g->conn ? g->conn->session : 0};
@@ -658,20 +449,6 @@ static void publish(struct group *g, const struct repl_meta *m)
 		atomic_fetch_add(&g->handle_epoch, 1);
 }
 
-static int save_prepare(struct group *g, struct err *e)
-{
-	int err = 0;
-	uint64_t active = g->save_active_id;
-	for (uint32_t i = 0; i < g->n_vols && !err; i++)
-		err = volume_prepare(g->vols[i]->vol, g->save_ckpt, active, e);
-	if (!err)
-		err = store_save_group(g->d->store, g->saving, e);
-	if (err)
-		for (uint32_t i = 0; i < g->n_vols; i++)
-			volume_unprepare(g->vols[i]->vol);
-	return err;
-}
-
 static void invalidate(struct group *g)
 {
 	for (uint32_t i = 0; i < g->n_vols; i++) {
@@ -687,27 +464,18 @@ static void save_run(struct pool_job *job)
 	struct group *g = CONTAINER_OF(job, struct group, save_job);
 	struct err e = {0};
 	uint64_t discarded = 0;
-	bool chain = g->save_ckpt || g->save_drop;
+	bool chain = g->save.ckpt || g->save.drop;
 	uint64_t old_base = atomic_load(&g->base);
 	int old_serving = atomic_load(&g->serving);
-	int err = save_prepare(g, &e);
+	int err = repl_exec_save(&g->exec, &g->save, &e);
 	if (err)
 		group_log(g, 0, e.text);
 	bool changed = false;
 	if (!err) {
 		pthread_rwlock_wrlock(&g->view);
-		bool active = false;
-		for (uint32_t i = 0; i < g->n_vols; i++) {
-			struct volume *v = g->vols[i]->vol;
-			uint64_t held = volume_active_blocks(v);
-			volume_switch(v, g->save_ckpt, g->save_active_id);
-			discarded += (held - min_u64(held, volume_active_blocks(v))) * BLOCK_SIZE;
-			if (g->save_drop)
-				volume_drop(v, g->save_drop);
-		}
-		active = discarded != 0;
-		publish(g, g->saving);
-		changed = active || old_base != g->saving->base || old_serving != atomic_load(&g->serving);
+		discarded = repl_exec_switch(&g->exec, &g->save);
+		publish(g, g->save.meta);
+		changed = discarded || old_base != g->save.meta->base || old_serving != atomic_load(&g->serving);
 		pthread_rwlock_unlock(&g->view);
 	}
 	/* Before the core's answers go out: the kernel shows the new content when the command ends. But a host that
@@ -721,8 +489,7 @@ static void save_run(struct pool_job *job)
 	if (changed && late)
 		invalidate(g);
 	if (!err)
-		for (uint32_t i = 0; i < g->n_vols; i++)
-			volume_reap(g->vols[i]->vol);
+		repl_exec_reap(&g->exec);
 	if (!err && chain)
 		daemon_names_changed(g->d);
 	job_ended(g);
@@ -901,82 +668,6 @@ void group_io(struct group *g, struct gio *gio)
 
 /* ---- links ---- */
 
-static enum repl_kind stream_kind(unsigned type)
-{
-	switch (type) {
-	case WIRE_WRITE:
-	case WIRE_RESYNC_WRITE:
-		return REPL_WRITE;
-	case WIRE_ZERO:
-	case WIRE_RESYNC_ZERO:
-		return REPL_ZERO;
-	case WIRE_DISCARD:
-		return REPL_DISCARD;
-	case WIRE_CHECKPOINT:
-		return REPL_CHECKPOINT;
-	case WIRE_RESYNC_DONE:
-		return REPL_RESYNC_DONE;
-	default:
-		return REPL_FLUSH;
-	}
-}
-
-static bool is_stream(unsigned type)
-{
-	return type >= WIRE_WRITE && type <= WIRE_RESYNC_DONE;
-}
-
-/* Checks what a frame of the stream names, as the peer's word is never trusted (I19). Takes payload on success. */
-static struct stream_io *stream_new(struct group *g, const struct wire_frame *f, void *payload, const char **why)
-{
-	struct stream_io *s = calloc(1, sizeof(*s));
-	*why = "out of memory";
-	if (s == NULL)
-		return NULL;
-	struct repl_io *io = &s->io;
-	s->g = g;
-	io->owner = OWNER_STREAM;
-	io->kind = stream_kind(f->type);
-	io->seq = f->seq;
-	io->resync = f->type == WIRE_RESYNC_WRITE || f->type == WIRE_RESYNC_ZERO;
-	if (io->kind == REPL_CHECKPOINT) {
-		io->arg = f->offset;
-		io->flags = f->flags;
-		*why = "a checkpoint without a number";
-		if (f->offset == 0)
-			goto bad;
-	} else if (io->kind == REPL_RESYNC_DONE) {
-		struct rbuf b = {.data = payload, .size = f->length_payload};
-		wire_lineage_decode(&io->lineage, &b);
-		*why = "RESYNC_DONE does not decode";
-		if (b.failed || io->lineage.current == 0)
-			goto bad;
-	} else if (io->kind != REPL_FLUSH) {
-		uint32_t i = 0;
-		while (i < g->n_vols && repl_meta(g->core)->volumes[i].id != f->volume)
-			i++;
-		*why = "a volume that is not the group's";
-		if (i == g->n_vols)
-			goto bad;
-		uint64_t size = volume_size(g->vols[i]->vol);
-		*why = "a range outside the volume";
-		if (f->length == 0 || f->offset >= size || f->length > size - f->offset || f->length > REPL_ZERO_MAX)
-			goto bad;
-		*why = "a write whose length is not its payload's";
-		if (io->kind == REPL_WRITE && f->length != f->length_payload)
-			goto bad;
-		io->volume = i;
-		io->off = f->offset;
-		io->len = f->length;
-		if (io->kind == REPL_WRITE)
-			io->payload = payload;
-	}
-	return s;
-bad:
-	free(s);
-	return NULL;
-}
-
 int group_frame(struct conn *c, const struct wire_frame *f, void *payload)
 {
 	struct group *g = c->g;
@@ -985,7 +676,7 @@ int group_frame(struct conn *c, const struct wire_frame *f, void *payload)
 	struct repl_event ev = {.type = EV_FRAME, .session = c->session, .frame = f, .payload = payload};
 	bool taken = false;
 	lock_with(g, &o);
-	if (is_stream(f->type)) {
+	if (repl_exec_is_stream(f->type)) {
 		/* Backpressure on the peer: this thread reads the socket. */
 		while (g->stream_bytes >= STREAM_BYTES_MAX && !g->closing && !c->closed && g->conn == c) {
 			g->out = NULL;
@@ -994,14 +685,17 @@ int group_frame(struct conn *c, const struct wire_frame *f, void *payload)
 			c->waiting = false;
 			g->out = &o;
 		}
-		const char *why = NULL;
-		struct stream_io *s = stream_new(g, f, payload, &why);
-		if (s == NULL) {
+		struct stream_io *s = calloc(1, sizeof(*s));
+		const char *why =
+		    s ? repl_exec_stream_io(&g->exec, f, payload, &s->io) : "more than there is memory for";
+		if (why) {
 			unlock_with(g);
+			free(s);
 			free(payload);
 			log_error(g->name, "the peer sent %s", why);
 			return -ERR_PROTO;
 		}
+		s->io.owner = OWNER_STREAM;
 		taken = s->io.payload != NULL;
 		g->stream_bytes += sizeof(*s) + (taken ? s->io.len : 0);
 		ev.io = &s->io;
@@ -1117,7 +811,7 @@ int group_command(struct group *g, struct shell_command *c, struct ctl_conn *ctl
 	outbox_init(&o);
 	atomic_fetch_add(&c->refs, 1); /* the core's, until ACT_CMD_DONE */
 	lock_with(g, &o);
-	c->c.result3 = c->c.cmd == CMD_FAILOVER ? active_bytes(g) : 0;
+	c->c.result3 = c->c.cmd == CMD_FAILOVER ? repl_exec_active_bytes(&g->exec) : 0;
 	struct repl_event ev = {.type = EV_COMMAND, .command = &c->c};
 	step(g, &ev);
 	unlock_with(g);
@@ -1152,27 +846,18 @@ struct group *group_ref(struct group *g)
 	return g;
 }
 
-static void gvol_close(struct gvol *v)
-{
-	volume_close(v->vol);
-	intent_close(v->intent);
-	free(v->maps);
-	v->vol = NULL;
-	v->intent = NULL;
-	v->maps = NULL;
-}
-
 void group_unref(struct group *g)
 {
 	if (g == NULL || atomic_fetch_sub(&g->refs, 1) != 1)
 		return;
+	repl_exec_close(&g->exec);
 	for (uint32_t i = 0; i < g->n_vols; i++) {
-		gvol_close(g->vols[i]);
+		g->vols[i]->vol = NULL;
 		gvol_unref(g->vols[i]);
 	}
 	free(g->metas[0]);
 	free(g->metas[1]);
-	free(g->saving);
+	free(g->save.meta);
 	free(g->core);
 	pthread_rwlock_destroy(&g->view);
 	cond_destroy(&g->cond);
@@ -1180,48 +865,20 @@ void group_unref(struct group *g)
 	free(g);
 }
 
-static int open_volume(struct group *g, const struct repl_meta *m, uint32_t i, struct err *e)
+static int add_gvol(struct group *g, const char *name)
 {
-	struct store *st = g->d->store;
 	struct gvol *v = calloc(1, sizeof(*v));
-	uint64_t numbers[GROUP_CKPTS_MAX];
 	if (v == NULL)
-		return err_set(e, ERR_NOMEM, "out of memory");
+		return -ERR_NOMEM;
 	atomic_store(&v->refs, 1);
 	v->g = g;
 	v->d = g->d;
-	v->id = g->id + 1 + i;
-	v->index = i;
-	memcpy(v->name, m->volumes[i].name, sizeof(v->name));
-	g->vols[g->n_vols++] = v;
-	for (uint32_t k = 0; k < m->n_ckpts; k++)
-		numbers[k] = m->ckpts[k].number;
-	struct volume_open_args a = {.name = v->name,
-				     .size = m->volumes[i].size,
-				     .durability = store_info(st)->durability,
-				     .ckpts = numbers,
-				     .n_ckpts = m->n_ckpts,
-				     .active_id = m->active_id};
-	int err = volume_open(store_storage(st), &a, &v->vol, e);
-	if (!err)
-		err = intent_open(store_storage(st), v->name, a.size, a.durability == DURABILITY_POWER, &v->intent, e);
-	if (err)
-		return err;
-	v->maps = calloc(1, repl_volume_bytes(a.size));
+	v->index = g->n_vols;
+	v->id = g->id + 1 + v->index;
+	v->vol = g->exec.vols[v->index];
+	(void)snprintf(v->name, sizeof(v->name), "%s", name);
 	atomic_store(&v->mtime_ns, clock_wall_ns());
-	return v->maps ? 0 : err_set(e, ERR_NOMEM, "out of memory for the maps of volume %s", v->name);
-}
-
-static int load_intent(struct group *g, uint32_t i, uint64_t size)
-{
-	uint64_t n = units_of(size, INTENT_SHIFT);
-	_cleanup_free_ void *mem = calloc(1, bitmap_bytes(n));
-	if (mem == NULL)
-		return -ERR_NOMEM;
-	struct bitmap b;
-	bitmap_init(&b, n, mem);
-	intent_load(g->vols[i]->intent, &b);
-	repl_load_intent(g->core, i, &b);
+	g->vols[g->n_vols++] = v;
 	return 0;
 }
 
@@ -1248,16 +905,21 @@ int group_open(struct daemon *d, const struct repl_meta *m, uint32_t id, struct 
 				   .emit_arg = g};
 	int err = 0;
 	g->core = malloc(repl_size());
-	g->saving = malloc(sizeof(*g->saving));
+	g->save.meta = malloc(sizeof(*m));
 	a.meta = g->metas[0] = malloc(sizeof(*m));
 	a.next = g->metas[1] = malloc(sizeof(*m));
-	if (!g->core || !g->saving || !a.meta || !a.next)
+	if (!g->core || !g->save.meta || !a.meta || !a.next)
 		err = err_set(e, ERR_NOMEM, "out of memory");
 	else
 		*a.meta = *m;
+	g->exec.core = g->core;
+	g->exec.lock = &g->lock;
+	if (!err)
+		err = repl_exec_open(&g->exec, d->store, m, e);
 	for (uint32_t i = 0; i < m->n_volumes && !err; i++) {
-		err = open_volume(g, m, i, e);
-		a.volume_memory[i] = g->vols[i]->maps;
+		a.volume_memory[i] = g->exec.maps[i];
+		if ((err = add_gvol(g, m->volumes[i].name)) < 0)
+			(void)err_set(e, ERR_NOMEM, "out of memory");
 	}
 	if (err) {
 		group_unref(g);
@@ -1268,8 +930,7 @@ int group_open(struct daemon *d, const struct repl_meta *m, uint32_t id, struct 
 	outbox_init(&o);
 	lock_with(g, &o);
 	repl_init(g->core, &a);
-	for (uint32_t i = 0; i < m->n_volumes && !err; i++)
-		err = load_intent(g, i, m->volumes[i].size);
+	err = repl_exec_load_intents(&g->exec);
 	unlock_with(g);
 	if (err) {
 		group_unref(g);

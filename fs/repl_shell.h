@@ -13,9 +13,7 @@
 #include "core/os/thread.h"
 #include "core/repl.h"
 #include "fs/daemon.h"
-#include "image/intent.h"
-#include "image/store.h"
-#include "image/volume.h"
+#include "fs/repl_exec.h"
 #include "net/ctl.h"
 #include "net/link.h"
 
@@ -36,9 +34,7 @@ struct gvol {
 	_Atomic int refs;
 	_Atomic unsigned cached_opens, opens;
 	_Atomic uint64_t mtime_ns;
-	struct volume *vol;
-	struct intent *intent;
-	void *maps; /* the core's bitmaps */
+	struct volume *vol; /* the group's, NULL once deleted */
 	struct gvol *next;
 };
 
@@ -103,8 +99,7 @@ struct group {
 	unsigned jobs; /* pool jobs of this group under way */
 
 	/* the save under way */
-	struct repl_meta *saving;
-	uint64_t save_ckpt, save_active_id, save_drop;
+	struct repl_save save;
 	struct pool_job save_job;
 
 	/* how volumes are served; `view` makes a change of all volumes one step for readers and active writers */
@@ -116,6 +111,7 @@ struct group {
 
 	uint32_t n_vols;
 	struct gvol *vols[GROUP_VOLUMES_MAX];
+	struct repl_exec exec; /* the volumes themselves */
 };
 
 /* ---- repl_shell.c ---- */

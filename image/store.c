@@ -625,19 +625,61 @@ static int open_folder(struct store *st, unsigned flags, struct err *e)
 	return 0;
 }
 
-static int open_store(struct store *st, unsigned flags, int durability, struct err *e)
+/* What is done on the storage alone, the lock being held. */
+static int open_contents(struct store *st, unsigned flags, int durability, struct err *e)
 {
-	int rc;
+	int rc = look_at_folder(st, flags, e);
 
-	if ((rc = open_folder(st, flags, e)) < 0 || (rc = look_at_folder(st, flags, e)) < 0 ||
-	    (rc = take_lock(st, e)) < 0 || (rc = make_private(st, e)) < 0 || (rc = look_at_folder(st, flags, e)) < 0)
-		return rc;
-	if (rc == 0 && (rc = make_store(st, durability, e)) < 0)
+	if (rc < 0 || (rc == 0 && (rc = make_store(st, durability, e)) < 0))
 		return rc;
 	rc = load_record(st, e);
 	if (rc == 0)
 		settle_leftovers(st);
 	return rc;
+}
+
+static int open_store(struct store *st, unsigned flags, int durability, struct err *e)
+{
+	int rc;
+
+	if ((rc = open_folder(st, flags, e)) < 0 || (rc = look_at_folder(st, flags, e)) < 0 ||
+	    (rc = take_lock(st, e)) < 0 || (rc = make_private(st, e)) < 0)
+		return rc;
+	return open_contents(st, flags, durability, e);
+}
+
+static int store_new(const char *path, struct store **ret, struct err *e)
+{
+	struct store *st = calloc(1, sizeof(*st));
+
+	if (!st)
+		return store_refuse(e, ERR_NOMEM, "open store", path, "out of memory");
+	st->lock_fd = -1;
+	mutex_init(&st->names);
+	st->path = strdup(path);
+	if (!st->path) {
+		store_close(st);
+		return store_refuse(e, ERR_NOMEM, "open store", path, "out of memory");
+	}
+	*ret = st;
+	return 0;
+}
+
+int store_open_on(struct storage *s, const char *name, int durability, struct store **ret, struct err *e)
+{
+	struct store *st;
+	int rc = store_new(name, &st, e);
+
+	if (rc < 0)
+		return rc;
+	st->storage = s;
+	rc = open_contents(st, STORE_CREATE, durability, e);
+	if (rc < 0) {
+		store_close(st);
+		return rc;
+	}
+	*ret = st;
+	return 0;
 }
 
 int store_open(const char *path, unsigned flags, int durability, struct store **ret, struct err *e)
@@ -646,16 +688,10 @@ int store_open(const char *path, unsigned flags, int durability, struct store **
 	int rc;
 
 	PRE(durability >= -1 && durability <= DURABILITY_POWER);
-	st = calloc(1, sizeof(*st));
-	if (!st)
-		return store_refuse(e, ERR_NOMEM, "open store", path, "out of memory");
-	st->lock_fd = -1;
-	mutex_init(&st->names);
-	st->path = strdup(path);
-	if (!st->path)
-		rc = store_refuse(e, ERR_NOMEM, "open store", path, "out of memory");
-	else
-		rc = open_store(st, flags, durability, e);
+	rc = store_new(path, &st, e);
+	if (rc < 0)
+		return rc;
+	rc = open_store(st, flags, durability, e);
 	if (rc < 0) {
 		store_close(st);
 		return rc;

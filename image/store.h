@@ -40,6 +40,9 @@ enum store_open_flags {
 /* Takes the lock; held by another process: -ERR_BUSY, naming its pid. `durability` is used when it is made here; -1 =
  * POWER. A folder that is not empty and not a store is refused by name. Returns owned. */
 int store_open(const char *path, unsigned flags, int durability, struct store **ret, struct err *e);
+/* The same on a storage that is there already and that nobody else uses, made if it holds no store: no folder, no lock.
+ * Takes it over (storage_close), after a failure too. name: for messages. */
+int store_open_on(struct storage *s, const char *name, int durability, struct store **ret, struct err *e);
 void store_close(struct store *st);
 const struct store_info *store_info(const struct store *st);
 struct storage *store_storage(struct store *st); /* borrowed */

@@ -1,0 +1,402 @@
+/* The replication core's requests on volumes, intent maps and the group's record (fs/repl_exec.h). */
+#include "fs/repl_exec.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "core/check.h"
+#include "core/os/cleanup.h"
+
+/* ---- opening ---- */
+
+static int open_volume(struct repl_exec *x, const struct repl_meta *m, uint32_t i, struct err *e)
+{
+	struct storage *s = store_storage(x->store);
+	uint64_t numbers[GROUP_CKPTS_MAX];
+	for (uint32_t k = 0; k < m->n_ckpts; k++)
+		numbers[k] = m->ckpts[k].number;
+	struct volume_open_args a = {.name = m->volumes[i].name,
+				     .size = m->volumes[i].size,
+				     .durability = store_info(x->store)->durability,
+				     .ckpts = numbers,
+				     .n_ckpts = m->n_ckpts,
+				     .active_id = m->active_id};
+	int err = volume_open(s, &a, &x->vols[i], e);
+	if (!err)
+		err = intent_open(s, a.name, a.size, a.durability == DURABILITY_POWER, &x->intents[i], e);
+	if (err)
+		return err;
+	x->maps[i] = calloc(1, repl_volume_bytes(a.size));
+	return x->maps[i] ? 0 : err_set(e, ERR_NOMEM, "out of memory for the maps of volume %s", a.name);
+}
+
+int repl_exec_open(struct repl_exec *x, struct store *st, const struct repl_meta *m, struct err *e)
+{
+	int err = 0;
+	x->store = st;
+	for (uint32_t i = 0; i < m->n_volumes && !err; i++) {
+		x->n_vols = i + 1;
+		err = open_volume(x, m, i, e);
+	}
+	return err;
+}
+
+void repl_exec_close(struct repl_exec *x)
+{
+	for (uint32_t i = 0; i < x->n_vols; i++) {
+		volume_close(x->vols[i]);
+		intent_close(x->intents[i]);
+		free(x->maps[i]);
+	}
+	x->n_vols = 0;
+}
+
+int repl_exec_load_intents(struct repl_exec *x)
+{
+	for (uint32_t i = 0; i < x->n_vols; i++) {
+		uint64_t n = units_of(volume_size(x->vols[i]), INTENT_SHIFT);
+		_cleanup_free_ void *mem = calloc(1, bitmap_bytes(n));
+		if (mem == NULL)
+			return -ERR_NOMEM;
+		struct bitmap b;
+		bitmap_init(&b, n, mem);
+		intent_load(x->intents[i], &b);
+		repl_load_intent(x->core, i, &b);
+	}
+	return 0;
+}
+
+/* ---- writes, flushes ---- */
+
+static struct volume_req req_of(const struct repl_io *io, const void *buf)
+{
+	struct volume_req q = {.off = io->off, .len = io->len};
+	q.kind = io->kind == REPL_WRITE ? VOLUME_WRITE : io->kind == REPL_ZERO ? VOLUME_ZERO : VOLUME_DISCARD;
+	if (io->kind == REPL_WRITE)
+		q.buf = buf;
+	return q;
+}
+
+void repl_exec_apply(struct repl_exec *x, struct repl_io *const *ios, unsigned n, int *errors)
+{
+	struct volume_req reqs[VOLUME_BATCH_MAX];
+	PRE(n > 0 && n <= VOLUME_BATCH_MAX);
+	for (unsigned i = 0; i < n; i++)
+		reqs[i] = req_of(ios[i], ios[i]->payload);
+	(void)volume_write(x->vols[ios[0]->volume], reqs, n);
+	for (unsigned i = 0; i < n; i++) {
+		ios[i]->save_failed = reqs[i].save_failed;
+		errors[i] = reqs[i].error;
+	}
+}
+
+int repl_exec_sync_disks(struct repl_exec *x)
+{
+	int first = 0;
+	for (uint32_t i = 0; i < x->n_vols; i++) {
+		int err = volume_sync(x->vols[i]);
+		first = first ? first : err;
+	}
+	return first;
+}
+
+int repl_exec_sync_actives(struct repl_exec *x)
+{
+	int first = repl_exec_sync_disks(x);
+	for (uint32_t i = 0; i < x->n_vols; i++) {
+		int err = volume_sync_active(x->vols[i]);
+		first = first ? first : err;
+	}
+	return first;
+}
+
+uint64_t repl_exec_active_bytes(struct repl_exec *x)
+{
+	uint64_t n = 0;
+	for (uint32_t i = 0; i < x->n_vols; i++)
+		n += volume_active_blocks(x->vols[i]) * BLOCK_SIZE;
+	return n;
+}
+
+static int sync_for_checkpoint(struct repl_exec *x, struct repl_io *io)
+{
+	int err = 0;
+	if (store_info(x->store)->durability == DURABILITY_POWER)
+		err = repl_exec_sync_disks(x);
+	io->ext_len = repl_exec_active_bytes(x);
+	return err;
+}
+
+/* ---- intent bits ---- */
+
+static int set_intent(struct repl_exec *x, const struct repl_io *io)
+{
+	struct intent *t = x->intents[io->volume];
+	uint64_t first = io->off >> INTENT_SHIFT, last = (io->off + io->len - 1) >> INTENT_SHIFT;
+	int err = intent_write(t, first, last - first + 1, true);
+	return err ? err : intent_sync(t);
+}
+
+/* Writes all runs of set bits of `b`. Without group.lock, though a guest's write may set bits of `intent` meanwhile
+ * (nothing clears any while this runs): words are read whole (core/bitmap.h), and whether such a bit is in a run or
+ * not, its own write sets it durably before it goes on. `clearing` does not change before the clear is done. */
+static int write_intents(struct repl_exec *x, uint32_t vol, const struct bitmap *b, bool set)
+{
+	int err = 0;
+	for (uint64_t at = bitmap_next_set(b, 0); at != BITMAP_NONE && !err;) {
+		uint64_t end = bitmap_next_clear(b, at);
+		if (end == BITMAP_NONE)
+			end = b->nbits;
+		err = intent_write(x->intents[vol], at, end - at, set);
+		at = end < b->nbits ? bitmap_next_set(b, end) : BITMAP_NONE;
+	}
+	return err || !set ? err : intent_sync(x->intents[vol]);
+}
+
+static int all_intents(struct repl_exec *x, bool set)
+{
+	int err = 0;
+	for (uint32_t i = 0; i < x->n_vols && !err; i++) {
+		struct repl_volume_state *v = repl_volume_state(x->core, i);
+		err = write_intents(x, i, set ? &v->intent : &v->clearing, set);
+	}
+	return err;
+}
+
+static int scan(struct repl_exec *x, struct repl_io *io)
+{
+	struct extent ext;
+	uint64_t at = io->off, end = io->off + io->len;
+	int err = volume_extent(x->vols[io->volume], LAYER_DISK, 0, at, &ext);
+	if (err)
+		return err;
+	io->hole = !ext.data;
+	io->ext_len = min_u64(ext.off + ext.len, end) - at;
+	while (at + io->ext_len < end) { /* joined as far as it is one kind */
+		if ((err = volume_extent(x->vols[io->volume], LAYER_DISK, 0, at + io->ext_len, &ext)) < 0)
+			return err;
+		if (ext.data == io->hole)
+			break;
+		io->ext_len = min_u64(ext.off + ext.len, end) - at;
+	}
+	return 0;
+}
+
+static int read_for_resync(struct repl_exec *x, struct repl_io *io)
+{
+	io->payload = malloc(io->len);
+	if (io->payload == NULL)
+		return -ERR_NOMEM;
+	int err = volume_read_disk(x->vols[io->volume], io->off, io->len, io->payload);
+	if (err) {
+		free(io->payload);
+		io->payload = NULL;
+	}
+	return err;
+}
+
+struct mark_arg {
+	struct repl_exec *x;
+	uint32_t volume;
+	uint64_t bytes;
+};
+
+static void mark_run(void *arg, uint64_t off, uint64_t len)
+{
+	struct mark_arg *m = arg;
+	repl_mark(m->x->core, m->volume, off, len);
+}
+
+static void count_run(void *arg, uint64_t off, uint64_t len)
+{
+	(void)off;
+	((struct mark_arg *)arg)->bytes += len;
+}
+
+/* No request is under way that could move the overlays, so the lock is held for the walk over their bitmaps only. */
+static int mark(struct repl_exec *x, struct repl_io *io)
+{
+	struct mark_arg m = {.x = x};
+	int err = 0;
+	mutex_lock(x->lock);
+	const struct repl_meta *meta = repl_meta(x->core);
+	uint64_t from = io->arg ? io->arg : meta->n_ckpts ? meta->ckpts[0].number : 0;
+	for (m.volume = 0; m.volume < x->n_vols && !err; m.volume++) {
+		struct volume *v = x->vols[m.volume];
+		if (from)
+			err = volume_changed(v, from, 0, true, mark_run, &m);
+		if (from && !err)
+			err = volume_changed(v, from, 0, false, count_run, &m);
+	}
+	mutex_unlock(x->lock);
+	io->ext_len = m.bytes;
+	io->hole = repl_exec_active_bytes(x) != 0;
+	return err ? err : all_intents(x, true);
+}
+
+static int commit(struct repl_exec *x, struct repl_io *io)
+{
+	uint64_t base, last = 0, written = 0;
+	mutex_lock(x->lock);
+	const struct repl_meta *m = repl_meta(x->core);
+	base = m->base;
+	for (uint32_t i = 0; i < m->n_ckpts && m->ckpts[i].number < m->received; i++)
+		last = m->ckpts[i].number;
+	mutex_unlock(x->lock);
+	return volume_commit(x->vols[io->volume], base, last, io->off, io->len, &written);
+}
+
+static int merge(struct repl_exec *x, struct repl_io *io)
+{
+	int err = 0;
+	for (uint32_t i = 0; i < x->n_vols && !err; i++)
+		err = volume_merge_into_older(x->vols[i], io->arg);
+	return err;
+}
+
+int repl_exec_io(struct repl_exec *x, struct repl_io *io, const void *buf, uint64_t base)
+{
+	struct volume_req q;
+	int err;
+	switch (io->target) {
+	case TARGET_INTENT:
+		return set_intent(x, io);
+	case TARGET_CKPT:
+		return sync_for_checkpoint(x, io);
+	case TARGET_DISK:
+		if (io->kind == REPL_FLUSH || io->kind == REPL_RESYNC_DONE)
+			return repl_exec_sync_disks(x);
+		q = req_of(io, buf);
+		err = volume_write(x->vols[io->volume], &q, 1);
+		io->save_failed = q.save_failed;
+		return err;
+	case TARGET_ACTIVE:
+		if (io->kind == REPL_FLUSH)
+			return repl_exec_sync_actives(x);
+		q = req_of(io, buf);
+		return volume_write_active(x->vols[io->volume], base, &q);
+	case TARGET_OWN:
+		break;
+	}
+	switch (io->kind) {
+	case REPL_RESYNC_SCAN:
+		return scan(x, io);
+	case REPL_RESYNC_READ:
+		return read_for_resync(x, io);
+	case REPL_MARK:
+		return mark(x, io);
+	case REPL_COMMIT:
+		return commit(x, io);
+	case REPL_INTENT_CLEAR:
+		return all_intents(x, false);
+	case REPL_INTENT_ALL:
+		return all_intents(x, true);
+	case REPL_MERGE:
+		return merge(x, io);
+	default:
+		UNREACHABLE();
+	}
+}
+
+/* ---- the peer's stream ---- */
+
+bool repl_exec_is_stream(unsigned type)
+{
+	return type >= WIRE_WRITE && type <= WIRE_RESYNC_DONE;
+}
+
+static enum repl_kind stream_kind(unsigned type)
+{
+	switch (type) {
+	case WIRE_WRITE:
+	case WIRE_RESYNC_WRITE:
+		return REPL_WRITE;
+	case WIRE_ZERO:
+	case WIRE_RESYNC_ZERO:
+		return REPL_ZERO;
+	case WIRE_DISCARD:
+		return REPL_DISCARD;
+	case WIRE_CHECKPOINT:
+		return REPL_CHECKPOINT;
+	case WIRE_RESYNC_DONE:
+		return REPL_RESYNC_DONE;
+	default:
+		return REPL_FLUSH;
+	}
+}
+
+static const char *stream_range(struct repl_exec *x, const struct wire_frame *f, struct repl_io *io)
+{
+	uint32_t i = 0;
+	while (i < x->n_vols && repl_meta(x->core)->volumes[i].id != f->volume)
+		i++;
+	if (i == x->n_vols)
+		return "a volume that is not the group's";
+	uint64_t size = volume_size(x->vols[i]);
+	if (f->length == 0 || f->offset >= size || f->length > size - f->offset || f->length > REPL_ZERO_MAX)
+		return "a range outside the volume";
+	if (io->kind == REPL_WRITE && f->length != f->length_payload)
+		return "a write whose length is not its payload's";
+	io->volume = i;
+	io->off = f->offset;
+	io->len = f->length;
+	return NULL;
+}
+
+const char *repl_exec_stream_io(struct repl_exec *x, const struct wire_frame *f, void *payload, struct repl_io *io)
+{
+	const char *why = NULL;
+	io->kind = stream_kind(f->type);
+	io->seq = f->seq;
+	io->resync = f->type == WIRE_RESYNC_WRITE || f->type == WIRE_RESYNC_ZERO;
+	if (io->kind == REPL_CHECKPOINT) {
+		io->arg = f->offset;
+		io->flags = f->flags;
+		if (f->offset == 0)
+			why = "a checkpoint without a number";
+	} else if (io->kind == REPL_RESYNC_DONE) {
+		struct rbuf b = {.data = payload, .size = f->length_payload};
+		wire_lineage_decode(&io->lineage, &b);
+		if (b.failed || io->lineage.current == 0)
+			why = "RESYNC_DONE does not decode";
+	} else if (io->kind != REPL_FLUSH) {
+		why = stream_range(x, f, io);
+	}
+	if (why == NULL && io->kind == REPL_WRITE)
+		io->payload = payload;
+	return why;
+}
+
+/* ---- saving ---- */
+
+int repl_exec_save(struct repl_exec *x, const struct repl_save *s, struct err *e)
+{
+	int err = 0;
+	for (uint32_t i = 0; i < x->n_vols && !err; i++)
+		err = volume_prepare(x->vols[i], s->ckpt, s->active_id, e);
+	if (!err)
+		err = store_save_group(x->store, s->meta, e);
+	if (err)
+		for (uint32_t i = 0; i < x->n_vols; i++)
+			volume_unprepare(x->vols[i]);
+	return err;
+}
+
+uint64_t repl_exec_switch(struct repl_exec *x, const struct repl_save *s)
+{
+	uint64_t discarded = 0;
+	for (uint32_t i = 0; i < x->n_vols; i++) {
+		uint64_t held = volume_active_blocks(x->vols[i]);
+		volume_switch(x->vols[i], s->ckpt, s->active_id);
+		discarded += (held - min_u64(held, volume_active_blocks(x->vols[i]))) * BLOCK_SIZE;
+		if (s->drop)
+			volume_drop(x->vols[i], s->drop);
+	}
+	return discarded;
+}
+
+void repl_exec_reap(struct repl_exec *x)
+{
+	for (uint32_t i = 0; i < x->n_vols; i++)
+		volume_reap(x->vols[i]);
+}

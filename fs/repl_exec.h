@@ -1,0 +1,57 @@
+/* Carries out one request of the replication core on a group's volumes, in the calling thread, and the parts of a save.
+ * The shell calls it from its threads, the simulator (tests/sim) from its one: what a request does to a volume is
+ * written once.
+ */
+#ifndef REPFS_FS_REPL_EXEC_H
+#define REPFS_FS_REPL_EXEC_H
+
+#include "core/os/thread.h"
+#include "core/repl.h"
+#include "image/intent.h"
+#include "image/store.h"
+#include "image/volume.h"
+
+struct repl_exec {
+	struct store *store; /* borrowed */
+	struct repl *core;   /* borrowed */
+	struct mutex *lock;  /* the core's exclusion: taken to look at it, never across I/O */
+	uint32_t n_vols;
+	/* owned: repl_exec_open to repl_exec_close */
+	struct volume *vols[GROUP_VOLUMES_MAX];
+	struct intent *intents[GROUP_VOLUMES_MAX];
+	void *maps[GROUP_VOLUMES_MAX]; /* the core's bitmaps */
+};
+
+/* Opens the volumes that m names and their intent maps. What was opened is repl_exec_close's, after a failure too. */
+int repl_exec_open(struct repl_exec *x, struct store *st, const struct repl_meta *m, struct err *e);
+void repl_exec_close(struct repl_exec *x);
+/* Gives the core the bits that the intent maps hold: after repl_init, before its first step. */
+int repl_exec_load_intents(struct repl_exec *x);
+
+/* ACT_SUBMIT. buf: the bytes of a WRITE, borrowed; base: of the view, for TARGET_ACTIVE, whose caller keeps the epoch
+ * from being switched meanwhile. A RESYNC_READ leaves its bytes, owned, in io->payload. */
+int repl_exec_io(struct repl_exec *x, struct repl_io *io, const void *buf, uint64_t base);
+/* A batch of the peer's stream, all of one volume, bytes in io->payload; errors[i] is for EV_IO_DONE. */
+void repl_exec_apply(struct repl_exec *x, struct repl_io *const *ios, unsigned n, int *errors);
+/* What flushes share: the disks of all volumes; those and the active overlays. */
+int repl_exec_sync_disks(struct repl_exec *x);
+int repl_exec_sync_actives(struct repl_exec *x);
+uint64_t repl_exec_active_bytes(struct repl_exec *x);
+
+/* A frame of the stream as a request. NULL, or what is wrong with it: the peer's word is never trusted (I19). A WRITE's
+ * io->payload is the frame's. Under the core's exclusion. */
+const char *repl_exec_stream_io(struct repl_exec *x, const struct wire_frame *f, void *payload, struct repl_io *io);
+bool repl_exec_is_stream(unsigned type);
+
+/* What ACT_SAVE_META asks for. In this order (I7): the new epochs' files durable, then the record that names them
+ * (repl_exec_save), then memory (repl_exec_switch, while no view is read or written), then the files that nothing
+ * names any more (repl_exec_reap). */
+struct repl_save {
+	struct repl_meta *meta;
+	uint64_t ckpt, active_id, drop;
+};
+int repl_exec_save(struct repl_exec *x, const struct repl_save *s, struct err *e);
+uint64_t repl_exec_switch(struct repl_exec *x, const struct repl_save *s); /* bytes that left the active overlays */
+void repl_exec_reap(struct repl_exec *x);
+
+#endif
