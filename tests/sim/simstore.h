@@ -96,8 +96,10 @@ enum simstore_keep { SIMSTORE_KEEP_NONE, SIMSTORE_KEEP_RANDOM, SIMSTORE_KEEP_ALL
 
 /* The machine comes back after it lost power: of the unsynced, `keep` is there. */
 void simstore_power_cut(struct simstore *ss, enum simstore_keep keep);
-/* A process comes back on a machine that stayed up. evict: what failed syncs have lost is gone from the cache too. */
-void simstore_restart(struct simstore *ss, bool evict);
+/* A process comes back on a machine that stayed up. */
+void simstore_restart(struct simstore *ss);
+/* Memory is short: what failed syncs have lost is gone from the cache too. At any time. */
+void simstore_evict(struct simstore *ss);
 
 /* --- looking, without counting and without faults --- */
 
