@@ -37,7 +37,8 @@ struct disk_ops {
 	int (*zero)(struct disk *d, uint64_t off, uint64_t len, bool punch);
 	/* The extent that holds `off`, clipped to [off, end); end is the size at most. Past the size: a hole. */
 	int (*extent)(struct disk *d, uint64_t off, uint64_t end, struct extent *ret);
-	/* Data and size durable. After an error the data written since the last success counts as lost (I10). */
+	/* Data and size durable. After an error the data written since the last success counts as lost, and every
+	 * later sync of this disk fails too (I10); one opened afterwards knows nothing of it. */
 	int (*sync)(struct disk *d);
 	int (*set_size)(struct disk *d, uint64_t size);
 	int (*get_size)(struct disk *d, uint64_t *ret);

@@ -57,7 +57,8 @@ struct handle {
 	struct node *node;
 	struct handle *next; /* of the node */
 	bool read_only;
-	bool owed; /* a sync through another handle failed: this one's next sync says so */
+	bool owed;	/* a sync through another handle failed: this one's next sync says so */
+	int sync_error; /* of the first sync that failed, and of all after it */
 };
 
 struct node {
@@ -939,8 +940,11 @@ static int sim_sync(struct disk *d)
 	struct handle *h = handle(d);
 	struct verdict v = file_call(h, SIMSTORE_SYNC, 0, 0);
 
+	if (h->sync_error)
+		return h->sync_error;
 	if (v.rc < 0 && !h->ss->stopped) {
 		sync_fails(h);
+		h->sync_error = v.rc;
 		return v.rc;
 	}
 	if (v.done == SIMSTORE_HALF_DONE) {
@@ -949,10 +953,8 @@ static int sim_sync(struct disk *d)
 		changes_keep(h->ss, h->node, SIMSTORE_KEEP_ALL);
 		changes_forget(h->node);
 	}
-	if (v.rc == 0 && h->owed) {
-		h->owed = false;
-		return -ERR_IO;
-	}
+	if (v.rc == 0 && h->owed)
+		v.rc = h->sync_error = -ERR_IO;
 	return v.rc;
 }
 

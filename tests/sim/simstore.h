@@ -9,7 +9,8 @@
  *     and then the power is cut or the process is found dead ("crash point").
  *   - A call fails: by chance, by the path, or the Nth ("fail point"). A failed write may have written a part.
  *   - A sync fails as Linux' does: what was not yet synced stays readable and is never written out, each handle that
- *     was open gets the error once, and syncs after that succeed. evict: the cache forgets it too.
+ *     was open gets the error once (and, as storage_posix makes it, for ever after), and syncs through handles opened
+ *     later succeed, in the same process or the next, though that data is gone (simstore_evict: from the cache too).
  *   - There is no room: writes that need new pages fail when `space` is used up.
  *   - Stored bytes rot (simstore_corrupt).
  *
