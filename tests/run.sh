@@ -3,7 +3,8 @@
 #
 #   (plain)  preset dev with its ctest tests, the unit tests under AddressSanitizer and UBSan, tests/e2e/test_*
 #   --fast   preset dev with its ctest tests, no more
-#   --long   also the stress programs under ThreadSanitizer and tests/e2e/long_*
+#   --long   also the stress programs under ThreadSanitizer, tests/e2e/test_* with daemons under AddressSanitizer and UBSan
+#            and under ThreadSanitizer, and tests/e2e/long_*
 #
 # One line a test: PASS, FAIL or SKIP, its name, its seconds. The last line is `N passed, N failed`, with `, N skipped`
 # behind if there were any; exit 0 only if none failed. Each test's output is in build/log. An end-to-end test is an
@@ -142,10 +143,11 @@ if unshare --mount --pid --fork --kill-child --mount-proc true 2>/dev/null; then
 	isolate=(unshare --mount --pid --fork --kill-child --mount-proc bash -c '"$@"; exit $?' e2e)
 fi
 
+# run_e2e TEST LIMIT PREFIX
 run_e2e()
 {
 	local test=$1 limit=$2 name log start own
-	name=$(basename "$test")
+	name=$3$(basename "$test")
 	wanted "$name" || return
 	log=$log_dir/$name.log
 	start=$EPOCHREALTIME
@@ -166,9 +168,10 @@ run_e2e()
 	esac
 }
 
+# run_e2e_all KIND LIMIT [PREFIX]: tests/e2e/KIND_*
 run_e2e_all()
 {
-	local test
+	local test prefix=${3-}
 	for test in tests/e2e/"$1"_*.sh tests/e2e/"$1"_*.py; do
 		[ -f "$test" ] && printf '%s\n' "$test"
 	done | LC_ALL=C sort >"$log_dir/e2e-$1.list"
@@ -178,7 +181,7 @@ run_e2e_all()
 			report FAIL "$(basename "$test")" "$EPOCHREALTIME" "$log_dir/$(basename "$test").log"
 			continue
 		fi
-		run_e2e "$root/$test" "$2"
+		run_e2e "$root/$test" "$2" "$prefix"
 	done 3<"$log_dir/e2e-$1.list"
 }
 
@@ -195,5 +198,12 @@ if [ $long -eq 1 ] && build_preset tsan; then
 	run_ctest tsan tsan- -L stress
 fi
 run_e2e_all test $e2e_timeout_s
-[ $long -eq 1 ] && run_e2e_all long $long_timeout_s
+if [ $long -eq 1 ]; then
+	# A sanitizer's report fails the test whose daemon it came from: the harness reads the daemons' logs.
+	for sanitizer in asan tsan; do
+		REPFS_BIN=$root/build/$sanitizer REPFS_E2E_SLOW=4 \
+			run_e2e_all test $((4 * e2e_timeout_s)) $sanitizer-
+	done
+	run_e2e_all long $long_timeout_s
+fi
 finish
