@@ -27,6 +27,14 @@ void lineage_begin(struct lineage *l, uint64_t g)
 	l->current = g;
 }
 
+void lineage_part(struct lineage *l, uint64_t g)
+{
+	PRE(g != 0);
+	lineage_in_sync(l);
+	history_push(l, l->current);
+	l->current = g;
+}
+
 void lineage_in_sync(struct lineage *l)
 {
 	history_push(l, l->bitmap);
@@ -58,6 +66,40 @@ static bool knows(const struct lineage *l, uint64_t g)
 static bool unfinished(const struct wire_join *t)
 {
 	return (t->flags & WIRE_JOIN_INCONSISTENT) != 0;
+}
+
+/* Its disk is whole and its own: what it serves is the content, not a copy that follows. */
+static bool owns(const struct wire_join *j)
+{
+	return !unfinished(j) && j->state != STATE_FAILOVER && j->state != STATE_FAILOVER_FAILED &&
+	       (j->role != ROLE_SECONDARY || j->state == STATE_DONE);
+}
+
+/* The generation that the dirty set of l is complete since: at it the two copies differed by dirty sets alone. */
+static uint64_t tracked_since(const struct lineage *l)
+{
+	return l->bitmap ? l->bitmap : l->current;
+}
+
+/* Which of the two a `resolve` gives up: 0, 1, or -1 when none was asked for or the two contradict each other. */
+static int given_up(const struct wire_join *const j[2])
+{
+	bool lost[2];
+	for (int i = 0; i < 2; i++)
+		lost[i] = (j[i]->flags & WIRE_JOIN_DISCARD_MINE) != 0 || (j[!i]->flags & WIRE_JOIN_DISCARD_YOURS) != 0;
+	return lost[0] == lost[1] ? -1 : lost[1];
+}
+
+/* Both wrote alone: nothing is synced, unless somebody has decided whose copy is given up. */
+static enum lineage_decision split(const struct wire_join *const j[2], int *ret_source)
+{
+	int loser = given_up(j);
+	if (loser < 0 || !owns(j[!loser]))
+		return LINEAGE_SPLIT;
+	const struct lineage *a = &j[0]->lineage, *b = &j[1]->lineage;
+	bool covered = a->current == b->current || tracked_since(a) == tracked_since(b);
+	*ret_source = !loser;
+	return covered && !unfinished(j[loser]) ? LINEAGE_PARTIAL : LINEAGE_FULL;
 }
 
 /* The generations alone, roles aside. */
@@ -94,21 +136,21 @@ static enum lineage_decision by_generations(const struct wire_join *const j[2], 
 enum lineage_decision lineage_decide(const struct wire_join *a, const struct wire_join *b, int *ret_source)
 {
 	const struct wire_join *const j[2] = {a, b};
-	/* A resolved or halted pair stays halted until `resolve`. */
+	/* A halted pair stays halted until `resolve`. */
 	if ((a->flags | b->flags) & WIRE_JOIN_SPLIT)
-		return LINEAGE_SPLIT;
+		return split(j, ret_source);
 	for (int i = 0; i < 2; i++) {
 		const struct wire_join *t = j[i], *o = j[!i];
 		if (t->role != ROLE_SECONDARY || o->role != ROLE_PRIMARY || unfinished(o))
 			continue;
-		/* [SYNCFROM] an unfinished target of o goes on partially, without a new decision */
+		/* [SYNCFROM] an unfinished target of o goes on partially, without a new decision. But what o wrote
+		 * between an `unprotect` and this `protect` stands in no dirty set. */
 		if (unfinished(t) && knows(&o->lineage, t->sync_from)) {
 			*ret_source = !i;
-			return LINEAGE_PARTIAL;
+			return o->flags & WIRE_JOIN_PROTECT ? LINEAGE_FULL : LINEAGE_PARTIAL;
 		}
-		/* Made for this sync, which was cut before its first block: everything. */
-		if (unfinished(t) && (t->flags & WIRE_JOIN_FRESH) != 0 && t->lineage.current == 0 &&
-		    t->sync_from == 0) {
+		/* Made, or given up, for a sync that was cut before its first block: everything. */
+		if (unfinished(t) && t->sync_from == 0) {
 			*ret_source = !i;
 			return LINEAGE_FULL;
 		}
@@ -121,7 +163,9 @@ enum lineage_decision lineage_decide(const struct wire_join *a, const struct wir
 	}
 	int source = 0;
 	enum lineage_decision d = by_generations(j, &source);
-	if (d == LINEAGE_SPLIT || d == LINEAGE_UNRELATED)
+	if (d == LINEAGE_SPLIT)
+		return split(j, ret_source);
+	if (d == LINEAGE_UNRELATED)
 		return d;
 	const struct wire_join *s = j[source], *t = j[!source];
 	if (d == LINEAGE_EQUAL && (s->role != ROLE_PRIMARY || t->role != ROLE_SECONDARY))
@@ -130,7 +174,7 @@ enum lineage_decision lineage_decide(const struct wire_join *a, const struct wir
 		/* The other side is ahead of a primary. It failed over [PRIMTGT]: the primary steps down; a secondary
 		 * that wrote after a stop instead is a split brain, whatever the primary did (SPEC 5). */
 		if (s->role == ROLE_SECONDARY)
-			return LINEAGE_SPLIT;
+			return split(j, ret_source);
 		*ret_source = source;
 		return LINEAGE_SHUT_OUT;
 	}

@@ -9,7 +9,7 @@ enum lineage_decision {
 	LINEAGE_EQUAL,	   /* the dirty regions of both, from the primary */
 	LINEAGE_PARTIAL,   /* the dirty regions of both, from `source` */
 	LINEAGE_FULL,	   /* everything, from `source` */
-	LINEAGE_SPLIT,	   /* both wrote alone */
+	LINEAGE_SPLIT,	   /* both wrote alone, and nobody has said whose copy is given up */
 	LINEAGE_UNRELATED, /* nothing in common: refuse */
 	LINEAGE_SHUT_OUT,  /* the primary's peer has failed over and is ahead; the primary wrote nothing alone */
 	LINEAGE_NO_SOURCE, /* neither side may be the source (both inconsistent, or the source is not a primary) */
@@ -21,6 +21,8 @@ const char *lineage_decision_name(enum lineage_decision d);
 
 /* Begins generation g: current → bitmap if that is free, else into the history. */
 void lineage_begin(struct lineage *l, uint64_t g);
+/* Begins generation g without a peer: nothing is tracked any more, so no later sync of it can be partial. */
+void lineage_part(struct lineage *l, uint64_t g);
 /* The peer is in sync: bitmap moves to the history. */
 void lineage_in_sync(struct lineage *l);
 /* What a target adopts from its source. */

@@ -296,7 +296,7 @@ static void flags_unpack(struct repl_meta *m, uint32_t flags)
 #undef FLAG_UNPACK
 }
 
-/* The ten numbers behind the lineage, in the order of the format. */
+/* The numbers behind the lineage, in the order of the format. */
 #define META_NUMBERS(X)                                                                                                \
 	X(sync_from)                                                                                                   \
 	X(ckpt_max)                                                                                                    \
@@ -308,6 +308,9 @@ static void flags_unpack(struct repl_meta *m, uint32_t flags)
 	X(received_bytes)                                                                                              \
 	X(failover_generation)                                                                                         \
 	X(active_id)
+
+/* Those that version 2 added behind them. */
+#define META_NUMBERS_2(X) X(diverged_ns)
 
 static void ckpt_encode(const struct repl_ckpt *c, struct wbuf *w)
 {
@@ -331,6 +334,7 @@ int repl_meta_encode(const struct repl_meta *m, void *buf, size_t size)
 	repl_meta_lineage_encode(&m->lineage, &w);
 #define NUMBER_ENCODE(field) wbuf_u64(&w, m->field);
 	META_NUMBERS(NUMBER_ENCODE)
+	META_NUMBERS_2(NUMBER_ENCODE)
 #undef NUMBER_ENCODE
 	wbuf_str(&w, m->peer);
 	wbuf_raw(&w, m->peer_store, sizeof(m->peer_store));
@@ -365,7 +369,7 @@ static void ckpt_decode(struct repl_ckpt *c, struct rbuf *r)
 	c->flags = rbuf_u8(r);
 }
 
-static void parse_head(struct field_reader *f, struct repl_meta *m)
+static void parse_head(struct field_reader *f, struct repl_meta *m, uint32_t version)
 {
 	rbuf_str(&f->r, m->group, sizeof(m->group));
 	field_end(f, "group");
@@ -386,6 +390,9 @@ static void parse_head(struct field_reader *f, struct repl_meta *m)
 	m->field = rbuf_u64(&f->r);                                                                                    \
 	field_end(f, #field);
 	META_NUMBERS(NUMBER_DECODE)
+	if (version >= 2) {
+		META_NUMBERS_2(NUMBER_DECODE)
+	}
 #undef NUMBER_DECODE
 	rbuf_str(&f->r, m->peer, sizeof(m->peer));
 	field_end(f, "peer");
@@ -417,11 +424,12 @@ int repl_meta_decode(struct repl_meta *m, const void *buf, size_t len, uint32_t 
 {
 	struct field_reader f = {.r = {.data = buf, .size = len}};
 
-	if (version != REPL_META_VERSION)
-		return err_set(e, ERR_VERSION, "group record: format version %" PRIu32 ", and this program reads %d",
-			       version, REPL_META_VERSION);
+	if (version < REPL_META_VERSION_MIN || version > REPL_META_VERSION)
+		return err_set(e, ERR_VERSION,
+			       "group record: format version %" PRIu32 ", and this program reads %d to %d", version,
+			       REPL_META_VERSION_MIN, REPL_META_VERSION);
 	memset(m, 0, sizeof(*m));
-	parse_head(&f, m);
+	parse_head(&f, m, version);
 	parse_lists(&f, m);
 	if (f.bad != NULL)
 		return field_bad(e, f.bad, "cut short or out of bounds");

@@ -75,8 +75,9 @@ struct repl_meta {
 	uint64_t received_bytes;
 	uint64_t failover_generation; /* the generation that the last failover began */
 	uint64_t active_id;	      /* the active overlay's file; 0: none yet */
-	char peer[ADDR_SIZE];	      /* HOST:PORT that this host dials; "": it does not */
-	uint8_t peer_store[16];	      /* the peer's store uuid once known, else zeroes */
+	uint64_t diverged_ns; /* wall clock: since when this copy holds what the peer was never told; 0: it does not */
+	char peer[ADDR_SIZE]; /* HOST:PORT that this host dials; "": it does not */
+	uint8_t peer_store[16]; /* the peer's store uuid once known, else zeroes */
 	struct settings settings;
 	uint32_t n_volumes;
 	struct repl_volume volumes[GROUP_VOLUMES_MAX];
@@ -84,7 +85,8 @@ struct repl_meta {
 	struct repl_ckpt ckpts[GROUP_CKPTS_MAX]; /* ascending by number */
 };
 
-#define REPL_META_VERSION 1
+#define REPL_META_VERSION 2
+#define REPL_META_VERSION_MIN 1 /* read too: what it lacks is 0 */
 #define REPL_META_ENCODED_MAX (512U << 10)
 
 void repl_meta_init(struct repl_meta *m, const char *group); /* standalone, NONE, defaults */

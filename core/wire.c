@@ -35,7 +35,7 @@ enum header_offset {
 #define LINEAGE_SIZE (8U * (2U + GENERATIONS_MAX))
 #define REFUSE_MIN 4U
 #define REFUSE_MAX (REFUSE_MIN + WIRE_TEXT_MAX - 1)
-#define JOIN_FLAGS_ALL 0xffU
+#define JOIN_FLAGS_ALL 0x7ffU
 #define CKPT_FLAGS_KNOWN (WIRE_CKPT_COMMAND | WIRE_CKPT_PIN | WIRE_CKPT_STOP)
 
 /* The numbers of enum err_code go over the wire and are frozen in docs/protocol.md: a new code goes to the end. */

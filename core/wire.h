@@ -14,8 +14,8 @@
 #include "core/repl_meta.h"
 
 #define WIRE_MAGIC "repfs\0\1\0" /* first 8 bytes of a HELLO payload */
-#define WIRE_VERSION_MIN 1
-#define WIRE_VERSION_MAX 1
+#define WIRE_VERSION_MIN 2
+#define WIRE_VERSION_MAX 2
 #define WIRE_HEADER_SIZE 56
 #define WIRE_PAYLOAD_MAX (2U << 20)
 #define WIRE_SPAN_MAX (UINT64_C(1) << 30) /* bytes of one ZERO, DISCARD, RESYNC_ZERO: bounds one request's work */
@@ -47,8 +47,8 @@ enum wire_features {
 	X(RESYNC_WRITE, 21) /* as WRITE */                                                                             \
 	X(RESYNC_ZERO, 22)  /* as ZERO */                                                                              \
 	X(RESYNC_DONE, 23)  /* seq; payload: wire_lineage of the source. A barrier */                                  \
-	X(DIRTY, 24)	    /* volume; payload: (u64 offset, u64 length)*: the target's dirty ranges */                \
-	X(DIRTY_END, 25)    /* no more of them */                                                                      \
+	X(DIRTY, 24) /* volume; payload: (u64 offset, u64 length)*: dirty ranges of a target, or of a split brain */   \
+	X(DIRTY_END, 25) /* no more of them; offset: ns since 1970 when the sender's copy began to differ, 0: none */  \
 	X(RESYNC_BEGIN, 26) /* source → target; offset: source's generation; length: bytes to do */                  \
 	X(RESYNC_READY, 27) /* target → source: marked inconsistent, durable; offset: target's ckpt_max */           \
 	X(ACK, 32)	    /* payload: wire_ack */                                                                    \
@@ -125,14 +125,17 @@ void wire_lineage_encode(const struct lineage *l, struct wbuf *w);
 void wire_lineage_decode(struct lineage *l, struct rbuf *r);
 
 enum wire_join_flags {
-	WIRE_JOIN_PROTECT = 1 << 0,	 /* make (or adopt) the recovery volumes */
-	WIRE_JOIN_ADOPT = 1 << 1,	 /* adopt even if it was written */
-	WIRE_JOIN_START = 1 << 2,	 /* after a stop: DONE → NONE → RUNNING */
-	WIRE_JOIN_ALONE = 1 << 3,	 /* meta.alone */
-	WIRE_JOIN_INCONSISTENT = 1 << 4, /* meta.inconsistent */
-	WIRE_JOIN_HOLDING = 1 << 5,	 /* a restarted primary that has served nothing yet */
-	WIRE_JOIN_SPLIT = 1 << 6,	 /* the sender stands halted by split brain */
-	WIRE_JOIN_FRESH = 1 << 7,	 /* meta.fresh, or never written */
+	WIRE_JOIN_PROTECT = 1 << 0,	  /* make (or adopt) the recovery volumes */
+	WIRE_JOIN_ADOPT = 1 << 1,	  /* adopt even if it was written */
+	WIRE_JOIN_START = 1 << 2,	  /* after a stop: DONE → NONE → RUNNING */
+	WIRE_JOIN_ALONE = 1 << 3,	  /* meta.alone */
+	WIRE_JOIN_INCONSISTENT = 1 << 4,  /* meta.inconsistent */
+	WIRE_JOIN_HOLDING = 1 << 5,	  /* a restarted primary that has served nothing yet */
+	WIRE_JOIN_SPLIT = 1 << 6,	  /* the sender stands halted by split brain */
+	WIRE_JOIN_FRESH = 1 << 7,	  /* meta.fresh, or never written */
+	WIRE_JOIN_DISCARD_MINE = 1 << 8,  /* resolve: the sender's copy is given up */
+	WIRE_JOIN_DISCARD_YOURS = 1 << 9, /* resolve: the receiver's copy is given up */
+	WIRE_JOIN_FAILBACK = 1 << 10,	  /* the sender has failed over and becomes primary of the old primary */
 };
 
 /* What each side says of a group when a connection is made for it. */

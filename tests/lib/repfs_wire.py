@@ -49,7 +49,7 @@ def frame(type_, payload=b"", session=0, number=0, flags=0, seq=0, offset=0, len
     return head + struct.pack("<I", crc32c(struct.pack("<Q", session) + head)) + payload
 
 
-def hello(nonce, low=1, high=1, program="impostor 1.0", magic=b"repfs\0\1\0"):
+def hello(nonce, low=2, high=2, program="impostor 1.0", magic=b"repfs\0\1\0"):
     p = program.encode()
     return magic + struct.pack("<HHI", low, high, 0) + os.urandom(16) + struct.pack("<Q", nonce) + struct.pack("<H", len(p)) + p
 

@@ -10,6 +10,9 @@
 #include "core/range.h"
 #include "core/repl_meta.h"
 
+/* The numbers behind the lineage. */
+#define NUMBERS_SIZE 88
+
 static uint8_t enc[REPL_META_ENCODED_MAX];
 
 static struct repl_meta *meta_new(const char *group)
@@ -67,6 +70,7 @@ static struct repl_meta *meta_full(void)
 	m->received_bytes = 4096;
 	m->failover_generation = 0xf0;
 	m->active_id = 9;
+	m->diverged_ns = 77;
 	snprintf(m->peer, sizeof(m->peer), "10.0.0.2:7790");
 	memset(m->peer_store, 0x33, sizeof(m->peer_store));
 	m->settings.protocol = PROTOCOL_C;
@@ -189,10 +193,11 @@ Test(repl_meta, documented_bytes)
 	cr_assert_eq(get_u64(p + 48), 0x104);
 	cr_assert_eq(get_u64(p + 56), 0);
 	p += 144;
-	static const uint64_t numbers[] = {0x51, 50, 41, 41, 42, 17, 18, 4096, 0xf0, 9};
-	for (unsigned i = 0; i < 10; i++)
+	static const uint64_t numbers[] = {0x51, 50, 41, 41, 42, 17, 18, 4096, 0xf0, 9, 77};
+	for (unsigned i = 0; i < sizeof(numbers) / 8; i++)
 		cr_assert_eq(get_u64(p + 8 * i), numbers[i], "%u", i);
-	p += 80;
+	cr_assert_eq(sizeof(numbers), NUMBERS_SIZE);
+	p += NUMBERS_SIZE;
 	cr_assert_arr_eq(p,
 			 "\x0d\0"
 			 "10.0.0.2:7790",
@@ -274,6 +279,25 @@ Test(repl_meta, versions_it_does_not_know)
 		cr_assert_eq(repl_meta_decode(&back, enc, (size_t)len, versions[n], &e), -ERR_VERSION);
 		cr_assert(strstr(e.text, "version") != NULL);
 	}
+	free(m);
+}
+
+/* Version 1 ended its numbers with active_id: what it lacks is 0. */
+Test(repl_meta, version_1_is_read)
+{
+	struct repl_meta *m = meta_full(), *back = malloc(sizeof(*back));
+	struct err e = {0};
+	int len = encode(m);
+	size_t at = 2 + strlen(m->group) + 16 + 1 + 1 + 4 + 144 + 10 * 8;
+
+	cr_assert_eq(get_u64(enc + at), 77);
+	memmove(enc + at, enc + at + 8, (size_t)len - at - 8);
+	memset(back, 0x5a, sizeof(*back));
+	cr_assert_eq(repl_meta_decode(back, enc, (size_t)len - 8, 1, &e), 0, "%s", e.text);
+	m->diverged_ns = 0;
+	cr_assert_eq(memcmp(back, m, sizeof(*m)), 0);
+	cr_assert_eq(repl_meta_decode(back, enc, (size_t)len - 8, REPL_META_VERSION, NULL), -ERR_CORRUPT);
+	free(back);
 	free(m);
 }
 
@@ -417,8 +441,8 @@ Test(repl_meta, bytes_broken)
 	    {27 + 144 - 1, 1, "field lineage:"},
 	    {27 + 144 + 2 * 8, 40, "field base:"},
 	    {27 + 144 + 3 * 8 + 7, 1, "field last_stream:"},
-	    {27 + 144 + 80 + 1, 2, "field peer:"},
-	    {27 + 144 + 80 + 15 + 16, 0xff, "field settings:"},
+	    {27 + 144 + NUMBERS_SIZE + 1, 2, "field peer:"},
+	    {27 + 144 + NUMBERS_SIZE + 15 + 16, 0xff, "field settings:"},
 	};
 
 	for (unsigned n = 0; n < sizeof(cases) / sizeof(cases[0]); n++) {

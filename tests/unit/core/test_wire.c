@@ -840,7 +840,7 @@ Test(wire_join, bad_fields_by_name)
 	JOIN_BAD("field group:", j.group[0] = '\0');
 	JOIN_BAD("field group:", j.group[0] = '-');
 	JOIN_BAD("field group:", memcpy(j.group, "../", 4));
-	JOIN_BAD("field flags:", j.flags = 1U << 8);
+	JOIN_BAD("field flags:", j.flags = 1U << 31);
 	JOIN_BAD("field flags:", j.flags = 1U << 31);
 	JOIN_BAD("field role:", j.role = 3);
 	JOIN_BAD("field state:", j.state = 5);

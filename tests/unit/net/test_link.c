@@ -605,7 +605,7 @@ Test(link, every_flipped_bit_of_a_frame_is_detected)
 	raw_open(&p);
 	p.raw.fd = -1;
 	for (unsigned bit = 0; bit < SIZE * 8; bit++) {
-		raw_dial(&p.raw, link_server_addr(p.server), 1, 1, "the raw store!!");
+		raw_dial(&p.raw, link_server_addr(p.server), WIRE_VERSION_MIN, WIRE_VERSION_MAX, "the raw store!!");
 		cr_assert_eq(p.raw.got, WIRE_HELLO);
 		cr_assert_eq(raw_encode(frame, WIRE_WRITE, 1, p.raw.session, data, sizeof data), SIZE);
 		frame[bit / 8] ^= (uint8_t)(1 << bit % 8);
@@ -671,7 +671,7 @@ Test(link, a_replayed_session_does_not_begin)
 	/* The same bytes on a new connection. */
 	memset(&again, 0, sizeof again);
 	again.fd = raw_connect(link_server_addr(p.server));
-	n = raw_hello(hello, 1, 1, "the raw store!!", p.raw.nonce);
+	n = raw_hello(hello, WIRE_VERSION_MIN, WIRE_VERSION_MAX, "the raw store!!", p.raw.nonce);
 	cr_assert(raw_write(again.fd, hello, n));
 	raw_answer(&again);
 	cr_assert_eq(again.got, WIRE_HELLO);
@@ -757,7 +757,7 @@ Test(link, a_second_hello_ends_it)
 {
 	struct raw_pair p;
 	uint8_t buf[WIRE_HEADER_SIZE + WIRE_HELLO_MAX], hello[WIRE_HEADER_SIZE + WIRE_HELLO_MAX];
-	size_t n = raw_hello(hello, 1, 1, "the raw store!!", 5) - WIRE_HEADER_SIZE;
+	size_t n = raw_hello(hello, WIRE_VERSION_MIN, WIRE_VERSION_MAX, "the raw store!!", 5) - WIRE_HEADER_SIZE;
 
 	raw_up(&p);
 	n = raw_encode(buf, WIRE_HELLO, 1, p.raw.session, hello + WIRE_HEADER_SIZE, n);
@@ -778,7 +778,7 @@ Test(link, a_listener_without_a_common_version_refuses_naming_both)
 	raw_dial(&p.raw, link_server_addr(p.server), 7, 9, "the raw store!!");
 	cr_assert_eq(p.raw.got, WIRE_REFUSE);
 	cr_assert_eq(p.raw.refuse.code, ERR_VERSION);
-	cr_assert(strstr(p.raw.refuse.text, "repfs b") && strstr(p.raw.refuse.text, "1 to 1"), "%s", p.raw.refuse.text);
+	cr_assert(strstr(p.raw.refuse.text, "repfs b") && strstr(p.raw.refuse.text, "2 to 2"), "%s", p.raw.refuse.text);
 	cr_assert(strstr(p.raw.refuse.text, "raw 9") && strstr(p.raw.refuse.text, "7 to 9"), "%s", p.raw.refuse.text);
 	(void)shutdown(p.raw.fd, SHUT_WR);
 	cr_assert(end_reaches(p.b, &p.b->downs, 1));
@@ -844,12 +844,12 @@ static void dial_expect(struct raw_listener *r, int code, const char *text)
 Test(link, a_dialler_reports_the_listeners_refusal_word_for_word)
 {
 	struct raw_listener r = {0};
-	struct wire_refuse x = {.code = ERR_VERSION, .text = "I speak 7 to 9 and you 1 to 1"};
+	struct wire_refuse x = {.code = ERR_VERSION, .text = "I speak 7 to 9 and you 2 to 2"};
 	uint8_t payload[WIRE_HELLO_MAX];
 
 	raw_listen(&r);
 	r.n = raw_encode(r.answer, WIRE_REFUSE, 0, 0, payload, (size_t)wire_refuse_encode(&x, payload, sizeof payload));
-	dial_expect(&r, -ERR_VERSION, "I speak 7 to 9 and you 1 to 1");
+	dial_expect(&r, -ERR_VERSION, "I speak 7 to 9 and you 2 to 2");
 	(void)close(r.fd);
 }
 
@@ -861,7 +861,7 @@ Test(link, a_dialler_judges_the_answer_itself)
 	raw_listen(&r);
 	r.n = raw_hello(r.answer, 7, 9, "the raw store!!", 5);
 	dial_expect(&r, -ERR_VERSION, "7 to 9");
-	r.n = raw_hello(r.answer, 1, 1, (const char *)self_a.store, 5);
+	r.n = raw_hello(r.answer, WIRE_VERSION_MIN, WIRE_VERSION_MAX, (const char *)self_a.store, 5);
 	dial_expect(&r, -ERR_USAGE, "same store");
 	r.n = raw_encode(r.answer, WIRE_PING, 0, 0, NULL, 0);
 	dial_expect(&r, -ERR_PROTO, "in place of a HELLO");
@@ -869,7 +869,7 @@ Test(link, a_dialler_judges_the_answer_itself)
 	dial_expect(&r, -ERR_PROTO, "in place of a HELLO");
 	r.n = raw_encode(r.answer, WIRE_HELLO, 0, 0, payload, 70);
 	dial_expect(&r, -ERR_PROTO, "not a repfs peer");
-	r.n = raw_hello(r.answer, 1, 1, "the raw store!!", 5);
+	r.n = raw_hello(r.answer, WIRE_VERSION_MIN, WIRE_VERSION_MAX, "the raw store!!", 5);
 	r.answer[r.n - 1] ^= 1;
 	dial_expect(&r, -ERR_CORRUPT, "checksum");
 	memcpy(r.answer, "SSH-2.0-OpenSSH_9.2p1 Debian-2+deb12u3 -- and so on, long enough\r\n", r.n = 66);
@@ -996,7 +996,7 @@ Test(link, connections_that_say_nothing_are_bounded_and_cut)
 	cr_assert_eq(p.b->code, -ERR_TIMEOUT);
 	cr_assert(strstr(p.b->text, "2 s"), "%s", p.b->text);
 	/* And then there is room again. */
-	raw_dial(&p.raw, link_server_addr(p.server), 1, 1, "the raw store!!");
+	raw_dial(&p.raw, link_server_addr(p.server), WIRE_VERSION_MIN, WIRE_VERSION_MAX, "the raw store!!");
 	cr_assert_eq(p.raw.got, WIRE_HELLO);
 	for (int i = 0; i < SILENT; i++)
 		(void)close(fds[i]);
@@ -1011,7 +1011,7 @@ Test(link, a_peer_that_sends_a_byte_now_and_then_is_cut_at_the_deadline)
 
 	raw_open(&p);
 	p.raw.fd = raw_connect(link_server_addr(p.server));
-	(void)raw_hello(hello, 1, 1, "the raw store!!", 5);
+	(void)raw_hello(hello, WIRE_VERSION_MIN, WIRE_VERSION_MAX, "the raw store!!", 5);
 	for (unsigned i = 0; i < WIRE_HEADER_SIZE + 40; i++) {
 		struct pollfd pfd = {.fd = p.raw.fd, .events = POLLIN};
 
