@@ -12,6 +12,13 @@
  * Metadata: every durable change of the group's record is a transaction (enum tx_kind). One is under way at a time: it
  * is prepared on a copy (`next`), saved by the shell as one write that decides, and becomes `meta` when it is durable;
  * a failed save leaves `meta` as it was and the transaction's initiator is told.
+ *
+ * A save that failed may have reached the disk all the same (a write whose sync failed), and then the next start finds
+ * it: an epoch switched, an active overlay emptied, a mark dropped, though this host went on without. So the record as
+ * it is is saved again before the initiator is told. While that is under way, or cannot be done, nothing goes on that
+ * the other record would make untrue (`unsure_holds`): nothing of the stream is applied, no request of a guest is
+ * answered but with EIO. That goes for the records that change what the disk, the view or the role mean; a generation
+ * begun, a session's start, a number, a setting or split brain found later than heard of do no harm.
  */
 #include "core/repl_internal.h"
 
@@ -126,8 +133,10 @@ void repl_set_error(struct repl *r, int code, const char *operation, int volume,
 	va_start(ap, fmt);
 	(void)vsnprintf(text, sizeof(text), fmt, ap);
 	va_end(ap);
-	repl_log(r, 0, "%s", text);
-	if (r->error.code) /* the first one is kept (SPEC 5) */
+	/* The first one is kept (SPEC 5); said once, however often it is met again. */
+	if (r->error.code == 0 || strcmp(r->error.text, text) != 0)
+		repl_log(r, 0, "%s", text);
+	if (r->error.code)
 		return;
 	r->error.code = code < 0 ? -code : code;
 	(void)snprintf(r->error.operation, sizeof(r->error.operation), "%s", operation);
@@ -276,6 +285,8 @@ static bool tx_prepare(struct repl *r, struct tx *t, struct repl_meta *m)
 	case TX_SETTINGS:
 		m->settings = t->settings;
 		return true;
+	case TX_ROOM:
+		return room_prepare(t, m);
 	default:
 		secondary_prepare(r, t, m);
 		return true;
@@ -284,9 +295,21 @@ static bool tx_prepare(struct repl *r, struct tx *t, struct repl_meta *m)
 
 static void tx_done(struct repl *r, struct tx *t, int error);
 
+/* The record as it is, in place of one whose save failed. */
+static void save_again(struct repl *r)
+{
+	r->saving = r->resaving = true;
+	r->resave_ns = r->now_ns + RESAVE_NS;
+	repl_emit(r, &(struct repl_action){.type = ACT_SAVE_META, .meta = r->meta, .active_id = r->meta->active_id});
+}
+
 void repl_tx_run(struct repl *r)
 {
 	while (!r->saving && r->tx_count) {
+		if (r->unsure) {
+			save_again(r);
+			return;
+		}
 		r->tx = r->txq[r->tx_head];
 		r->tx_head = (r->tx_head + 1) % TX_MAX;
 		r->tx_count--;
@@ -305,7 +328,8 @@ void repl_tx_run(struct repl *r)
 						   .meta = r->next,
 						   .ckpt = r->tx.opened,
 						   .active_id = r->tx.active_id,
-						   .drop = r->tx.dropped});
+						   .drop = r->tx.dropped,
+						   .drop_through = r->tx.dropped_through});
 	}
 }
 
@@ -341,30 +365,78 @@ static void tx_done(struct repl *r, struct tx *t, int error)
 		else if (t->number && !error && t->session == r->session && r->is_target)
 			session_send(r, WIRE_SETTINGS_ACK, t->number, 0, 0, 0, NULL, 0);
 		break;
+	case TX_ROOM:
+		room_tx_done(r, t, error);
+		break;
 	default:
 		secondary_tx_done(r, t, error);
 		break;
 	}
 }
 
+/* Whether a record of this kind, found by the next start though its save failed, would belie what this host did since.
+ */
+static bool tx_holds(enum tx_kind kind)
+{
+	return kind != TX_BUMP && kind != TX_ACTIVATE && kind != TX_IN_SYNC && kind != TX_SPLIT && kind != TX_CKPT &&
+	       kind != TX_STOPPED && kind != TX_SETTINGS && kind != TX_DROP && kind != TX_COMMIT_FAILED &&
+	       kind != TX_COMMIT_RETRY;
+}
+
+static void save_failed(struct repl *r, int error)
+{
+	repl_set_error(r, error, "metadata", -1, 0, 0,
+		       "%s: the group's record could not be saved: %s; look at the disk under the store",
+		       r->meta->group, err_short(error));
+	r->save_error = error;
+	r->unsure = r->tx_failed = true;
+	r->unsure_holds = tx_holds(r->tx.kind);
+	save_again(r);
+}
+
+/* The record as it was is saved again, or that failed too: then the failed one's kind still holds, and those that wait
+ * to be saved fail with it. */
+static void saved_again(struct repl *r, int error)
+{
+	r->resaving = false;
+	if (error == 0)
+		r->unsure = r->unsure_holds = false;
+	if (r->tx_failed) {
+		struct tx t = r->tx;
+		r->tx_failed = false;
+		tx_done(r, &t, r->save_error);
+	}
+	for (unsigned n = error ? r->tx_count : 0; n && r->tx_count; n--) {
+		struct tx t = r->txq[r->tx_head];
+		r->tx_head = (r->tx_head + 1) % TX_MAX;
+		r->tx_count--;
+		tx_done(r, &t, error);
+	}
+	if (r->unsure_holds)
+		secondary_unsure(r);
+	else
+		secondary_run(r);
+}
+
 static void meta_saved(struct repl *r, const struct repl_event *ev)
 {
 	PRE(r->saving);
 	r->saving = false;
-	struct tx t = r->tx;
-	t.arg = ev->bytes ? ev->bytes : t.arg;
-	if (ev->error == 0) {
+	if (r->resaving) {
+		saved_again(r, ev->error);
+	} else if (ev->error) {
+		save_failed(r, ev->error);
+	} else {
+		struct tx t = r->tx;
 		struct repl_meta *old = r->meta;
+		t.arg = ev->bytes ? ev->bytes : t.arg;
 		INVARIANT(r->next->ckpt_max >= old->ckpt_max);
 		r->meta = r->next;
 		r->next = old;
 		r->ckpt_used = max_u64(r->ckpt_used, r->meta->ckpt_max);
 		repl_emit(r, &(struct repl_action){.type = ACT_SERVING, .meta = r->meta});
-	} else {
-		repl_set_error(r, ev->error, "metadata", -1, 0, 0, "the group's record could not be saved: %s",
-			       err_short(ev->error));
+		tx_done(r, &t, 0);
 	}
-	tx_done(r, &t, ev->error);
 	repl_tx_run(r);
 	repl_gate_run(r);
 }
@@ -385,6 +457,8 @@ bool repl_frozen(const struct repl *r)
 static bool gate_open(const struct repl *r, const struct repl_io *io)
 {
 	if (r->holding || r->activating || r->stopping || r->failing_over || r->finalising)
+		return false;
+	if (r->unsure_holds && r->saving)
 		return false;
 	if (repl_frozen(r) || (!is_flush(io) && secondary_switching(r)))
 		return false;
@@ -409,7 +483,7 @@ static void io_granted(struct repl *r, struct repl_io *io);
 
 static void io_start(struct repl *r, struct repl_io *io)
 {
-	if (repl_serving(r->meta, false) == SERVING_EIO || r->shutdown) {
+	if (repl_serving(r->meta, false) == SERVING_EIO || r->shutdown || r->unsure_holds) {
 		repl_complete(r, io, -ERR_IO);
 		return;
 	}
@@ -621,15 +695,32 @@ static void io_local(struct repl *r, struct repl_io *io)
 	repl_submit(r, io, TARGET_DISK);
 }
 
+/* It will not be done: neither now nor with more room. */
+void repl_guest_failed(struct repl *r, struct repl_io *io, int error)
+{
+	r->writes_in_flight--;
+	if (io->target == TARGET_INTENT) {
+		repl_set_error(r, error, "intent", (int)io->volume, io->off, io->len,
+			       "the write-intent map of %s could not be written: %s", r->meta->volumes[io->volume].name,
+			       err_short(error));
+		io_finish(r, io, error);
+	} else {
+		io->error = error;
+		primary_local_done(r, io);
+	}
+	primary_stop_check(r);
+}
+
 static void guest_io_done(struct repl *r, struct repl_io *io, int error)
 {
+	/* Room for history never fails a guest's write (SPEC 3). */
+	if (error && !is_flush(io) && io->target != TARGET_ACTIVE && room_wait(r, io, error)) {
+		repl_tx_run(r);
+		return;
+	}
 	if (io->phase == PHASE_INTENT) {
 		if (error) {
-			repl_set_error(r, error, "intent", (int)io->volume, io->off, io->len,
-				       "the write-intent map could not be written: %s", err_short(error));
-			r->writes_in_flight--;
-			io_finish(r, io, error);
-			primary_stop_check(r);
+			repl_guest_failed(r, io, error);
 			return;
 		}
 		struct range b = intent_bits(io);
@@ -648,6 +739,10 @@ static void guest_io_done(struct repl *r, struct repl_io *io, int error)
 		return;
 	}
 	INVARIANT(io->phase == PHASE_IO);
+	if (error && io->target != TARGET_ACTIVE) {
+		repl_guest_failed(r, io, error);
+		return;
+	}
 	io->error = error;
 	r->writes_in_flight--;
 	if (io->target == TARGET_ACTIVE) {
@@ -660,16 +755,6 @@ static void guest_io_done(struct repl *r, struct repl_io *io, int error)
 		}
 		io_finish(r, io, error);
 		secondary_commit_pump(r);
-		return;
-	}
-	if (error && io->save_failed && r->meta->n_ckpts) {
-		/* Room for history never fails a guest's write (SPEC 3): the oldest checkpoint goes. Writes that fail
-		 * together wait for the same one. */
-		r->writes_in_flight++;
-		if (r->room.head == NULL)
-			repl_tx(r, TX_DROP);
-		list_push(&r->room, io);
-		repl_tx_run(r);
 		return;
 	}
 	primary_local_done(r, io);
@@ -730,6 +815,8 @@ static void command(struct repl *r, struct repl_command *c);
 static void ev_tick(struct repl *r, const struct repl_event *ev)
 {
 	r->heard_ns = max_u64(r->heard_ns, ev->heard_ns);
+	if (r->unsure && !r->saving && r->now_ns >= r->resave_ns)
+		save_again(r);
 	session_tick(r);
 	primary_tick(r);
 	secondary_tick(r);
@@ -922,11 +1009,13 @@ static void cmd_drop(struct repl *r, struct repl_command *c)
 	int i = repl_meta_find_ckpt(m, c->number);
 	if (i < 0)
 		repl_command_done(r, c, -ERR_NOENT, "no such checkpoint; see `checkpoints`");
-	else if (c->number == m->base || c->number == m->last_stream || c->number == m->kept ||
-		 (uint32_t)i == m->n_ckpts - 1 || ((m->state == STATE_FAILOVER || m->state == STATE_FAILOVER_FAILED)))
+	else if (m->state == STATE_FAILOVER)
+		repl_command_done(r, c, -ERR_BUSY, "a failover is being committed; wait with `wait --for=done`");
+	else if (repl_ckpt_needed(m, (uint32_t)i))
 		repl_command_done(
 		    r, c, -ERR_STATE,
-		    "it is in use (the base of the view, the last one, or one that a resync or failover needs)");
+		    "it is in use (the base of the view, the newest one, or one that a resync or failover "
+		    "needs)");
 	else if (r->merge_busy || r->dropping)
 		repl_command_done(r, c, -ERR_BUSY, "another checkpoint is being dropped");
 	else {
@@ -1160,6 +1249,10 @@ void repl_status(const struct repl *r, uint64_t now_ns, struct repl_status *s)
 		reason(s, "%s is not in sync: the link is %s", peer_text(r), link_state_name(r->link));
 	if (m->role == ROLE_PRIMARY && m->state == STATE_DONE)
 		reason(s, "replication is stopped");
+	if (m->broken)
+		reason(s, "no checkpoint is valid: old content could not be saved (on_cow_error=break)");
+	if (r->unsure_holds)
+		reason(s, "the group's record cannot be saved: nothing is applied or answered until it can");
 	if (m->shut_out)
 		reason(s, "the peer has failed over; this copy waits for a failback");
 	if (m->state == STATE_FAILOVER_FAILED)

@@ -8,7 +8,9 @@
  * Rules of carrying out (the shell's side of the contract):
  *   - ACT_SEND: frames leave in the order emitted, on the session they were emitted for, or not at all.
  *   - ACT_SAVE_META is the one barrier: encode the record pointed to before repl_step returns, make it durable, make
- * the switch that it names in memory, then report EV_META_SAVED. The core emits no second one before that.
+ *     the switch that it names in memory, then report EV_META_SAVED. The core emits no second one before that. A save
+ *     that failed may be found by the next start all the same, so the files that it names stay, until another save has
+ *     succeeded; the core's next one, at once, is of the record as it was, with nothing to switch.
  *   - ACT_SUBMIT: carry out the I/O of `io`, in any order against others, report EV_IO_DONE once.
  *   - ACT_COMPLETE: the io is the owner's again; the core does not touch it any more.
  *   - emit must not call repl_step.
@@ -135,7 +137,7 @@ enum repl_event_type {
 	EV_TICK,       /* every 50 to 200 ms; heard_ns: when the link last heard, 0: no link */
 	EV_IO,	       /* io: a guest's WRITE, ZERO, DISCARD, FLUSH */
 	EV_IO_DONE,    /* io, error: an ACT_SUBMIT is done */
-	EV_META_SAVED, /* error: 0, or the record on disk is the old one */
+	EV_META_SAVED, /* error: 0, or the record on disk is the old one, or perhaps the new one: see ACT_SAVE_META */
 	EV_LINK_UP,    /* session, dialer: a framed connection for this group stands; peer_store */
 	EV_LINK_DOWN,  /* session (0: a dial that failed), error, text */
 	EV_FRAME,      /* session; frame; io (WRITE ... RESYNC_DONE: owned by the shell until ACT_COMPLETE); payload */
@@ -165,7 +167,8 @@ enum repl_action_type {
 	ACT_SUBMIT,    /* io */
 	ACT_COMPLETE,  /* io, error */
 	ACT_SEND,      /* frame; io: its payload is the frame's (WRITE, RESYNC_READ), or data/data_len to copy */
-	ACT_SAVE_META, /* meta; ckpt: epoch to open (0: none); active_id; drop: number to leave the chain (0: none) */
+	ACT_SAVE_META, /* meta; ckpt: epoch to open (0: none); active_id; drop: number to leave the chain, drop_through:
+			* it and all older ones leave it, whatever they hold (0: none) */
 	ACT_DIAL,      /* text: address */
 	ACT_CLOSE,     /* drain: send what is queued first, bounded; flags: 1 = keep what was received (failover) */
 	ACT_CMD_DONE,  /* command, error */
@@ -181,7 +184,7 @@ struct repl_action {
 	const void *data;
 	uint32_t data_len;
 	const struct repl_meta *meta;
-	uint64_t ckpt, active_id, drop;
+	uint64_t ckpt, active_id, drop, drop_through;
 	bool drain;
 	struct repl_command *command;
 	int level;

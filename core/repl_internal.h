@@ -19,6 +19,7 @@
 #define CYCLE_NS UINT64_C(1000000000) /* clear cycle: at least so long between two, */
 #define CYCLE_REST 9		      /* and so many times as long as the last one's flushes took */
 #define INTENT_LOOK_NS UINT64_C(10000000000)
+#define RESAVE_NS UINT64_C(1000000000)
 #define ACK_LAZY_NS UINT64_C(100000000)
 #define REDIAL_MIN_NS UINT64_C(50000000)
 #define REDIAL_MAX_NS UINT64_C(2000000000)
@@ -39,6 +40,16 @@ enum phase {
 	PHASE_FROZEN,	  /* list frozen: on_disconnect=freeze */
 	PHASE_HELD,	  /* list held: of the stream, not looked at yet */
 	PHASE_BARRIER,	  /* of the stream: a barrier being carried out */
+	PHASE_ROOM,	  /* failed for want of room; submitted again when some is made. A guest's: list room */
+};
+
+/* What may be given up for a request that failed for want of room (repl_room.c). */
+enum room_policy {
+	ROOM_NONE,
+	ROOM_UNNEEDED, /* unpinned checkpoints that nothing needs, one at a time */
+	ROOM_ANY,      /* any, one at a time, the dearest last */
+	ROOM_ALL,      /* all at once */
+	ROOM_BREAK,    /* all at once, and the view */
 };
 
 /* Metadata changes: each one save. Ordered, one under way at a time. */
@@ -62,6 +73,7 @@ enum tx_kind {
 	TX_DISCARD,
 	TX_SETTINGS,
 	TX_DROP,
+	TX_ROOM, /* arg: enum room_policy; number: the error's code */
 };
 
 struct tx {
@@ -73,7 +85,7 @@ struct tx {
 	struct lineage lineage;
 	struct settings settings;
 	uint64_t session;
-	uint64_t opened, active_id, dropped; /* what the save switches */
+	uint64_t opened, active_id, dropped, dropped_through; /* what the save switches */
 };
 
 struct repl {
@@ -88,13 +100,17 @@ struct repl {
 	struct tx txq[TX_MAX];
 	unsigned tx_head, tx_count;
 	bool saving;
-	struct tx tx;	    /* under way */
+	struct tx tx; /* under way */
+	/* A save failed: what it was to save may still be found by the next start. See repl.c. */
+	bool unsure, unsure_holds, resaving, tx_failed;
+	int save_error;
+	uint64_t resave_ns;
 	uint64_t ckpt_used; /* highest number used or heard of, may be ahead of the record */
 
 	/* requests */
 	struct reqset claims;
 	struct repl_list gated, bumping, clear_wait, acks, frozen, held, window;
-	struct repl_list room; /* writes that wait for a checkpoint to be dropped */
+	struct repl_list room; /* guests' writes in PHASE_ROOM */
 	struct repl_volume_state vol[GROUP_VOLUMES_MAX];
 	uint64_t writes_in_flight; /* guests' writes past the gate and not locally done */
 	bool holding;		   /* restarted primary: nothing served before the handshake */
@@ -208,6 +224,7 @@ void repl_alone(struct repl *r, struct repl_io *io); /* complete it without the 
 void repl_ready_claims(struct repl *r, struct reqset_claim *ready);
 void repl_mark_written(struct repl *r, const struct repl_io *io);
 bool repl_frozen(const struct repl *r); /* nothing may complete without the peer: on_disconnect=freeze */
+void repl_guest_failed(struct repl *r, struct repl_io *io, int error); /* its local write, at last */
 extern const struct sm_table repl_states;
 void repl_state_move(struct repl_meta *m, unsigned to);
 
@@ -266,5 +283,18 @@ void secondary_session_lost(struct repl *r);
 void secondary_settle(struct repl *r); /* at the end of each step: what waits for quiet */
 bool secondary_switching(const struct repl *r);
 void secondary_prepare(struct repl *r, struct tx *tx, struct repl_meta *m);
+void secondary_apply_end(struct repl *r, struct repl_io *io, int error);
+void secondary_commit_end(struct repl *r, struct repl_io *io, int error);
+void secondary_unsure(struct repl *r); /* the record could not be saved again */
+void repl_ckpt_remove(struct repl_meta *m, uint64_t number);
+
+/* repl_room.c */
+/* Never dropped by retention, merge or command (SPEC 8) [MERGEPIN]. */
+bool repl_ckpt_protected(const struct repl_meta *m, uint64_t number);
+bool repl_ckpt_needed(const struct repl_meta *m, uint32_t i); /* that, or the live one, or the last of the stream */
+/* True: the io, which failed with `error`, waits for room to be made; it is submitted again, or fails for good. */
+bool room_wait(struct repl *r, struct repl_io *io, int error);
+bool room_prepare(struct tx *tx, struct repl_meta *m);
+void room_tx_done(struct repl *r, struct tx *tx, int error);
 
 #endif

@@ -111,7 +111,7 @@ void secondary_settle(struct repl *r)
 
 void secondary_run(struct repl *r)
 {
-	while (r->held.head && !r->barrier && !r->keeping) {
+	while (r->held.head && !r->barrier && !r->keeping && (!r->unsure_holds || r->apply_stopped)) {
 		struct repl_io *io = r->held.head;
 		if (r->apply_stopped) {
 			list_remove(io);
@@ -150,8 +150,9 @@ static void stop_applying(struct repl *r, const struct repl_io *io, int error, c
 		return;
 	r->apply_stopped = true;
 	const char *name = r->meta->volumes[io->volume].name;
-	repl_set_error(r, error, "apply", (int)io->volume, io->off, io->len, "%s: %s of %s: %s; applying stopped",
-		       r->meta->group, what, name, err_short(error));
+	repl_set_error(r, error, io->save_failed ? "cow" : "apply", (int)io->volume, io->off, io->len,
+		       "%s: %s of %s: %s; applying stopped, the last checkpoint stays good", r->meta->group, what, name,
+		       err_short(error));
 	if (r->link == LINK_DOWN || r->closing)
 		return;
 	struct wire_refuse x = {.code = (uint16_t)-error};
@@ -168,6 +169,14 @@ static void stop_applying(struct repl *r, const struct repl_io *io, int error, c
 	session_close(r, true);
 }
 
+/* Nothing more is applied on top of what the record may not say. */
+void secondary_unsure(struct repl *r)
+{
+	if (r->is_target)
+		stop_applying(r, &(struct repl_io){0}, r->save_error, "saving the group's record");
+	secondary_run(r);
+}
+
 static void applied_up_to(struct repl *r, uint64_t seq)
 {
 	if (r->window.head)
@@ -178,12 +187,8 @@ static void applied_up_to(struct repl *r, uint64_t seq)
 
 static void barrier_done(struct repl *r, struct repl_io *io, int error);
 
-void secondary_apply_done(struct repl *r, struct repl_io *io, int error)
+void secondary_apply_end(struct repl *r, struct repl_io *io, int error)
 {
-	if (io == r->barrier) {
-		barrier_done(r, io, error);
-		return;
-	}
 	uint64_t last = r->window.tail->seq;
 	list_remove(io);
 	repl_release_claim(r, io);
@@ -194,6 +199,19 @@ void secondary_apply_done(struct repl *r, struct repl_io *io, int error)
 	if (current)
 		applied_up_to(r, last);
 	secondary_run(r);
+}
+
+void secondary_apply_done(struct repl *r, struct repl_io *io, int error)
+{
+	if (io == r->barrier) {
+		barrier_done(r, io, error);
+		return;
+	}
+	if (error && !r->apply_stopped && room_wait(r, io, error)) {
+		repl_tx_run(r);
+		return;
+	}
+	secondary_apply_end(r, io, error);
 }
 
 static void barrier_end(struct repl *r, struct repl_io *io)
@@ -404,13 +422,6 @@ static void prepare_adopt(struct tx *t, struct repl_meta *m)
 
 /* ---- retention ---- */
 
-static bool never_dropped(const struct repl_meta *m, uint32_t i)
-{
-	uint64_t n = m->ckpts[i].number;
-	return i == m->n_ckpts - 1 || n == m->base || n == m->last_stream || n == m->kept || n == m->target ||
-	       ((m->state == STATE_FAILOVER || m->state == STATE_FAILOVER_FAILED) && n == m->received);
-}
-
 /* keep_last: the oldest unpinned one above the count goes. Merging into an older neighbour is I/O and comes first. */
 void secondary_retention(struct repl *r)
 {
@@ -424,7 +435,7 @@ void secondary_retention(struct repl *r)
 		if (m->ckpts[i].flags & CKPT_PINNED)
 			continue;
 		unpinned++;
-		if (oldest == UINT32_MAX && !never_dropped(m, i))
+		if (oldest == UINT32_MAX && !repl_ckpt_needed(m, i))
 			oldest = i;
 	}
 	if (unpinned <= m->settings.keep_last || oldest == UINT32_MAX)
@@ -435,14 +446,7 @@ void secondary_retention(struct repl *r)
 	repl_submit(r, &r->merge_io, TARGET_OWN);
 }
 
-/* For room (a guest's write cannot be saved): the oldest, pinned or not. One in the middle would have to be merged into
- * its older neighbour first, which takes room and frees next to none. 0: there is none. */
-static uint64_t pick_for_room(const struct repl_meta *m)
-{
-	return m->n_ckpts ? m->ckpts[0].number : 0;
-}
-
-static void remove_ckpt(struct repl_meta *m, uint64_t number)
+void repl_ckpt_remove(struct repl_meta *m, uint64_t number)
 {
 	int i = repl_meta_find_ckpt(m, number);
 	if (i < 0)
@@ -524,7 +528,7 @@ void secondary_prepare(struct repl *r, struct tx *t, struct repl_meta *m)
 		return;
 	case TX_SWITCH:
 		if (m->n_ckpts == GROUP_CKPTS_MAX) /* retention is behind: the oldest goes now; it needs no merge */
-			t->dropped = m->ckpts[0].number, remove_ckpt(m, t->dropped);
+			t->dropped_through = m->ckpts[0].number, repl_ckpt_remove(m, t->dropped_through);
 		t->opened = t->number;
 		add_ckpt(r, m, t->number, CKPT_STREAM, t->flags & WIRE_CKPT_PIN ? CKPT_PINNED : 0);
 		m->base = m->last_stream = t->number;
@@ -557,8 +561,8 @@ void secondary_prepare(struct repl *r, struct tx *t, struct repl_meta *m)
 		m->active_id = t->active_id;
 		return;
 	case TX_DROP:
-		t->dropped = t->number ? t->number : pick_for_room(m);
-		remove_ckpt(m, t->dropped);
+		t->dropped = t->number;
+		repl_ckpt_remove(m, t->dropped);
 		return;
 	default:
 		UNREACHABLE();
@@ -708,25 +712,6 @@ void secondary_tx_done(struct repl *r, struct tx *t, int error)
 		repl_command_done(r, t->command, error, "the discard could not be saved: %s", err_short(error));
 		return;
 	case TX_DROP:
-		if (t->number == 0) { /* for room: try the writes again */
-			if (!error)
-				repl_log(
-				    r, 0,
-				    "no room to keep checkpoint %llu: it was dropped so that guests' writes succeed",
-				    (unsigned long long)t->dropped);
-			for (uint64_t n = r->room.count; n; n--) {
-				struct repl_io *io = list_pop(&r->room);
-				if (error) {
-					r->writes_in_flight--;
-					io->error = -ERR_NOSPC;
-					primary_local_done(r, io);
-				} else {
-					repl_submit(r, io, TARGET_DISK);
-				}
-			}
-			primary_stop_check(r);
-			return;
-		}
 		if (t->command == r->dropping)
 			r->dropping = NULL;
 		r->merge_busy = false;
@@ -759,7 +744,9 @@ static int outcome(struct repl *r, struct repl_command *c, uint64_t *ret)
 					  "there is no checkpoint from the stream to go back to%s; `--to latest` takes "
 					  "the disk as received, "
 					  "`--force` what there is",
-					  m->inconsistent ? " and the first sync has not ended" : "");
+					  m->inconsistent ? " and the first sync has not ended"
+					  : m->broken	  ? " (they were given up: on_cow_error=break)"
+							  : "");
 			return -ERR_STATE;
 		}
 		if (to == 0)
@@ -1006,7 +993,7 @@ static void commit_failed(struct repl *r, const struct repl_io *io, int error)
 	repl_tx(r, TX_COMMIT_FAILED);
 }
 
-static void commit_done(struct repl *r, struct repl_io *io, int error)
+void secondary_commit_end(struct repl *r, struct repl_io *io, int error)
 {
 	r->commit_busy[io - r->commit] = false;
 	repl_release_claim(r, io);
@@ -1110,7 +1097,7 @@ void secondary_internal_done(struct repl *r, struct repl_io *io, int error)
 		synced(r, error);
 	else if (io == &r->merge_io)
 		merged(r, error);
-	else
-		commit_done(r, io, error);
+	else if (!error || !room_wait(r, io, error))
+		secondary_commit_end(r, io, error);
 	repl_tx_run(r);
 }

@@ -369,16 +369,26 @@ const char *repl_exec_stream_io(struct repl_exec *x, const struct wire_frame *f,
 
 /* ---- saving ---- */
 
+static void unprepare(struct repl_exec *x)
+{
+	for (uint32_t i = 0; i < x->n_vols; i++)
+		volume_unprepare(x->vols[i]);
+}
+
 int repl_exec_save(struct repl_exec *x, const struct repl_save *s, struct err *e)
 {
 	int err = 0;
-	for (uint32_t i = 0; i < x->n_vols && !err; i++)
+	INVARIANT(!x->unsure || s->ckpt == 0); /* the record as it was, in place of the one that failed */
+	for (uint32_t i = 0; i < x->n_vols && !err && !x->unsure; i++)
 		err = volume_prepare(x->vols[i], s->ckpt, s->active_id, e);
-	if (!err)
-		err = store_save_group(x->store, s->meta, e);
-	if (err)
-		for (uint32_t i = 0; i < x->n_vols; i++)
-			volume_unprepare(x->vols[i]);
+	if (err) { /* no record names them */
+		unprepare(x);
+		return err;
+	}
+	err = store_save_group(x->store, s->meta, e);
+	if (!err && x->unsure)
+		unprepare(x);
+	x->unsure = err != 0;
 	return err;
 }
 
@@ -391,6 +401,7 @@ uint64_t repl_exec_switch(struct repl_exec *x, const struct repl_save *s)
 		discarded += (held - min_u64(held, volume_active_blocks(x->vols[i]))) * BLOCK_SIZE;
 		if (s->drop)
 			volume_drop(x->vols[i], s->drop);
+		volume_drop_through(x->vols[i], s->drop_through);
 	}
 	return discarded;
 }

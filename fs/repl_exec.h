@@ -20,6 +20,7 @@ struct repl_exec {
 	struct volume *vols[GROUP_VOLUMES_MAX];
 	struct intent *intents[GROUP_VOLUMES_MAX];
 	void *maps[GROUP_VOLUMES_MAX]; /* the core's bitmaps */
+	bool unsure;		       /* the last save failed, and may be found all the same */
 };
 
 /* Opens the volumes that m names and their intent maps. What was opened is repl_exec_close's, after a failure too. */
@@ -45,10 +46,10 @@ bool repl_exec_is_stream(unsigned type);
 
 /* What ACT_SAVE_META asks for. In this order (I7): the new epochs' files durable, then the record that names them
  * (repl_exec_save), then memory (repl_exec_switch, while no view is read or written), then the files that nothing
- * names any more (repl_exec_reap). */
+ * names any more (repl_exec_reap). The files that a failed save names stay until another has succeeded. */
 struct repl_save {
 	struct repl_meta *meta;
-	uint64_t ckpt, active_id, drop;
+	uint64_t ckpt, active_id, drop, drop_through;
 };
 int repl_exec_save(struct repl_exec *x, const struct repl_save *s, struct err *e);
 uint64_t repl_exec_switch(struct repl_exec *x, const struct repl_save *s); /* bytes that left the active overlays */

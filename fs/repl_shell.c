@@ -156,6 +156,7 @@ static void emit(void *arg, const struct repl_action *a)
 		g->save.ckpt = a->ckpt;
 		g->save.active_id = a->active_id;
 		g->save.drop = a->drop;
+		g->save.drop_through = a->drop_through;
 		o->save = true;
 		return;
 	case ACT_DIAL:
@@ -464,7 +465,7 @@ static void save_run(struct pool_job *job)
 	struct group *g = CONTAINER_OF(job, struct group, save_job);
 	struct err e = {0};
 	uint64_t discarded = 0;
-	bool chain = g->save.ckpt || g->save.drop;
+	bool chain = g->save.ckpt || g->save.drop || g->save.drop_through;
 	uint64_t old_base = atomic_load(&g->base);
 	int old_serving = atomic_load(&g->serving);
 	int err = repl_exec_save(&g->exec, &g->save, &e);

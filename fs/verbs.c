@@ -593,8 +593,6 @@ static int change_settings(const struct call *c, struct group *g, const json_t *
 	/* Policies that come in a later release are refused, not accepted without effect. */
 	if (!err && sc->c.settings.on_congestion != ON_CONGESTION_BLOCK)
 		err = err_set(c->e, ERR_NOTSUP, "on_congestion=ahead comes in a later release; block is what there is");
-	if (!err && sc->c.settings.on_cow_error != ON_COW_ERROR_STOP)
-		err = err_set(c->e, ERR_NOTSUP, "on_cow_error: only stop is there; the others come in a later release");
 	const struct settings *n = &sc->c.settings;
 	if (!err && (n->keep_minutely || n->keep_hourly || n->keep_daily || n->history_max_bytes))
 		err = err_set(c->e, ERR_NOTSUP,

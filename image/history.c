@@ -210,6 +210,22 @@ void volume_drop(struct volume *v, uint64_t ckpt)
 	volume_retire(v, l);
 }
 
+void volume_drop_through(struct volume *v, uint64_t ckpt)
+{
+	struct layer *l;
+
+	for (;;) {
+		volume_lock_exclusive(v);
+		l = v->n_chain && v->chain[0]->id <= ckpt ? v->chain[0] : NULL;
+		if (l)
+			memmove(&v->chain[0], &v->chain[1], --v->n_chain * sizeof(v->chain[0]));
+		volume_unlock(v);
+		if (!l)
+			return;
+		volume_retire(v, l);
+	}
+}
+
 /* Copies what `from` holds and `to` lacks. */
 static int merge(struct volume *v, struct layer *from, struct layer *to, struct scratch *s)
 {

@@ -107,6 +107,8 @@ void volume_unprepare(struct volume *v);
  * in the chain is fine. */
 int volume_merge_into_older(struct volume *v, uint64_t ckpt);
 void volume_drop(struct volume *v, uint64_t ckpt);
+/* Drops k and all older ones, whatever they hold: no image older than what is left can be had any more. */
+void volume_drop_through(struct volume *v, uint64_t ckpt);
 
 /* Removes overlay files that left the chain (after volume_switch or volume_drop); does I/O, called from a worker. */
 void volume_reap(struct volume *v);

@@ -14,32 +14,9 @@ import time
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "lib"))
 import repfs_e2e as e2e  # noqa: E402
 import repfs_wire as wire  # noqa: E402
-from repfs_e2e import BLOCK, KIB, MIB, Host, Pair, check, check_eq, check_errno, wait_for  # noqa: E402
+from repfs_e2e import BLOCK, KIB, MIB, Host, Pair, Tmpfs, check, check_eq, check_errno, wait_for  # noqa: E402
 
 SIZE = 16 * MIB
-
-
-class Tmpfs:
-    """A small filesystem of its own."""
-
-    def __init__(self, size):
-        e2e.need_root()
-        self.path = e2e.tmp()
-        e2e.run(["mount", "-t", "tmpfs", "-o", "size=%d,mode=0755" % size, "none", self.path])
-        e2e.track(self)
-
-    def fill(self, leave=0):
-        """Takes all space but `leave` bytes; returns the ballast's path."""
-        path = os.path.join(self.path, "ballast")
-        with open(path, "ab", buffering=0) as f:
-            st = os.statvfs(self.path)
-            n = max(0, st.f_bavail * st.f_frsize - leave)
-            os.posix_fallocate(f.fileno(), os.fstat(f.fileno()).st_size, n) if n else None
-        return path
-
-    def close(self):
-        for m in e2e.mounts_below(self.path):
-            e2e.run(["umount", "-l", m], code=None)
 
 
 # ---- peers that misbehave ----------------------------------------------------------------------------------------------

@@ -545,6 +545,29 @@ class Pair:
             check_same(self.a.disk(v), self.b.disk(v), "the disks of %s on both hosts" % v)
 
 
+class Tmpfs:
+    """A small filesystem of its own."""
+
+    def __init__(self, size):
+        need_root()
+        self.path = tmp()
+        run(["mount", "-t", "tmpfs", "-o", "size=%d,mode=0755" % size, "none", self.path])
+        track(self)
+
+    def fill(self, leave=0):
+        """Takes all space but `leave` bytes; returns the ballast's path."""
+        path = os.path.join(self.path, "ballast")
+        with open(path, "ab", buffering=0) as f:
+            st = os.statvfs(self.path)
+            n = max(0, st.f_bavail * st.f_frsize - leave)
+            os.posix_fallocate(f.fileno(), os.fstat(f.fileno()).st_size, n) if n else None
+        return path
+
+    def close(self):
+        for m in mounts_below(self.path):
+            run(["umount", "-l", m], code=None)
+
+
 # ---- a proxy with faults ---------------------------------------------------------------------------------------------
 
 

@@ -79,6 +79,8 @@ static void emit(void *arg, const struct repl_action *a)
 			note(h, "+%d", (int)a->ckpt);
 		if (a->drop)
 			note(h, "-%d", (int)a->drop);
+		if (a->drop_through)
+			note(h, a->drop_through == UINT64_MAX ? "-all" : "<%d", (int)a->drop_through + 1);
 		cr_assert_eq(repl_meta_validate(a->meta, NULL), 0);
 		break;
 	case ACT_DIAL:
@@ -152,6 +154,13 @@ static void saved(struct host *h)
 	cr_assert(h->saving);
 	h->saving = false;
 	step(h, (struct repl_event){.type = EV_META_SAVED});
+}
+
+static void save_fails(struct host *h, int error)
+{
+	cr_assert(h->saving);
+	h->saving = false;
+	step(h, (struct repl_event){.type = EV_META_SAVED, .error = error});
 }
 
 static void tick(struct host *h, uint64_t after_ns)
@@ -323,12 +332,13 @@ static void warm(struct host *h)
 	forget(h);
 }
 
-static struct host *secondary(void)
+/* In sync with a primary that is at the same numbers and settings; RESYNC_DONE was 1. */
+static struct host *secondary_of(const struct repl_meta *m)
 {
-	static struct repl_meta m;
-	meta_of(&m, ROLE_SECONDARY, STATE_RUNNING);
 	meta_of(&peer_meta, ROLE_PRIMARY, STATE_RUNNING);
-	struct host *h = host_new(&m);
+	peer_meta.ckpt_max = m->ckpt_max;
+	peer_meta.settings = m->settings;
+	struct host *h = host_new(m);
 	link_up(h, false);
 	join_frame(h, &peer_meta, 0);
 	EXPECT(h, "send:JOIN send:DIRTY_END");
@@ -339,6 +349,13 @@ static struct host *secondary(void)
 	saved(h);
 	EXPECT(h, "send:RESYNC_ACK#1 send:ACK done:d");
 	return h;
+}
+
+static struct host *secondary(void)
+{
+	static struct repl_meta m;
+	meta_of(&m, ROLE_SECONDARY, STATE_RUNNING);
+	return secondary_of(&m);
 }
 
 static void host_free(struct host *h)
@@ -910,12 +927,55 @@ Test(repl, writes_without_room_share_one_drop)
 		name[0] = (char)('A' + i);
 		fin_full(h, name, -ERR_NOSPC, false, 0, true);
 	}
-	EXPECT(h, "save:standalone/DONE -1"); /* one in the middle could not go unmerged */
+	EXPECT(h, "save:standalone/DONE <2"); /* one in the middle could not go unmerged */
 	saved(h);
 	cr_assert_eq(h->n_submitted, 60);
 	forget(h);
 	fin(h, "A");
 	EXPECT(h, "done:A");
+	host_free(h);
+}
+
+Test(repl, a_guests_write_goes_on_when_history_cannot_be_written_at_all)
+{
+	static struct repl_meta m;
+	meta_of(&m, ROLE_STANDALONE, STATE_DONE);
+	m.alone = true;
+	m.n_ckpts = 2;
+	m.ckpts[0] = (struct repl_ckpt){.number = 1, .generation = 100, .flags = CKPT_PINNED};
+	m.ckpts[1] = (struct repl_ckpt){.number = 2, .generation = 100};
+	m.ckpt_max = m.target = 2;
+	struct host *h = host_new(&m);
+	guest(h, 'a', REPL_WRITE, 0, 4096);
+	fin(h, "a");
+	EXPECT(h, "do:a/intent do:a/disk");
+	fin_full(h, "a", -ERR_IO, false, 0, true); /* dropping some would not mend the overlay that is written to */
+	EXPECT(h, "save:standalone/DONE -all");
+	saved(h);
+	EXPECT(h, "do:a/disk");
+	fin_full(h, "a", -ERR_IO, false, 0, false); /* its own disk is bad: nothing is left to give up */
+	EXPECT(h, "done:a=ERR_IO");
+	host_free(h);
+}
+
+Test(repl, a_guests_write_to_a_full_disk_gets_the_room_of_history)
+{
+	static struct repl_meta m;
+	meta_of(&m, ROLE_STANDALONE, STATE_DONE);
+	m.alone = true;
+	m.n_ckpts = 1;
+	m.ckpts[0] = (struct repl_ckpt){.number = 1, .generation = 100};
+	struct host *h = host_new(&m);
+	guest(h, 'a', REPL_WRITE, 0, 4096);
+	EXPECT(h, "do:a/intent");
+	fin_full(h, "a", -ERR_NOSPC, false, 0, false); /* the intent map's room */
+	EXPECT(h, "save:standalone/DONE <2");
+	saved(h);
+	EXPECT(h, "do:a/intent");
+	fin(h, "a");
+	EXPECT(h, "do:a/disk");
+	fin_full(h, "a", -ERR_NOSPC, false, 0, false); /* no history is left: full is full */
+	EXPECT(h, "done:a=ERR_NOSPC");
 	host_free(h);
 }
 
@@ -992,9 +1052,254 @@ Test(repl, a_stop_whose_checkpoint_fails_is_answered)
 	step(h, (struct repl_event){.type = EV_FRAME, .session = h->session, .frame = &f, .io = io});
 	fin(h, "c");
 	EXPECT(h, "do:c/ckpt save:secondary/DONE +2");
-	h->saving = false;
-	step(h, (struct repl_event){.type = EV_META_SAVED, .error = -ERR_NOSPC});
+	save_fails(h, -ERR_NOSPC);
+	EXPECT(h, "save:secondary/RUNNING");
+	saved(h);
 	EXPECT(h, "send:CHECKPOINT_ACK cmd=ERR_STATE done:c");
+	host_free(h);
+}
+
+/* ---- a record whose save failed, and may be found all the same ---- */
+
+static void checkpoint_that_fails(struct host *h)
+{
+	stream(h, 'c', WIRE_CHECKPOINT, REPL_CHECKPOINT, 2, 2, 0);
+	stream(h, 'w', WIRE_WRITE, REPL_WRITE, 3, 0, 4096);
+	fin(h, "c");
+	EXPECT(h, "do:c/ckpt save:secondary/RUNNING +2");
+	cr_assert_eq(h->saved.base, 2);
+	save_fails(h, -ERR_IO);
+	/* The switch may be found: nothing behind the barrier is written before the old record stands again. */
+	EXPECT(h, "save:secondary/RUNNING");
+	cr_assert_eq(h->saved.base, 1);
+	cr_assert_eq(h->saved.n_ckpts, 1);
+}
+
+Test(repl, a_failed_switch_is_taken_back_before_anything_is_applied_on_top)
+{
+	struct host *h = secondary();
+	checkpoint_that_fails(h);
+	guest(h, 'g', REPL_WRITE, 65536, 4096); /* to active, which the other record has emptied */
+	EXPECT(h, "");
+	saved(h);
+	EXPECT(h, "send:CHECKPOINT_ACK done:c do:w/disk do:g/active");
+	fin(h, "w");
+	fin(h, "g");
+	EXPECT(h, "done:w done:g");
+	host_free(h);
+}
+
+Test(repl, while_the_record_cannot_be_saved_nothing_is_applied_or_answered)
+{
+	struct host *h = secondary();
+	struct repl_status s;
+	checkpoint_that_fails(h);
+	guest(h, 'g', REPL_WRITE, 65536, 4096);
+	save_fails(h, -ERR_IO);
+	EXPECT(h, "send:CHECKPOINT_ACK done:c send:IO_ERROR close done:w=ERR_CANCELED done:g=ERR_IO");
+	guest(h, 'g', REPL_WRITE, 0, 4096);
+	EXPECT(h, "done:g=ERR_IO");
+	repl_status(h->r, h->now, &s);
+	cr_assert_eq(s.error.code, ERR_IO);
+	cr_assert_str_eq(s.error.operation, "metadata");
+	/* It is tried again by itself, and all goes on when it stands. */
+	tick(h, SEC / 2);
+	EXPECT(h, "");
+	tick(h, SEC / 2);
+	EXPECT(h, "save:secondary/RUNNING");
+	guest(h, 'g', REPL_WRITE, 0, 4096);
+	EXPECT(h, "");
+	saved(h);
+	EXPECT(h, "do:g/active");
+	host_free(h);
+}
+
+Test(repl, a_failed_discard_is_taken_back_before_active_is_written)
+{
+	struct host *h = secondary();
+	command(h, CMD_DISCARD, 0);
+	EXPECT(h, "save:secondary/RUNNING");
+	save_fails(h, -ERR_NOSPC);
+	EXPECT(h, "save:secondary/RUNNING");
+	guest(h, 'g', REPL_WRITE, 0, 4096);
+	cr_assert_eq(h->cmd_count, 0, "not before it is certain that nothing was discarded");
+	EXPECT(h, "");
+	saved(h);
+	EXPECT(h, "cmd=ERR_NOSPC do:g/active");
+	host_free(h);
+}
+
+Test(repl, a_generation_that_could_not_be_saved_is_begun_on_the_record_as_it_was)
+{
+	static struct repl_meta m;
+	meta_of(&m, ROLE_STANDALONE, STATE_DONE);
+	struct host *h = host_new(&m);
+	guest(h, 'a', REPL_WRITE, 0, 4096);
+	EXPECT(h, "save:standalone/DONE");
+	uint64_t first = h->saved.lineage.current;
+	cr_assert_neq(first, 100);
+	save_fails(h, -ERR_IO);
+	EXPECT(h, "save:standalone/DONE");
+	cr_assert_eq(h->saved.lineage.current, 100);
+	guest(h, 'b', REPL_WRITE, 8192, 4096); /* waits for its own, behind that */
+	EXPECT(h, "");
+	saved(h);
+	EXPECT(h, "done:a=ERR_IO done:b=ERR_IO");
+	guest(h, 'b', REPL_WRITE, 8192, 4096);
+	EXPECT(h, "save:standalone/DONE");
+	cr_assert_neq(h->saved.lineage.current, first);
+	saved(h);
+	EXPECT(h, "do:b/intent");
+	host_free(h);
+}
+
+/* ---- no room on the secondary: on_cow_error ---- */
+
+/* Checkpoints 1 to n, those in `pinned` (a mask) pinned; the view stands on the last. */
+static struct host *secondary_with(enum on_cow_error policy, unsigned n, unsigned pinned)
+{
+	static struct repl_meta m;
+	meta_of(&m, ROLE_SECONDARY, STATE_RUNNING);
+	m.settings.on_cow_error = policy;
+	m.n_ckpts = n;
+	for (unsigned i = 0; i < n; i++)
+		m.ckpts[i] =
+		    (struct repl_ckpt){.number = i + 1, .generation = 100, .flags = pinned >> i & 1 ? CKPT_PINNED : 0};
+	m.base = m.last_stream = m.ckpt_max = n;
+	struct host *h = secondary_of(&m);
+	stream(h, 'a', WIRE_WRITE, REPL_WRITE, 2, 0, 4096);
+	stream(h, 'b', WIRE_WRITE, REPL_WRITE, 3, 8192, 4096);
+	stream(h, 'f', WIRE_FLUSH, REPL_FLUSH, 4, 0, 0);
+	EXPECT(h, "do:a/disk do:b/disk");
+	return h;
+}
+
+Test(repl, on_cow_error_stop_stops_and_keeps_all)
+{
+	struct host *h = secondary_with(ON_COW_ERROR_STOP, 3, 0);
+	fin_full(h, "a", -ERR_NOSPC, false, 0, true);
+	EXPECT(h, "send:IO_ERROR#2 close done:a=ERR_NOSPC done:f=ERR_CANCELED");
+	fin(h, "b");
+	EXPECT(h, "done:b");
+	cr_assert_eq(repl_meta(h->r)->n_ckpts, 3);
+	host_free(h);
+}
+
+Test(repl, on_cow_error_drop_history_drops_the_oldest_that_nothing_needs_then_stops)
+{
+	struct host *h = secondary_with(ON_COW_ERROR_DROP_HISTORY, 3, 0);
+	fin_full(h, "a", -ERR_NOSPC, false, 0, true);
+	EXPECT(h, "save:secondary/RUNNING <2");
+	fin_full(h, "b", -ERR_NOSPC, false, 0, true); /* shares it */
+	EXPECT(h, "");
+	saved(h);
+	EXPECT(h, "do:a/disk do:b/disk"); /* no barrier passed meanwhile */
+	fin(h, "b");
+	EXPECT(h, "done:b");
+	fin_full(h, "a", -ERR_NOSPC, false, 0, true);
+	EXPECT(h, "save:secondary/RUNNING <3");
+	saved(h);
+	EXPECT(h, "do:a/disk");
+	fin_full(h, "a", -ERR_NOSPC, false, 0, true); /* the base is left: never that */
+	EXPECT(h, "send:IO_ERROR#2 close done:a=ERR_NOSPC done:f=ERR_CANCELED");
+	cr_assert_eq(repl_meta(h->r)->n_ckpts, 1);
+	cr_assert_eq(repl_meta(h->r)->base, 3);
+	host_free(h);
+}
+
+Test(repl, on_cow_error_drop_history_leaves_pinned_ones_and_keeps_all_when_it_cannot_help)
+{
+	struct host *h = secondary_with(ON_COW_ERROR_DROP_HISTORY, 3, 1);
+	fin_full(h, "a", -ERR_NOSPC, false, 0, true);
+	EXPECT(h, "send:IO_ERROR#2 close done:a=ERR_NOSPC done:f=ERR_CANCELED");
+	host_free(h);
+	h = secondary_with(ON_COW_ERROR_DROP_HISTORY, 3, 0);
+	fin_full(h, "a", -ERR_IO, false, 0, true); /* no drop mends a disk */
+	EXPECT(h, "send:IO_ERROR#2 close done:a=ERR_IO done:f=ERR_CANCELED");
+	cr_assert_eq(repl_meta(h->r)->n_ckpts, 3);
+	host_free(h);
+}
+
+Test(repl, on_cow_error_break_gives_all_up_durably_before_it_overwrites)
+{
+	struct host *h = secondary_with(ON_COW_ERROR_BREAK, 3, 7);
+	struct repl_status s;
+	fin_full(h, "a", -ERR_IO, false, 0, true);
+	EXPECT(h, "save:secondary/RUNNING -all");
+	cr_assert(h->saved.broken);
+	cr_assert_eq(h->saved.n_ckpts, 0);
+	cr_assert_eq(h->saved.last_stream, 0);
+	fin_full(h, "b", -ERR_IO, false, 0, true);
+	EXPECT(h, "");
+	saved(h);
+	EXPECT(h, "do:a/disk do:b/disk");
+	fin(h, "a");
+	fin(h, "b");
+	fin(h, "f");
+	EXPECT(h, "done:a done:b do:f/disk send:ACK done:f");
+	cr_assert_eq(repl_serving(repl_meta(h->r), false), SERVING_EIO);
+	guest(h, 'g', REPL_WRITE, 0, 4096);
+	EXPECT(h, "done:g=ERR_IO");
+	repl_status(h->r, h->now, &s);
+	cr_assert_eq(s.checkpoint, 0);
+	cr_assert(s.degraded);
+	/* The next checkpoint makes it valid again. */
+	stream(h, 'c', WIRE_CHECKPOINT, REPL_CHECKPOINT, 5, 4, 0);
+	fin(h, "c");
+	EXPECT(h, "do:c/ckpt save:secondary/RUNNING +4");
+	saved(h);
+	cr_assert_not(repl_meta(h->r)->broken);
+	cr_assert_eq(repl_serving(repl_meta(h->r), false), SERVING_VIEW);
+	repl_status(h->r, h->now, &s);
+	cr_assert_eq(s.checkpoint, 4);
+	cr_assert_not(s.degraded);
+	host_free(h);
+}
+
+Test(repl, on_cow_error_break_whose_record_cannot_be_saved_stops)
+{
+	struct host *h = secondary_with(ON_COW_ERROR_BREAK, 1, 0);
+	fin_full(h, "a", -ERR_NOSPC, false, 0, true);
+	save_fails(h, -ERR_NOSPC);
+	EXPECT(h, "save:secondary/RUNNING -all save:secondary/RUNNING");
+	fin(h, "b");
+	EXPECT(h, "done:b");
+	saved(h);
+	EXPECT(h, "send:IO_ERROR#2 close done:a=ERR_NOSPC done:f=ERR_CANCELED");
+	cr_assert_not(repl_meta(h->r)->broken);
+	cr_assert_eq(repl_meta(h->r)->n_ckpts, 1);
+	host_free(h);
+}
+
+Test(repl, on_cow_error_break_acts_as_stop_while_the_disk_is_inconsistent)
+{
+	struct host *h = secondary_with(ON_COW_ERROR_BREAK, 3, 0);
+	struct repl_meta *m = h->metas[0] == repl_meta(h->r) ? h->metas[0] : h->metas[1];
+	m->inconsistent = true;
+	fin_full(h, "a", -ERR_NOSPC, false, 0, true);
+	EXPECT(h, "send:IO_ERROR#2 close done:a=ERR_NOSPC done:f=ERR_CANCELED");
+	host_free(h);
+}
+
+Test(repl, a_failover_from_a_broken_secondary_needs_latest)
+{
+	struct host *h = secondary_with(ON_COW_ERROR_BREAK, 1, 0);
+	fin_full(h, "a", -ERR_NOSPC, false, 0, true);
+	saved(h);
+	fin(h, "a");
+	fin(h, "b");
+	fin(h, "f");
+	forget(h);
+	command(h, CMD_FAILOVER, FAILOVER_DEFAULT);
+	EXPECT(h, "cmd=ERR_STATE");
+	cr_assert(strstr(h->cmd.err.text, "--to latest"), "%s", h->cmd.err.text);
+	command(h, CMD_FAILOVER, FAILOVER_LATEST);
+	EXPECT(h, "send:GOODBYE close do:mark/own");
+	fin(h, "mark");
+	EXPECT(h, "save:standalone/DONE");
+	cr_assert_not(h->saved.broken);
+	saved(h);
+	EXPECT(h, "cmd");
 	host_free(h);
 }
 

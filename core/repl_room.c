@@ -1,0 +1,174 @@
+/* Room: what is given up when the old content of a block cannot be saved, or a write finds no room.
+ *
+ * Whose request it is decides what may go (SPEC 3, 7):
+ *   a guest's, on its own disk  any checkpoint: room for history never fails its write
+ *   the peer's stream           by on_cow_error: none (stop); unpinned ones that nothing needs (drop-history); all of
+ *                               them and the view (break), unless the disk is inconsistent: then the checkpoint taken
+ *                               before the resync is all there is to go back to
+ *   a commit                    as the stream's under drop-history, else none: its failover stays and is tried again
+ *
+ * The request waits in PHASE_ROOM, with its claim, while one save of the record gives up what has to go. That save is
+ * durable before the request is submitted again: an unsaved overwrite never comes before the record that says what it
+ * spoils. Requests that fail together wait for the same save.
+ *
+ * Only ENOSPC gets better by dropping some. Where the live overlay itself cannot be written (EIO), nothing short of
+ * giving up the whole chain lets the disk be written, so that is what a guest's write and `break` do, and
+ * `drop-history` stops at once and keeps what there is.
+ */
+#include "core/repl_internal.h"
+
+#include <string.h>
+
+#include "core/check.h"
+
+bool repl_ckpt_protected(const struct repl_meta *m, uint64_t n)
+{
+	return n == m->base || n == m->kept || n == m->target ||
+	       ((m->state == STATE_FAILOVER || m->state == STATE_FAILOVER_FAILED) && n == m->received);
+}
+
+bool repl_ckpt_needed(const struct repl_meta *m, uint32_t i)
+{
+	uint64_t n = m->ckpts[i].number;
+	return i == m->n_ckpts - 1 || n == m->last_stream || repl_ckpt_protected(m, n);
+}
+
+/* What may go for a request that failed with `error`. */
+static enum room_policy policy(const struct repl *r, const struct repl_io *io, int error)
+{
+	const struct repl_meta *m = r->meta;
+	bool full = error == -ERR_NOSPC;
+	if (m->n_ckpts == 0 || (!full && !io->save_failed))
+		return ROOM_NONE;
+	if (repl_serving(m, false) == SERVING_DISK)
+		return full ? ROOM_ANY : ROOM_ALL;
+	switch ((enum on_cow_error)m->settings.on_cow_error) {
+	case ON_COW_ERROR_DROP_HISTORY:
+		return full ? ROOM_UNNEEDED : ROOM_NONE;
+	case ON_COW_ERROR_BREAK:
+		/* A failover that is under way goes back to what this would give up. */
+		if (m->role != ROLE_SECONDARY || m->inconsistent ||
+		    (r->failing_over && r->failover_outcome != FAILOVER_LATEST))
+			return ROOM_NONE;
+		return ROOM_BREAK;
+	case ON_COW_ERROR_STOP:
+		break;
+	}
+	return ROOM_NONE;
+}
+
+/* The checkpoint to drop, 0: none. Only the oldest one's blocks go with it; one in the middle would have to be merged
+ * into its older neighbour, which takes room first. */
+static uint64_t choose(const struct repl_meta *m, enum room_policy p)
+{
+	if (m->n_ckpts == 0)
+		return 0;
+	if (p == ROOM_UNNEEDED && (repl_ckpt_needed(m, 0) || (m->ckpts[0].flags & CKPT_PINNED)))
+		return 0;
+	return m->ckpts[0].number;
+}
+
+bool room_wait(struct repl *r, struct repl_io *io, int error)
+{
+	enum room_policy p = policy(r, io, error);
+	if (p == ROOM_NONE)
+		return false;
+	if (!repl_tx_pending(r, TX_ROOM)) {
+		if ((p == ROOM_ANY || p == ROOM_UNNEEDED) && choose(r->meta, p) == 0)
+			return false;
+		struct tx *t = repl_tx(r, TX_ROOM);
+		t->arg = p;
+		t->number = error == -ERR_NOSPC ? ERR_NOSPC : ERR_IO;
+	}
+	io->error = error;
+	io->phase = PHASE_ROOM;
+	/* One of the stream stays in the window, whose order and barriers count it as not applied; a commit's is known
+	 * by its slot. */
+	if (io->list == NULL && !io->internal)
+		list_push(&r->room, io);
+	return true;
+}
+
+bool room_prepare(struct tx *t, struct repl_meta *m)
+{
+	enum room_policy p = (enum room_policy)t->arg;
+	if (m->n_ckpts == 0)
+		return false; /* gone meanwhile */
+	if (p == ROOM_ANY || p == ROOM_UNNEEDED) {
+		t->dropped_through = choose(m, p);
+		if (t->dropped_through == 0)
+			return false;
+		repl_ckpt_remove(m, t->dropped_through);
+		return true;
+	}
+	t->dropped_through = UINT64_MAX;
+	while (m->n_ckpts)
+		repl_ckpt_remove(m, m->ckpts[m->n_ckpts - 1].number);
+	m->broken = p == ROOM_BREAK;
+	return true;
+}
+
+static void resubmit(struct repl *r, struct repl_io *io)
+{
+	io->error = 0;
+	io->phase = io->target == TARGET_INTENT ? PHASE_INTENT : PHASE_IO;
+	repl_submit(r, io, io->target);
+}
+
+/* The record says what is given up, or could not be saved: all that waits goes on, or fails as it had. */
+static void room_end(struct repl *r, bool made)
+{
+	for (uint64_t n = r->room.count; n; n--) {
+		struct repl_io *io = list_pop(&r->room);
+		if (made) {
+			resubmit(r, io);
+			continue;
+		}
+		repl_guest_failed(r, io, io->error);
+	}
+	for (struct repl_io *io = r->window.head, *next; io; io = next) {
+		next = io->next;
+		if (io->phase != PHASE_ROOM)
+			continue;
+		if (made)
+			resubmit(r, io);
+		else
+			secondary_apply_end(r, io, io->error);
+	}
+	for (unsigned i = 0; i < COMMITS_MAX; i++)
+		if (r->commit_busy[i] && r->commit[i].phase == PHASE_ROOM) {
+			if (made)
+				resubmit(r, &r->commit[i]);
+			else
+				secondary_commit_end(r, &r->commit[i], r->commit[i].error);
+		}
+}
+
+static void room_log(struct repl *r, const struct tx *t)
+{
+	const char *matter = err_short(-(int)t->number);
+	if (t->arg == ROOM_BREAK)
+		repl_set_error(
+		    r, (int)t->number, "cow", -1, 0, 0,
+		    "%s: old content could not be saved (%s): all checkpoints are given up and mirroring goes "
+		    "on (on_cow_error=break); until the next checkpoint only `failover --to latest` works",
+		    r->meta->group, matter);
+	else if (t->arg == ROOM_ALL)
+		repl_log(
+		    r, 0,
+		    "old content could not be saved (%s): all checkpoints here were dropped so that guests' writes "
+		    "succeed; look at the disk under the store",
+		    matter);
+	else
+		repl_log(r, 0, "%s: no room: checkpoint %llu was dropped so that %s", r->meta->group,
+			 (unsigned long long)t->dropped_through,
+			 t->arg == ROOM_ANY ? "guests' writes succeed" : "mirroring goes on");
+}
+
+void room_tx_done(struct repl *r, struct tx *t, int error)
+{
+	if (error == 0)
+		room_log(r, t);
+	/* Canceled: what it was to drop has gone already. */
+	room_end(r, error == 0 || error == -ERR_CANCELED);
+}
