@@ -103,7 +103,7 @@ static void check_intent(struct check *k, const struct repl_volume *rv)
 		return;
 	}
 	disk_close(d);
-	rc = intent_open(s, rv->name, rv->size, false, &t, &e);
+	rc = intent_open(s, rv->name, rv->size, 0, &t, &e);
 	if (rc < 0)
 		problem(k, "%s", e.text[0] ? e.text : err_short(rc));
 	intent_close(t);

@@ -564,8 +564,6 @@ static void want_bump(struct repl *r, struct repl_io *io, enum phase phase)
 	repl_tx_run(r);
 }
 
-static void io_intent(struct repl *r, struct repl_io *io);
-
 static void io_finish(struct repl *r, struct repl_io *io, int error)
 {
 	repl_release_claim(r, io);
@@ -582,7 +580,7 @@ static void bump_done(struct repl *r, int error)
 		io->next = io->prev = NULL;
 		io->list = NULL;
 		if (error == 0 && io->phase == PHASE_BUMP) {
-			io_intent(r, io);
+			repl_intent(r, io);
 			continue;
 		}
 		if (io->phase == PHASE_BUMP)
@@ -628,7 +626,7 @@ static void io_granted(struct repl *r, struct repl_io *io)
 {
 	if (active_target(r)) {
 		if (committing_state(r->meta))
-			io_intent(r, io);
+			repl_intent(r, io);
 		else
 			io_local(r, io);
 		return;
@@ -637,7 +635,7 @@ static void io_granted(struct repl *r, struct repl_io *io)
 		want_bump(r, io, PHASE_BUMP);
 		return;
 	}
-	io_intent(r, io);
+	repl_intent(r, io);
 }
 
 /* First and number of intent bits of a range. */
@@ -647,7 +645,35 @@ static struct range intent_bits(const struct repl_io *io)
 	return (struct range){first, last - first + 1};
 }
 
-static void io_intent(struct repl *r, struct repl_io *io)
+/* How many units this first write to a clean one is to set. One under light use, so that what travels after a crash
+ * stays small; but where each costs a sync, random writes over a large disk would cost one sync each. */
+static uint64_t mark_units(struct repl *r)
+{
+	uint64_t drained = (r->now_ns - r->marks_ns) / MARKS_DRAIN_NS;
+	r->marks -= min_u64(r->marks, drained);
+	r->marks_ns += drained * MARKS_DRAIN_NS;
+	r->marks = min_u64(r->marks + 1, MARKS_MAX);
+	if (!r->power || r->marks <= MARKS_LIGHT)
+		return 1;
+	return UINT64_C(1) << (r->marks - MARKS_LIGHT + MARKS_STEP - 1) / MARKS_STEP;
+}
+
+/* The aligned run around the units b; without the spare ones while a clear is under way that may undo them. */
+static struct range mark_run(struct repl *r, const struct repl_volume_state *v, struct range b)
+{
+	uint64_t n = mark_units(r), first = round_down_u64(b.off, n);
+	uint64_t end = min_u64(round_up_u64(range_end(b), n), v->intent.nbits);
+	if (r->clear_busy && bitmap_any(&v->clearing, first, end - first))
+		return b;
+	return (struct range){first, end - first};
+}
+
+/* A set and a clear of one unit are never both under way, so it does not matter in which order they reach the file:
+ *   a set waits for a clear of its unit (clear_wait), and leaves out spare units that are being cleared;
+ *   a clear does not begin while any set is under way (marks_busy, union_busy, mark_busy).
+ * And no unit is cleared under a request that has relied on its bit: its claim covers it from before this look at the
+ * bit until after its regions are dirty for good (intent_look). */
+void repl_intent(struct repl *r, struct repl_io *io)
 {
 	if (!r->meta->has_peer) {
 		io_local(r, io);
@@ -656,14 +682,17 @@ static void io_intent(struct repl *r, struct repl_io *io)
 	struct repl_volume_state *v = &r->vol[io->volume];
 	struct range b = intent_bits(io);
 	if (r->clear_busy && bitmap_any(&v->clearing, b.off, b.len)) {
-		/* The clear may reach the file after the set: wait for it. */
 		io->phase = PHASE_CLEAR_WAIT;
 		list_push(&r->clear_wait, io);
 		return;
 	}
 	bitmap_set_range(&v->hot, b.off, b.len);
 	if (bitmap_next_clear(&v->intent, b.off) < range_end(b)) {
+		struct range run = mark_run(r, v, b);
+		io->mark_first = run.off;
+		io->mark_units = run.len;
 		io->phase = PHASE_INTENT;
+		r->marks_busy++;
 		repl_submit(r, io, TARGET_INTENT);
 		return;
 	}
@@ -711,26 +740,39 @@ void repl_guest_failed(struct repl *r, struct repl_io *io, int error)
 	primary_stop_check(r);
 }
 
+/* A set that failed may be in the file or not: it is not relied on, the next write there sets it again. Nothing was
+ * written to the disk. */
+static void intent_done(struct repl *r, struct repl_io *io, int error)
+{
+	if (error) {
+		repl_guest_failed(r, io, error);
+		return;
+	}
+	bitmap_set_range(&r->vol[io->volume].intent, io->mark_first, io->mark_units);
+	io_local(r, io);
+}
+
+void repl_marking_done(struct repl *r, bool durable)
+{
+	for (uint32_t i = 0; i < r->meta->n_volumes; i++) {
+		struct repl_volume_state *v = &r->vol[i];
+		if (durable)
+			bitmap_or(&v->intent, &v->marking);
+		bitmap_clear_all(&v->marking);
+	}
+}
+
 static void guest_io_done(struct repl *r, struct repl_io *io, int error)
 {
+	if (io->phase == PHASE_INTENT)
+		r->marks_busy--;
 	/* Room for history never fails a guest's write (SPEC 3). */
 	if (error && !is_flush(io) && io->target != TARGET_ACTIVE && room_wait(r, io, error)) {
 		repl_tx_run(r);
 		return;
 	}
 	if (io->phase == PHASE_INTENT) {
-		if (error) {
-			repl_guest_failed(r, io, error);
-			return;
-		}
-		struct range b = intent_bits(io);
-		if (r->clear_busy && bitmap_any(&r->vol[io->volume].clearing, b.off, b.len)) {
-			/* A clear of one of them began meanwhile and may undo it: again, after that. */
-			io_intent(r, io);
-			return;
-		}
-		bitmap_set_range(&r->vol[io->volume].intent, b.off, b.len);
-		io_local(r, io);
+		intent_done(r, io, error);
 		return;
 	}
 	if (is_flush(io)) {
@@ -773,7 +815,7 @@ static void ev_io_done(struct repl *r, struct repl_io *io, int error)
 			next = w->next;
 			w->next = w->prev = NULL;
 			w->list = NULL;
-			io_intent(r, w);
+			repl_intent(r, w);
 		}
 	} else if (io == &r->union_io)
 		session_union_done(r, error);
@@ -1081,7 +1123,7 @@ size_t repl_size(void)
 
 size_t repl_volume_bytes(uint64_t size)
 {
-	return 4 * bitmap_bytes(units_of(size, REGION_SHIFT)) + 3 * bitmap_bytes(units_of(size, INTENT_SHIFT));
+	return 4 * bitmap_bytes(units_of(size, REGION_SHIFT)) + 4 * bitmap_bytes(units_of(size, INTENT_SHIFT));
 }
 
 static void volume_maps_init(struct repl_volume_state *v, uint64_t size, void *mem)
@@ -1089,7 +1131,7 @@ static void volume_maps_init(struct repl_volume_state *v, uint64_t size, void *m
 	uint64_t regions = units_of(size, REGION_SHIFT), intents = units_of(size, INTENT_SHIFT);
 	uint8_t *p = mem;
 	struct bitmap *fine[] = {&v->dirty, &v->touched, &v->cycle, &v->todo};
-	struct bitmap *coarse[] = {&v->intent, &v->hot, &v->clearing};
+	struct bitmap *coarse[] = {&v->intent, &v->marking, &v->hot, &v->clearing};
 	for (unsigned i = 0; i < ARRAY_LEN(fine); i++, p += bitmap_bytes(regions))
 		bitmap_init(fine[i], regions, p);
 	for (unsigned i = 0; i < ARRAY_LEN(coarse); i++, p += bitmap_bytes(intents))
@@ -1105,7 +1147,8 @@ void repl_init(struct repl *r, const struct repl_init_args *a)
 	r->emit = a->emit;
 	r->emit_arg = a->emit_arg;
 	r->random = a->random_seed;
-	r->now_ns = r->received_ns = r->sample_ns = a->now_ns;
+	r->now_ns = r->received_ns = r->sample_ns = r->marks_ns = a->now_ns;
+	r->power = a->power;
 	r->ckpt_used = r->meta->ckpt_max;
 	reqset_init(&r->claims);
 	for (uint32_t i = 0; i < r->meta->n_volumes; i++)
@@ -1128,12 +1171,13 @@ void repl_init(struct repl *r, const struct repl_init_args *a)
 		secondary_commit_start(r);
 }
 
-void repl_load_intent(struct repl *r, uint32_t volume, const struct bitmap *intent)
+void repl_load_intent(struct repl *r, uint32_t volume, const struct bitmap *intent, bool fine)
 {
 	struct repl_volume_state *v = &r->vol[volume];
 	const unsigned per = INTENT_SHIFT - REGION_SHIFT;
 	bitmap_copy(&v->intent, intent);
-	for (uint64_t i = bitmap_next_set(intent, 0); i != BITMAP_NONE; i = bitmap_next_set(intent, i + 1)) {
+	for (uint64_t i = fine ? BITMAP_NONE : bitmap_next_set(intent, 0); i != BITMAP_NONE;
+	     i = bitmap_next_set(intent, i + 1)) {
 		uint64_t first = i << per;
 		bitmap_set_range(&v->dirty, first, min_u64(UINT64_C(1) << per, v->dirty.nbits - first));
 	}
@@ -1147,7 +1191,7 @@ void repl_mark(struct repl *r, uint32_t volume, uint64_t off, uint64_t len)
 	bitmap_set_range(&v->todo, first, last - first + 1);
 	first = off >> INTENT_SHIFT;
 	last = (off + len - 1) >> INTENT_SHIFT;
-	bitmap_set_range(&v->intent, first, last - first + 1);
+	bitmap_set_range(&v->marking, first, last - first + 1);
 }
 
 const struct repl_meta *repl_meta(const struct repl *r)

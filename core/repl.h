@@ -47,10 +47,10 @@ enum repl_kind {
 	/* the core's own; see enum repl_target for what the shell does */
 	REPL_RESYNC_SCAN, /* find the extent at off: shell sets hole, ext_len (<= len) */
 	REPL_RESYNC_READ, /* read [off, off + len) into a buffer that the following ACT_SEND of this io sends */
-	REPL_MARK,	  /* repl_mark every block in undo(base) .. live and active as dirty; then intent_write, sync */
+	REPL_MARK,	  /* repl_mark every block in undo(base) .. live and active as dirty; then as REPL_INTENT_ALL */
 	REPL_COMMIT,	  /* volume_commit over [off, off + len) */
 	REPL_INTENT_CLEAR, /* clear the intent bits in the volumes' `clearing` maps */
-	REPL_INTENT_ALL,   /* write every set bit of the volumes' `intent` maps durably (union, full sync) */
+	REPL_INTENT_ALL,   /* set the intent bits in the volumes' `marking` maps, durably (union, full sync) */
 	REPL_MERGE,	   /* volume_merge_into_older(arg) on all volumes */
 };
 
@@ -58,9 +58,11 @@ enum repl_kind {
 enum repl_target {
 	TARGET_DISK,   /* WRITE ZERO DISCARD: volume_write; FLUSH: volume_sync of all volumes of the group */
 	TARGET_ACTIVE, /* WRITE ZERO DISCARD: volume_write_active; FLUSH: volume_sync_active of all, and the disks */
-	TARGET_INTENT, /* set the intent bits that cover the range, durably */
-	TARGET_CKPT,   /* FLUSH before a checkpoint: volume_sync of all in `power`, nothing in `process` */
-	TARGET_OWN,    /* the kinds that are the core's own */
+	/* Set intent bits [mark_first, mark_first + mark_units), durably. Those that are asked for while a sync of the
+	 * map runs may share the next one. */
+	TARGET_INTENT,
+	TARGET_CKPT, /* FLUSH before a checkpoint: volume_sync of all in `power`, nothing in `process` */
+	TARGET_OWN,  /* the kinds that are the core's own */
 };
 
 /* One request in the core's hands. The owner (the shell) zero-fills it, sets the first part, and gets it back with
@@ -76,6 +78,7 @@ struct repl_io {
 	uint32_t flags;		 /* CHECKPOINT: enum wire_ckpt_flags */
 	struct lineage lineage;	 /* RESYNC_DONE: the source's. */
 	enum repl_target target; /* with ACT_SUBMIT */
+	uint64_t mark_first, mark_units; /* TARGET_INTENT */
 	/* results the shell sets before EV_IO_DONE */
 	bool hole;		    /* RESYNC_SCAN. MARK: active is not empty */
 	uint64_t ext_len;	    /* RESYNC_SCAN */
@@ -208,7 +211,8 @@ struct repl_volume_state {
 	struct bitmap touched;	/* written since the running clear cycle began */
 	struct bitmap cycle;	/* touched before it: cleared when both hosts have it durable */
 	struct bitmap todo;	/* resync: to be sent. FAILOVER: to be committed */
-	struct bitmap intent;	/* as durable in the intent map */
+	struct bitmap intent;	/* as durable in the intent map: set here only after it is set there */
+	struct bitmap marking;	/* being set by REPL_INTENT_ALL or REPL_MARK */
 	struct bitmap hot;	/* intent regions used since the last look */
 	struct bitmap clearing; /* intent regions being cleared by REPL_INTENT_CLEAR */
 };
@@ -235,13 +239,16 @@ struct repl_init_args {
 	const uint8_t *store;			/* this host's uuid, borrowed */
 	uint64_t random_seed;			/* generations and jitter come from it: a seed per start */
 	uint64_t now_ns;
+	bool power; /* setting an intent bit costs a sync: many first writes set runs of bits at once */
 	repl_emit_fn emit;
 	void *emit_arg;
 };
 size_t repl_size(void);
 /* into memory of repl_size() bytes. The shell loads `intent` and `dirty` (repl_load_intent) before the first step. */
 void repl_init(struct repl *r, const struct repl_init_args *a);
-void repl_load_intent(struct repl *r, uint32_t volume, const struct bitmap *intent);
+/* What the intent map holds. All regions of its units are dirty; or, with `fine`, those that the shell has set in the
+ * volume's `dirty` map already (a clean end has kept them). */
+void repl_load_intent(struct repl *r, uint32_t volume, const struct bitmap *intent, bool fine);
 void repl_step(struct repl *r, const struct repl_event *ev);
 /* The shell's answer to REPL_MARK, within the submit and under the same exclusion as repl_step. */
 void repl_mark(struct repl *r, uint32_t volume, uint64_t off, uint64_t len);

@@ -20,6 +20,14 @@
 #define CYCLE_REST 9		      /* and so many times as long as the last one's flushes took */
 #define INTENT_LOOK_NS UINT64_C(10000000000)
 #define RESAVE_NS UINT64_C(1000000000)
+/* First writes to clean intent units (docs/adr/0007): up to MARKS_LIGHT of them, drained by one each
+ * MARKS_DRAIN_NS, set one unit each; then the run that one sets doubles with each further MARKS_STEP, to MARK_RUN_MAX.
+ */
+#define MARKS_LIGHT 16
+#define MARKS_STEP 8
+#define MARK_RUN_SHIFT_MAX 6 /* 64 MiB */
+#define MARKS_MAX (MARKS_LIGHT + MARKS_STEP * MARK_RUN_SHIFT_MAX)
+#define MARKS_DRAIN_NS UINT64_C(250000000)
 #define ACK_LAZY_NS UINT64_C(100000000)
 #define REDIAL_MIN_NS UINT64_C(50000000)
 #define REDIAL_MAX_NS UINT64_C(2000000000)
@@ -113,7 +121,10 @@ struct repl {
 	struct repl_list room; /* guests' writes in PHASE_ROOM */
 	struct repl_volume_state vol[GROUP_VOLUMES_MAX];
 	uint64_t writes_in_flight; /* guests' writes past the gate and not locally done */
-	bool holding;		   /* restarted primary: nothing served before the handshake */
+	bool power;
+	uint64_t marks, marks_ns; /* first writes to clean units of late, drained up to marks_ns */
+	uint64_t marks_busy;	  /* requests whose intent bits are being set */
+	bool holding;		  /* restarted primary: nothing served before the handshake */
 	uint64_t hold_until_ns;
 	bool activating, stopping, stop_cleared, failing_over, finalising, shutdown;
 
@@ -225,6 +236,8 @@ void repl_ready_claims(struct repl *r, struct reqset_claim *ready);
 void repl_mark_written(struct repl *r, const struct repl_io *io);
 bool repl_frozen(const struct repl *r); /* nothing may complete without the peer: on_disconnect=freeze */
 void repl_guest_failed(struct repl *r, struct repl_io *io, int error); /* its local write, at last */
+void repl_intent(struct repl *r, struct repl_io *io);		       /* its intent bits, then its local write */
+void repl_marking_done(struct repl *r, bool durable);		       /* `marking` is in the map, or may not be */
 extern const struct sm_table repl_states;
 void repl_state_move(struct repl_meta *m, unsigned to);
 

@@ -494,10 +494,12 @@ void primary_cycle_done(struct repl *r, int error)
 	cycle_check(r);
 }
 
-/* Intent bits of regions that are clean and were not used since the last look go, lazily. */
+/* Intent bits of regions that are clean and were not used since the last look go, lazily. Not those that a request in
+ * flight lies over: a slow write may have relied on its unit's bit two looks ago, and a clear cycle have found its
+ * regions clean meanwhile; its claim tells (repl_intent has the other half of the argument). */
 static void intent_look(struct repl *r)
 {
-	if (r->clear_busy || r->union_busy || r->mark_busy)
+	if (r->clear_busy || r->union_busy || r->mark_busy || r->marks_busy)
 		return;
 	r->intent_looked_ns = r->now_ns;
 	const unsigned per = INTENT_SHIFT - REGION_SHIFT;
@@ -507,7 +509,8 @@ static void intent_look(struct repl *r)
 		for (uint64_t b = bitmap_next_set(&v->intent, 0); b != BITMAP_NONE;
 		     b = bitmap_next_set(&v->intent, b + 1)) {
 			uint64_t first = b << per, n = min_u64(UINT64_C(1) << per, v->dirty.nbits - first);
-			if (bitmap_test(&v->hot, b) || bitmap_any(&v->dirty, first, n))
+			if (bitmap_test(&v->hot, b) || bitmap_any(&v->dirty, first, n) ||
+			    reqset_overlaps(&r->claims, i, b << INTENT_SHIFT, (b + 1) << INTENT_SHIFT))
 				continue;
 			bitmap_clear(&v->intent, b);
 			bitmap_set(&v->clearing, b);

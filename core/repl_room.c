@@ -111,7 +111,11 @@ bool room_prepare(struct tx *t, struct repl_meta *m)
 static void resubmit(struct repl *r, struct repl_io *io)
 {
 	io->error = 0;
-	io->phase = io->target == TARGET_INTENT ? PHASE_INTENT : PHASE_IO;
+	if (io->target == TARGET_INTENT) { /* a clear may have begun meanwhile */
+		repl_intent(r, io);
+		return;
+	}
+	io->phase = PHASE_IO;
 	repl_submit(r, io, io->target);
 }
 

@@ -1010,6 +1010,7 @@ void secondary_commit_end(struct repl *r, struct repl_io *io, int error)
 static void mark_done(struct repl *r, int error)
 {
 	r->mark_busy = false;
+	repl_marking_done(r, error == 0);
 	if (error) {
 		repl_set_error(r, error, "failover", -1, 0, 0, "the dirty map could not be written: %s",
 			       err_short(error));

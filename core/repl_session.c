@@ -442,14 +442,16 @@ static void on_dirty(struct repl *r, const struct repl_event *ev)
 	}
 }
 
-static void intents_from_dirty(struct repl *r)
+/* The union's bits count as set when they are durable, not before: a guest's write meanwhile sets its own. */
+static void marking_from_dirty(struct repl *r)
 {
 	const unsigned shift = INTENT_SHIFT - REGION_SHIFT;
 	for (uint32_t i = 0; i < r->meta->n_volumes; i++) {
 		struct repl_volume_state *v = &r->vol[i];
 		for (uint64_t b = bitmap_next_set(&v->dirty, 0); b != BITMAP_NONE;) {
 			uint64_t unit = b >> shift;
-			bitmap_set(&v->intent, unit);
+			if (!bitmap_test(&v->intent, unit))
+				bitmap_set(&v->marking, unit);
 			uint64_t next = (unit + 1) << shift;
 			b = next < v->dirty.nbits ? bitmap_next_set(&v->dirty, next) : BITMAP_NONE;
 		}
@@ -461,7 +463,7 @@ static void union_start(struct repl *r)
 	if (r->union_busy || r->union_started || r->clear_busy || !r->dirty_ended || r->join_waits)
 		return; /* tried again from the tick */
 	r->union_busy = r->union_started = true;
-	intents_from_dirty(r);
+	marking_from_dirty(r);
 	r->union_io.kind = REPL_INTENT_ALL;
 	r->union_io.session = r->session;
 	repl_submit(r, &r->union_io, TARGET_OWN);
@@ -470,6 +472,7 @@ static void union_start(struct repl *r)
 void session_union_done(struct repl *r, int error)
 {
 	r->union_busy = false;
+	repl_marking_done(r, error == 0);
 	if (r->union_io.session != r->session || r->link != LINK_HANDSHAKE || r->closing)
 		return;
 	if (error) {

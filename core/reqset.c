@@ -236,6 +236,23 @@ struct reqset_claim *reqset_remove(struct reqset *s, struct reqset_claim *c)
 	return sort_by_ticket(r.ready);
 }
 
+static void note_found(struct reqset_claim *found, void *ctx)
+{
+	bool *any = ctx;
+
+	(void)found;
+	*any = true;
+}
+
+bool reqset_overlaps(const struct reqset *s, uint32_t volume, uint64_t off, uint64_t end)
+{
+	const struct reqset_claim c = {.volume = volume, .off = off, .end = end};
+	bool any = false;
+
+	visit_conflicts(s->root, &c, note_found, &any);
+	return any;
+}
+
 struct recount {
 	const struct reqset_claim *of;
 	uint64_t blockers;

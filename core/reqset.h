@@ -52,6 +52,9 @@ static inline bool reqset_granted(const struct reqset_claim *c)
 	return c->added && c->blockers == 0;
 }
 
+/* Whether any claim, granted or waiting, shared or not, overlaps [off, end). */
+bool reqset_overlaps(const struct reqset *s, uint32_t volume, uint64_t off, uint64_t end);
+
 void reqset_check(const struct reqset *s); /* O(n^2): tests only */
 
 #endif

@@ -725,8 +725,11 @@ void daemon_close(struct daemon *d)
 	quiet = conns_wait(d, deadline) && quiet;
 	if (d->pool && quiet)
 		pool_drain(d->pool);
-	for (struct group *g = d->groups; g; g = g->next)
+	for (struct group *g = d->groups; g; g = g->next) {
 		sync_volumes(g);
+		if (quiet) /* all that came was answered, and what comes now is refused */
+			group_end(g);
+	}
 	if (quiet)
 		daemon_free(d);
 	else /* a name look-up, or a disk that hangs: its thread still uses what would be freed */

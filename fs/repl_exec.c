@@ -23,7 +23,10 @@ static int open_volume(struct repl_exec *x, const struct repl_meta *m, uint32_t 
 				     .active_id = m->active_id};
 	int err = volume_open(s, &a, &x->vols[i], e);
 	if (!err)
-		err = intent_open(s, a.name, a.size, a.durability == DURABILITY_POWER, &x->intents[i], e);
+		err = intent_open(s, a.name, a.size,
+				  (a.durability == DURABILITY_POWER ? INTENT_DURABLE : 0U) |
+				      (m->has_peer ? INTENT_NEW_SET : 0U),
+				  &x->intents[i], e);
 	if (err)
 		return err;
 	x->maps[i] = calloc(1, repl_volume_bytes(a.size));
@@ -51,19 +54,32 @@ void repl_exec_close(struct repl_exec *x)
 	x->n_vols = 0;
 }
 
-int repl_exec_load_intents(struct repl_exec *x)
+int repl_exec_load_intents(struct repl_exec *x, struct err *e)
 {
-	for (uint32_t i = 0; i < x->n_vols; i++) {
+	int err = 0;
+	for (uint32_t i = 0; i < x->n_vols && !err; i++) {
 		uint64_t n = units_of(volume_size(x->vols[i]), INTENT_SHIFT);
 		_cleanup_free_ void *mem = calloc(1, bitmap_bytes(n));
 		if (mem == NULL)
-			return -ERR_NOMEM;
+			return err_set(e, ERR_NOMEM, "out of memory for the write-intent map");
 		struct bitmap b;
 		bitmap_init(&b, n, mem);
 		intent_load(x->intents[i], &b);
-		repl_load_intent(x->core, i, &b);
+		repl_load_intent(x->core, i, &b,
+				 intent_load_fine(x->intents[i], &repl_volume_state(x->core, i)->dirty));
+		err = intent_begin(x->intents[i], e);
 	}
-	return 0;
+	return err;
+}
+
+int repl_exec_end(struct repl_exec *x)
+{
+	int first = 0;
+	for (uint32_t i = 0; i < x->n_vols && repl_meta(x->core)->has_peer; i++) {
+		int err = intent_end(x->intents[i], &repl_volume_state(x->core, i)->dirty);
+		first = first ? first : err;
+	}
+	return first;
 }
 
 /* ---- writes, flushes ---- */
@@ -129,17 +145,28 @@ static int sync_for_checkpoint(struct repl_exec *x, struct repl_io *io)
 
 /* ---- intent bits ---- */
 
+void repl_exec_set_intents(struct repl_exec *x, const struct repl_io *first, int errors[static GROUP_VOLUMES_MAX])
+{
+	bool used[GROUP_VOLUMES_MAX] = {false};
+	memset(errors, 0, GROUP_VOLUMES_MAX * sizeof(errors[0]));
+	for (const struct repl_io *io = first; io; io = io->next) {
+		int err = intent_write(x->intents[io->volume], io->mark_first, io->mark_units, true);
+		errors[io->volume] = errors[io->volume] ? errors[io->volume] : err;
+		used[io->volume] = true;
+	}
+	for (uint32_t i = 0; i < x->n_vols; i++)
+		if (used[i] && !errors[i])
+			errors[i] = intent_sync(x->intents[i]);
+}
+
 static int set_intent(struct repl_exec *x, const struct repl_io *io)
 {
 	struct intent *t = x->intents[io->volume];
-	uint64_t first = io->off >> INTENT_SHIFT, last = (io->off + io->len - 1) >> INTENT_SHIFT;
-	int err = intent_write(t, first, last - first + 1, true);
+	int err = intent_write(t, io->mark_first, io->mark_units, true);
 	return err ? err : intent_sync(t);
 }
 
-/* Writes all runs of set bits of `b`. Without group.lock, though a guest's write may set bits of `intent` meanwhile
- * (nothing clears any while this runs): words are read whole (core/bitmap.h), and whether such a bit is in a run or
- * not, its own write sets it durably before it goes on. `clearing` does not change before the clear is done. */
+/* Writes all runs of set bits of `b`, which does not change before this is done. */
 static int write_intents(struct repl_exec *x, uint32_t vol, const struct bitmap *b, bool set)
 {
 	int err = 0;
@@ -158,7 +185,7 @@ static int all_intents(struct repl_exec *x, bool set)
 	int err = 0;
 	for (uint32_t i = 0; i < x->n_vols && !err; i++) {
 		struct repl_volume_state *v = repl_volume_state(x->core, i);
-		err = write_intents(x, i, set ? &v->intent : &v->clearing, set);
+		err = write_intents(x, i, set ? &v->marking : &v->clearing, set);
 	}
 	return err;
 }

@@ -26,14 +26,19 @@ struct repl_exec {
 /* Opens the volumes that m names and their intent maps. What was opened is repl_exec_close's, after a failure too. */
 int repl_exec_open(struct repl_exec *x, struct store *st, const struct repl_meta *m, struct err *e);
 void repl_exec_close(struct repl_exec *x);
-/* Gives the core the bits that the intent maps hold: after repl_init, before its first step. */
-int repl_exec_load_intents(struct repl_exec *x);
+/* Gives the core the bits that the intent maps hold, and begins with these: after repl_init, before its first step. */
+int repl_exec_load_intents(struct repl_exec *x, struct err *e);
+/* A clean end: nothing is under way and nothing comes any more. Keeps which regions are dirty. */
+int repl_exec_end(struct repl_exec *x);
 
 /* ACT_SUBMIT. buf: the bytes of a WRITE, borrowed; base: of the view, for TARGET_ACTIVE, whose caller keeps the epoch
  * from being switched meanwhile. A RESYNC_READ leaves its bytes, owned, in io->payload. */
 int repl_exec_io(struct repl_exec *x, struct repl_io *io, const void *buf, uint64_t base);
 /* A batch of the peer's stream, all of one volume, bytes in io->payload; errors[i] is for EV_IO_DONE. */
 void repl_exec_apply(struct repl_exec *x, struct repl_io *const *ios, unsigned n, int *errors);
+/* TARGET_INTENT requests that share a sync: those linked by `next` from `first` on. errors[volume] is for EV_IO_DONE: a
+ * failure is that of all requests of its volume. */
+void repl_exec_set_intents(struct repl_exec *x, const struct repl_io *first, int errors[static GROUP_VOLUMES_MAX]);
 /* What flushes share: the disks of all volumes; those and the active overlays. */
 int repl_exec_sync_disks(struct repl_exec *x);
 int repl_exec_sync_actives(struct repl_exec *x);

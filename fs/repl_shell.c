@@ -265,17 +265,31 @@ static void job_ended(struct group *g)
 	mutex_unlock(&g->lock);
 }
 
-/* ---- flushes share syncs ---- */
+/* ---- flushes share syncs, and so do first writes to clean intent units ---- */
 
 static struct sync_round *round_of(struct group *g, const struct repl_io *io)
 {
+	if (io->target == TARGET_INTENT) /* in `process` there is no sync to share */
+		return store_info(g->d->store)->durability == DURABILITY_POWER ? &g->marks : NULL;
 	if (io->kind != REPL_FLUSH || (io->target != TARGET_DISK && io->target != TARGET_ACTIVE))
 		return NULL;
 	return io->target == TARGET_DISK ? &g->flush : &g->active_flush;
 }
 
-/* Serves `io` and all that come meanwhile, until none waits. The caller's thread leads if no other does. */
-static void flush_in_rounds(struct group *g, struct sync_round *s, struct repl_io *io)
+static void round_sync(struct group *g, const struct sync_round *s, int errors[static GROUP_VOLUMES_MAX])
+{
+	if (s == &g->marks) {
+		repl_exec_set_intents(&g->exec, s->served.head, errors);
+		return;
+	}
+	int err = s == &g->flush ? repl_exec_sync_disks(&g->exec) : repl_exec_sync_actives(&g->exec);
+	for (unsigned i = 0; i < GROUP_VOLUMES_MAX; i++)
+		errors[i] = err;
+}
+
+/* Serves `io` and all that come meanwhile, until none waits. The caller's thread leads if no other does. A request is
+ * served by a sync that began after it came: all that it stands for was written by then. */
+static void sync_in_rounds(struct group *g, struct sync_round *s, struct repl_io *io)
 {
 	mutex_lock(&g->lock);
 	ios_push(&s->waiting, io);
@@ -288,13 +302,14 @@ static void flush_in_rounds(struct group *g, struct sync_round *s, struct repl_i
 		s->served = s->waiting;
 		s->waiting = (struct repl_list){0};
 		mutex_unlock(&g->lock);
-		int err = s == &g->flush ? repl_exec_sync_disks(&g->exec) : repl_exec_sync_actives(&g->exec);
+		int errors[GROUP_VOLUMES_MAX];
+		round_sync(g, s, errors);
 		struct outbox o;
 		outbox_init(&o);
 		lock_with(g, &o);
 		struct repl_io *w;
 		while ((w = ios_pop(&s->served)) != NULL) {
-			struct repl_event ev = {.type = EV_IO_DONE, .io = w, .error = err};
+			struct repl_event ev = {.type = EV_IO_DONE, .io = w, .error = errors[w->volume]};
 			step(g, &ev);
 		}
 		unlock_with(g);
@@ -313,7 +328,7 @@ static void own_job_run(struct pool_job *job)
 	free(j);
 	struct sync_round *s = round_of(g, io);
 	if (s)
-		flush_in_rounds(g, s, io);
+		sync_in_rounds(g, s, io);
 	else
 		io_done(g, io, execute(g, io));
 	job_ended(g);
@@ -325,7 +340,7 @@ static void guest_job_run(struct pool_job *job)
 	struct group *g = gio->group;
 	struct sync_round *s = round_of(g, &gio->io);
 	if (s)
-		flush_in_rounds(g, s, &gio->io);
+		sync_in_rounds(g, s, &gio->io);
 	else
 		io_done(g, &gio->io, execute(g, &gio->io));
 	job_ended(g);
@@ -598,13 +613,13 @@ static void outbox_run(struct group *g, struct outbox *o)
 /* ---- guests ---- */
 
 /* Whether the request waits in the core and its data must outlive the caller's buffer. */
-static void own_parked(struct group *g, struct gio *gio)
+static void own_parked(struct gio *gio)
 {
 	if (gio->copy || gio->kind != REPL_WRITE)
 		return;
 	/* It cannot be called back from the core, so memory has to be found: at most 1 MiB. */
 	while ((gio->copy = malloc(gio->len)) == NULL) {
-		log_error(g->name, "out of memory for a waiting write of %llu bytes; trying again",
+		log_error(gio->group->name, "out of memory for a waiting write of %llu bytes; trying again",
 			  (unsigned long long)gio->len);
 		(void)poll(NULL, 0, 10);
 	}
@@ -641,7 +656,7 @@ void group_io(struct group *g, struct gio *gio)
 		if (!mine && !completed) {
 			/* It waits: from here on another thread goes on with it. */
 			o.own = NULL;
-			own_parked(g, gio);
+			own_parked(gio);
 		}
 		gio->own = false;
 		unlock_with(g);
@@ -650,10 +665,12 @@ void group_io(struct group *g, struct gio *gio)
 			break;
 		}
 		struct sync_round *s = round_of(g, &gio->io);
-		if (s) { /* a flush: this thread may serve others' too; its own answer comes through the outbox */
+		if (s) { /* this thread may serve others' syncs too; how this request goes on comes through the outbox
+			  */
 			o.own = NULL;
 			outbox_run(g, &o);
-			flush_in_rounds(g, s, &gio->io);
+			own_parked(gio);
+			sync_in_rounds(g, s, &gio->io);
 			return;
 		}
 		outbox_run(g, &o);
@@ -902,6 +919,7 @@ int group_open(struct daemon *d, const struct repl_meta *m, uint32_t id, struct 
 	struct repl_init_args a = {.store = store_info(d->store)->uuid,
 				   .random_seed = random_u64_nonzero(),
 				   .now_ns = clock_mono_ns(),
+				   .power = store_info(d->store)->durability == DURABILITY_POWER,
 				   .emit = emit,
 				   .emit_arg = g};
 	int err = 0;
@@ -931,11 +949,11 @@ int group_open(struct daemon *d, const struct repl_meta *m, uint32_t id, struct 
 	outbox_init(&o);
 	lock_with(g, &o);
 	repl_init(g->core, &a);
-	err = repl_exec_load_intents(&g->exec);
+	err = repl_exec_load_intents(&g->exec, e);
 	unlock_with(g);
 	if (err) {
 		group_unref(g);
-		return err_set(e, ERR_NOMEM, "out of memory");
+		return err;
 	}
 	*ret = g;
 	outbox_run(g, &o);
@@ -967,6 +985,15 @@ bool group_wait_quiet(struct group *g, uint64_t deadline_ns)
 	bool quiet = g->conns == 0 && g->jobs == 0;
 	mutex_unlock(&g->lock);
 	return quiet;
+}
+
+void group_end(struct group *g)
+{
+	int err = repl_exec_end(&g->exec);
+	if (err)
+		log_warn(g->name,
+			 "which regions are dirty could not be kept (%s): the next sync sends whole units of %u KiB",
+			 err_short(err), (unsigned)(INTENT_SIZE >> 10));
 }
 
 void group_close(struct group *g)

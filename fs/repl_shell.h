@@ -94,7 +94,7 @@ struct group {
 		struct group *g;
 		bool busy;
 	} appliers[APPLY_WORKERS_MAX];
-	struct sync_round flush, active_flush;
+	struct sync_round flush, active_flush, marks;
 	bool closing;
 	unsigned jobs; /* pool jobs of this group under way */
 
@@ -121,6 +121,8 @@ void group_close(struct group *g);
 void group_shutdown(struct group *g); /* says goodbye, answers what waits, takes no connection; asynchronous */
 /* Until no connection and no job is left. deadline_ns 0: none; false: it has passed. */
 bool group_wait_quiet(struct group *g, uint64_t deadline_ns);
+/* A clean end of a quiet group whose disks are synced: keeps what the next start need not guess. */
+void group_end(struct group *g);
 struct group *group_ref(struct group *g);
 void group_unref(struct group *g);
 void group_tick(struct group *g);

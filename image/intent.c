@@ -5,7 +5,24 @@
  * than needed, never less. Pages are never left to holes, so a page lost by the filesystem does not check out either.
  *
  * All bits are kept in memory too, because a page is written whole. `lock` covers them and the order in which the
- * images of one page reach the file; it is held across that write to the page cache, and never across a sync.
+ * images of one page reach the file; it is held across that write to the page cache, and never across a sync. So a
+ * later set's sync takes with it whatever a clear before it wrote, and a page never goes back to older bits.
+ *
+ * Whether a sync is needed: `written` counts writes of pages, `synced` how many of them a successful sync is known to
+ * cover. A set of bits that are all set already writes nothing, and waits for the sync that covers the write which set
+ * them. That holds only while every write has succeeded: after one that failed, what the file holds of its pages is not
+ * known, and everything is written again. A sync that failed is never tried again (I10, storage_posix.c): bits that
+ * were durable before it stay (a page's sector is the old one, the new one, or does not check out), no new one becomes.
+ *
+ * Durable before what: a bit that the file shows when it is opened may lie in the page cache only (the process died
+ * before its sync) or be on the disk's side of a sync that failed. intent_begin writes the set bits' pages once more
+ * and syncs them, before anybody relies on such a bit.
+ *
+ * The fine map: behind the pages a sector with a checksum over the whole map and the masks that follow it. intent_end
+ * writes a new file with it, syncs it and renames it over the old one. intent_begin overwrites that one sector,
+ * durably, before the volume may be written to: from then on no cut can bring it back, whatever the sector then holds
+ * (zeroes, or torn, it does not check out). A kill or a cut before that finds it again, and nothing has been written
+ * meanwhile.
  */
 #include <inttypes.h>
 #include <stdio.h>
@@ -20,7 +37,12 @@
 #include "image/intent.h"
 
 #define INTENT_MAGIC "repfsint"
-#define INTENT_VERSION 1
+#define INTENT_VERSION 2
+#define INTENT_VERSION_MIN 1 /* no fine map */
+#define FINE_MAGIC "repfsfin"
+/* Regions of a unit: the bits of one mask. */
+#define FINE_SHIFT (INTENT_SHIFT - REGION_SHIFT)
+#define FINE_MASK_SIZE 2U
 #define PAGE_SIZE_BYTES 512U
 #define PAGE_BITS_BYTES 508U
 #define PAGE_BITS (PAGE_BITS_BYTES * 8U)
@@ -29,12 +51,20 @@
 /* "volumes/NAME/intent.tmp" */
 #define INTENT_PATH_SIZE (NAME_SIZE + 24)
 
+_Static_assert(1U << FINE_SHIFT == 8 * FINE_MASK_SIZE, "a unit's regions fill a mask");
+
 struct intent {
+	struct storage *storage;
+	char name[NAME_SIZE];
 	struct disk *disk;
 	bool durable;
-	uint64_t nbits, npages;
+	uint32_t version; /* of the file */
+	uint64_t nbits, nregions, npages;
+	uint8_t *fine; /* the masks as loaded, until intent_begin; NULL: none that counts */
 	struct mutex lock;
 	uint8_t *bits; /* npages * PAGE_BITS_BYTES */
+	uint64_t written, synced;
+	bool write_failed, ended;
 };
 
 static void page_encode(const struct intent *t, uint64_t page, uint8_t out[static PAGE_SIZE_BYTES])
@@ -69,14 +99,14 @@ static void header_encode(uint8_t h[static PAGE_SIZE_BYTES])
 
 static int header_decode(const uint8_t h[static PAGE_SIZE_BYTES], const char *path, struct err *e)
 {
-	static const char what_to_do[] = "remove it while the group is stopped, then the next sync must be a full one";
+	static const char what_to_do[] = "put it back from a backup, or remove it: the next sync is a full one then";
 
 	if (memcmp(h, INTENT_MAGIC, 8) != 0)
 		return err_set(e, ERR_CORRUPT, "open %s: not a write-intent map; %s", path, what_to_do);
 	if (get_u32(h + PAGE_BITS_BYTES) != crc32c(0, h, PAGE_BITS_BYTES))
 		return err_set(e, ERR_CORRUPT, "open %s: the checksum of its header does not match; %s", path,
 			       what_to_do);
-	if (get_u32(h + 8) != INTENT_VERSION || get_u32(h + 12) != INTENT_SHIFT)
+	if (get_u32(h + 8) < INTENT_VERSION_MIN || get_u32(h + 8) > INTENT_VERSION || get_u32(h + 12) != INTENT_SHIFT)
 		return err_set(e, ERR_VERSION,
 			       "open %s: it is of version %" PRIu32 " with 2^%" PRIu32
 			       " bytes a bit, this program knows version %d with 2^%u; use the program that wrote it",
@@ -126,33 +156,158 @@ static int read_pages(struct intent *t)
 	return 0;
 }
 
-/* ---- opening ---- */
+/* ---- the fine map ---- */
 
-/* A map appears under its name only when whole. */
-static int intent_make(struct intent *t, struct storage *s, const char *dir, const char *path) NO_THREAD_ANALYSIS
+static bool bit_is_set(const struct intent *t, uint64_t bit)
 {
+	return t->bits[bit / 8] >> (bit % 8) & 1;
+}
+
+/* The first set bit at or after `bit`, nbits at least if there is none. */
+static uint64_t next_set(const struct intent *t, uint64_t bit)
+{
+	while (bit < t->nbits && !bit_is_set(t, bit))
+		bit += bit % 8 == 0 && t->bits[bit / 8] == 0 ? 8 : 1;
+	return bit;
+}
+
+static uint64_t count_set(const struct intent *t)
+{
+	uint64_t n = 0;
+
+	for (uint64_t bit = next_set(t, 0); bit < t->nbits; bit = next_set(t, bit + 1))
+		n++;
+	return n;
+}
+
+static void fine_header_encode(const struct intent *t, uint8_t h[static PAGE_SIZE_BYTES], uint64_t n,
+			       const uint8_t *masks)
+{
+	memset(h, 0, PAGE_SIZE_BYTES);
+	memcpy(h, FINE_MAGIC, 8);
+	put_u64(h + 8, n);
+	put_u32(h + 16, crc32c(crc32c(0, t->bits, t->npages * PAGE_BITS_BYTES), masks, n * FINE_MASK_SIZE));
+	put_u32(h + PAGE_BITS_BYTES, crc32c(0, h, PAGE_BITS_BYTES));
+}
+
+/* A mask for each set bit, in their order. */
+static int write_fine(struct intent *t, const struct bitmap *dirty)
+{
+	uint64_t n = count_set(t), i = 0;
 	uint8_t header[PAGE_SIZE_BYTES];
-	char tmp[INTENT_PATH_SIZE + 4];
+	uint8_t *masks = calloc(n + 1, FINE_MASK_SIZE);
 	int rc;
 
+	if (!masks)
+		return -ERR_NOMEM;
+	for (uint64_t bit = next_set(t, 0); bit < t->nbits; bit = next_set(t, bit + 1), i++) {
+		uint64_t first = bit << FINE_SHIFT, end = min_u64((bit + 1) << FINE_SHIFT, t->nregions);
+		unsigned mask = 0;
+
+		for (uint64_t r = first; r < end; r++)
+			mask |= (unsigned)bitmap_test(dirty, r) << (r - first);
+		put_u16(masks + i * FINE_MASK_SIZE, (uint16_t)mask);
+	}
+	fine_header_encode(t, header, n, masks);
+	rc = disk_write(t->disk, page_off(t->npages), header, sizeof(header));
+	if (rc == 0 && n > 0)
+		rc = disk_write(t->disk, page_off(t->npages + 1), masks, n * FINE_MASK_SIZE);
+	free(masks);
+	return rc;
+}
+
+/* One that does not check out is none. The checksum covers the bits too: a map with a page that was lost, or that was
+ * written to since, has no fine one. */
+static int read_fine(struct intent *t)
+{
+	uint8_t header[PAGE_SIZE_BYTES], want[PAGE_SIZE_BYTES];
+	uint64_t n = count_set(t);
+	uint8_t *masks;
+	int rc = disk_read(t->disk, page_off(t->npages), header, sizeof(header));
+
+	if (rc < 0 || memcmp(header, FINE_MAGIC, 8) != 0 || get_u64(header + 8) != n)
+		return rc;
+	masks = malloc((n + 1) * FINE_MASK_SIZE);
+	if (!masks)
+		return -ERR_NOMEM;
+	rc = disk_read(t->disk, page_off(t->npages + 1), masks, n * FINE_MASK_SIZE);
+	fine_header_encode(t, want, n, masks);
+	if (rc == 0 && memcmp(header, want, sizeof(want)) == 0)
+		t->fine = masks;
+	else
+		free(masks);
+	return rc;
+}
+
+bool intent_load_fine(struct intent *t, struct bitmap *dirty)
+{
+	uint64_t i = 0;
+
+	PRE(dirty->nbits == t->nregions);
+	if (!t->fine)
+		return false;
+	for (uint64_t bit = next_set(t, 0); bit < t->nbits; bit = next_set(t, bit + 1), i++) {
+		unsigned mask = get_u16(t->fine + i * FINE_MASK_SIZE);
+		uint64_t first = bit << FINE_SHIFT, end = min_u64((bit + 1) << FINE_SHIFT, t->nregions);
+
+		for (uint64_t r = first; r < end; r++)
+			if (mask >> (r - first) & 1)
+				bitmap_set(dirty, r);
+	}
+	return true;
+}
+
+/* ---- opening ---- */
+
+static void intent_paths(const struct intent *t, char dir[static INTENT_PATH_SIZE], char path[static INTENT_PATH_SIZE])
+{
+	snprintf(dir, INTENT_PATH_SIZE, "volumes/%.*s", NAME_MAX_LEN, t->name);
+	snprintf(path, INTENT_PATH_SIZE, "volumes/%.*s/intent", NAME_MAX_LEN, t->name);
+}
+
+static int write_fine(struct intent *t, const struct bitmap *dirty);
+
+/* Writes the whole map, with `dirty` as its fine map unless NULL, into *ret, which appears under the map's name only
+ * when whole. Nobody else uses t. */
+static int write_new(struct intent *t, const struct bitmap *dirty, struct disk **ret) NO_THREAD_ANALYSIS
+{
+	char dir[INTENT_PATH_SIZE], path[INTENT_PATH_SIZE], tmp[INTENT_PATH_SIZE + 4];
+	uint8_t header[PAGE_SIZE_BYTES];
+	struct disk *old = t->disk, *made;
+	int rc;
+
+	intent_paths(t, dir, path);
 	snprintf(tmp, sizeof(tmp), "%s.tmp", path);
-	rc = storage_open(s, tmp, STORAGE_CREATE | STORAGE_TRUNC, &t->disk);
+	/* A new file, not one truncated: a leftover may have a failed sync behind it. */
+	rc = storage_unlink(t->storage, tmp);
+	if (rc == 0 || rc == -ERR_NOENT)
+		rc = storage_open(t->storage, tmp, STORAGE_CREATE | STORAGE_EXCL, &t->disk);
 	if (rc < 0)
 		return rc;
 	header_encode(header);
 	rc = disk_write(t->disk, 0, header, sizeof(header));
 	if (rc == 0)
 		rc = write_pages(t, 0, t->npages);
+	if (rc == 0 && dirty)
+		rc = write_fine(t, dirty);
 	if (rc == 0 && t->durable)
 		rc = disk_sync(t->disk);
 	if (rc == 0)
-		rc = storage_rename(s, tmp, path);
+		rc = storage_rename(t->storage, tmp, path);
 	if (rc == 0 && t->durable)
-		rc = storage_sync_dir(s, dir);
-	if (rc < 0)
-		(void)storage_unlink(s, tmp);
-	return rc;
+		rc = storage_sync_dir(t->storage, dir);
+	made = t->disk;
+	t->disk = old;
+	if (rc < 0) {
+		(void)storage_unlink(t->storage, tmp);
+		disk_close(made);
+		return rc;
+	}
+	*ret = made;
+	return 0;
 }
+
+static int read_fine(struct intent *t);
 
 static int intent_read(struct intent *t, const char *path, struct err *e)
 {
@@ -164,25 +319,28 @@ static int intent_read(struct intent *t, const char *path, struct err *e)
 	rc = header_decode(header, path, e);
 	if (rc < 0)
 		return rc;
+	t->version = get_u32(header + 8);
 	rc = read_pages(t);
+	if (rc == 0 && t->version > INTENT_VERSION_MIN)
+		rc = read_fine(t);
 	if (rc < 0)
 		return err_set(e, -rc, "open %s: reading its bits: %s", path, err_short(rc));
 	return 0;
 }
 
-static int intent_open_file(struct intent *t, struct storage *s, const char *volume_name, struct err *e)
+static int intent_open_file(struct intent *t, bool new_set, struct err *e)
 {
 	char dir[INTENT_PATH_SIZE], path[INTENT_PATH_SIZE];
 	int rc;
 
-	PRE(name_valid(volume_name));
-	snprintf(dir, sizeof(dir), "volumes/%.*s", NAME_MAX_LEN, volume_name);
-	snprintf(path, sizeof(path), "volumes/%.*s/intent", NAME_MAX_LEN, volume_name);
-	rc = storage_open(s, path, 0, &t->disk);
+	intent_paths(t, dir, path);
+	rc = storage_open(t->storage, path, 0, &t->disk);
 	if (rc == 0)
 		return intent_read(t, path, e);
 	if (rc == -ERR_NOENT) {
-		rc = intent_make(t, s, dir, path);
+		memset(t->bits, new_set ? 0xff : 0, t->npages * PAGE_BITS_BYTES);
+		t->version = INTENT_VERSION;
+		rc = write_new(t, NULL, &t->disk);
 		if (rc < 0)
 			return err_set(e, -rc, "make %s: %s", path, err_short(rc));
 		return 0;
@@ -190,23 +348,27 @@ static int intent_open_file(struct intent *t, struct storage *s, const char *vol
 	return err_set(e, -rc, "open %s: %s", path, err_short(rc));
 }
 
-int intent_open(struct storage *s, const char *volume_name, uint64_t size, bool durable, struct intent **ret,
+int intent_open(struct storage *s, const char *volume_name, uint64_t size, unsigned flags, struct intent **ret,
 		struct err *e)
 {
 	struct intent *t;
 	int rc;
 
 	PRE(size > 0 && size <= VOLUME_SIZE_MAX);
+	PRE(name_valid(volume_name));
 	t = calloc(1, sizeof(*t));
 	if (!t)
 		return err_set(e, ERR_NOMEM, "open the write-intent map of %s: out of memory", volume_name);
 	mutex_init(&t->lock);
-	t->durable = durable;
+	t->storage = s;
+	snprintf(t->name, sizeof(t->name), "%s", volume_name);
+	t->durable = (flags & INTENT_DURABLE) != 0;
 	t->nbits = units_of(size, INTENT_SHIFT);
+	t->nregions = units_of(size, REGION_SHIFT);
 	t->npages = (t->nbits + PAGE_BITS - 1) / PAGE_BITS;
 	t->bits = calloc(t->npages, PAGE_BITS_BYTES);
 	if (t->bits)
-		rc = intent_open_file(t, s, volume_name, e);
+		rc = intent_open_file(t, (flags & INTENT_NEW_SET) != 0, e);
 	else
 		rc = err_set(e, ERR_NOMEM, "open the write-intent map of %s: out of memory", volume_name);
 	if (rc < 0) {
@@ -223,16 +385,12 @@ void intent_close(struct intent *t)
 		return;
 	disk_close(t->disk);
 	mutex_destroy(&t->lock);
+	free(t->fine);
 	free(t->bits);
 	free(t);
 }
 
 /* ---- use ---- */
-
-static bool bit_is_set(const struct intent *t, uint64_t bit)
-{
-	return t->bits[bit / 8] >> (bit % 8) & 1;
-}
 
 void intent_load(struct intent *t, struct bitmap *b)
 {
@@ -241,40 +399,156 @@ void intent_load(struct intent *t, struct bitmap *b)
 	PRE(b->nbits == t->nbits);
 	bitmap_clear_all(b);
 	mutex_lock(&t->lock);
-	while (bit < t->nbits) {
-		if (!bit_is_set(t, bit)) {
-			bit += bit % 8 == 0 && t->bits[bit / 8] == 0 ? 8 : 1;
-			continue;
-		}
-		for (first = bit; bit < t->nbits && bit_is_set(t, bit); bit++)
+	while ((first = next_set(t, bit)) < t->nbits) {
+		for (bit = first; bit < t->nbits && bit_is_set(t, bit); bit++)
 			;
 		bitmap_set_range(b, first, bit - first);
 	}
 	mutex_unlock(&t->lock);
 }
 
-int intent_write(struct intent *t, uint64_t first, uint64_t n, bool set)
+/* True: some bit changed. */
+static bool change_bits(struct intent *t, uint64_t first, uint64_t n, bool set) REQUIRES(t->lock)
 {
-	int rc;
+	bool changed = false;
 
-	PRE(first <= t->nbits && n <= t->nbits - first);
-	if (n == 0)
-		return 0;
-	mutex_lock(&t->lock);
 	for (uint64_t bit = first; bit < first + n; bit++) {
 		uint8_t mask = (uint8_t)(1U << (bit % 8));
 
+		changed = changed || bit_is_set(t, bit) != set;
 		if (set)
 			t->bits[bit / 8] |= mask;
 		else
 			t->bits[bit / 8] &= (uint8_t)~mask;
 	}
-	rc = write_pages(t, first / PAGE_BITS, (first + n - 1) / PAGE_BITS + 1);
+	return changed;
+}
+
+int intent_write(struct intent *t, uint64_t first, uint64_t n, bool set)
+{
+	int rc = 0;
+
+	PRE(first <= t->nbits && n <= t->nbits - first);
+	if (n == 0)
+		return 0;
+	mutex_lock(&t->lock);
+	if (t->ended) {
+		rc = -ERR_STATE;
+	} else if (change_bits(t, first, n, set) || t->write_failed) {
+		t->written++;
+		rc = write_pages(t, first / PAGE_BITS, (first + n - 1) / PAGE_BITS + 1);
+		t->write_failed = t->write_failed || rc < 0;
+	}
 	mutex_unlock(&t->lock);
 	return rc;
 }
 
+/* Two at once may both sync what one would have been enough for; callers that care make one of many (sync_in_rounds).
+ */
 int intent_sync(struct intent *t)
 {
-	return t->durable ? disk_sync(t->disk) : 0;
+	uint64_t covers;
+	bool needed;
+	int rc;
+
+	if (!t->durable)
+		return 0;
+	mutex_lock(&t->lock);
+	covers = t->written;
+	needed = t->synced < covers;
+	mutex_unlock(&t->lock);
+	if (!needed)
+		return 0;
+	rc = disk_sync(t->disk);
+	mutex_lock(&t->lock);
+	if (rc == 0)
+		t->synced = max_u64(t->synced, covers);
+	mutex_unlock(&t->lock);
+	return rc;
+}
+
+/* ---- beginning and ending ---- */
+
+/* Runs of pages that have set bits. */
+static int rewrite_set_pages(struct intent *t) REQUIRES(t->lock)
+{
+	uint64_t page = 0;
+	int rc = 0;
+
+	while (rc == 0 && page < t->npages) {
+		uint64_t bit = next_set(t, page * PAGE_BITS), first = bit / PAGE_BITS;
+
+		if (bit >= t->nbits)
+			break;
+		for (page = first + 1; page < t->npages && next_set(t, page * PAGE_BITS) < (page + 1) * PAGE_BITS;
+		     page++)
+			;
+		rc = write_pages(t, first, page);
+	}
+	return rc;
+}
+
+/* Not only where a fine map counts: one that does not check out now might, as far as anybody knows, after a cut. */
+static int void_fine(struct intent *t)
+{
+	static const uint8_t none[PAGE_SIZE_BYTES];
+	uint64_t size;
+	int rc = disk_get_size(t->disk, &size);
+
+	if (rc < 0 || size <= page_off(t->npages))
+		return rc;
+	return disk_write(t->disk, page_off(t->npages), none, sizeof(none));
+}
+
+int intent_begin(struct intent *t, struct err *e)
+{
+	struct disk *d = NULL;
+	int rc;
+
+	mutex_lock(&t->lock);
+	free(t->fine);
+	t->fine = NULL;
+	if (t->version < INTENT_VERSION) {
+		/* A program that knows no fine map must not go on with this file once it may have one. */
+		rc = write_new(t, NULL, &d);
+		if (rc == 0) {
+			disk_close(t->disk);
+			t->disk = d;
+			t->version = INTENT_VERSION;
+		}
+	} else {
+		rc = t->durable ? rewrite_set_pages(t) : 0;
+		if (rc == 0)
+			rc = void_fine(t);
+	}
+	mutex_unlock(&t->lock);
+	if (rc == 0 && t->durable)
+		rc = disk_sync(t->disk);
+	if (rc < 0)
+		return err_set(e, -rc, "write volumes/%s/intent: %s; look at the disk under the store", t->name,
+			       err_short(rc));
+	return 0;
+}
+
+int intent_end(struct intent *t, const struct bitmap *dirty)
+{
+	const struct bitmap *b = dirty;
+	struct disk *d;
+	int rc;
+
+	PRE(b->nbits == t->nregions);
+	mutex_lock(&t->lock);
+	t->ended = true;
+	/* Regions of a union that was cut off may be dirty in memory only. */
+	for (uint64_t r = bitmap_next_set(b, 0); r != BITMAP_NONE;) {
+		uint64_t unit = r >> FINE_SHIFT, next = (unit + 1) << FINE_SHIFT;
+
+		(void)change_bits(t, unit, 1, true);
+		r = next < b->nbits ? bitmap_next_set(b, next) : BITMAP_NONE;
+	}
+	rc = write_new(t, dirty, &d);
+	if (rc == 0)
+		disk_close(d);
+	mutex_unlock(&t->lock);
+	return rc;
 }

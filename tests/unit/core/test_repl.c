@@ -240,17 +240,20 @@ static void meta_of(struct repl_meta *m, enum role role, enum state state)
 	}
 }
 
+static bool store_is_power; /* of the hosts to be made */
+
 static struct host *host_new(const struct repl_meta *m)
 {
 	static const uint8_t store[16] = {7};
 	struct host *h = calloc(1, sizeof(*h));
 	struct repl_init_args a = {.store = store, .random_seed = 5, .now_ns = SEC, .emit = emit, .emit_arg = h};
+	a.power = store_is_power;
 	h->now = SEC;
 	h->r = malloc(repl_size());
 	h->metas[0] = a.meta = malloc(sizeof(*m));
 	h->metas[1] = a.next = malloc(sizeof(*m));
 	*a.meta = *m;
-	a.volume_memory[0] = h->mem = calloc(1, repl_volume_bytes(SIZE));
+	a.volume_memory[0] = h->mem = calloc(1, repl_volume_bytes(m->volumes[0].size));
 	repl_init(h->r, &a);
 	return h;
 }
@@ -601,6 +604,227 @@ Test(repl, a_write_that_failed_here_stays_dirty)
 	cr_assert_not(dirty(h, 0));
 	cr_assert(dirty(h, 65536), "what the disk holds of it is not known");
 	host_free(h);
+}
+
+/* ---- write-intent ---- */
+
+static bool intent(struct host *h, uint64_t unit)
+{
+	return bitmap_test(&repl_volume_state(h->r, 0)->intent, unit);
+}
+
+/* One look at what may be cleared, and before it time for nothing to be hot any more. */
+static void look(struct host *h)
+{
+	tick(h, 11 * SEC);
+	if (h->cmd_count == 0 && strstr(h->trace, "iclear"))
+		fin(h, "iclear");
+	forget(h);
+}
+
+/* Its regions are found clean by a cycle that began after it did, and its unit is not hot at the second look: without
+ * its bit it would land on the disk with nobody knowing, should the host die before it ends. */
+Test(repl, a_slow_write_keeps_its_intent_bit)
+{
+	struct host *h = primary(PROTOCOL_F);
+	warm(h);
+	guest(h, 'a', REPL_WRITE, UINT64_C(1) << INTENT_SHIFT, 4096);
+	fin(h, "a");
+	EXPECT(h, "do:a/intent do:a/disk");
+	tick(h, 2 * SEC);
+	EXPECT(h, "send:FLUSH#4 do:sync/disk");
+	fin(h, "sync");
+	ack(h, 4, 4, 4);
+	cr_assert_not(dirty(h, UINT64_C(1) << INTENT_SHIFT));
+	for (int i = 0; i < 3; i++)
+		look(h);
+	cr_assert(intent(h, 1), "cleared under the write");
+	cr_assert_not(intent(h, 0), "the other's bit goes");
+	fin(h, "a");
+	cr_assert(dirty(h, UINT64_C(1) << INTENT_SHIFT));
+	look(h);
+	look(h);
+	cr_assert(intent(h, 1));
+	host_free(h);
+}
+
+Test(repl, a_set_and_a_clear_of_a_unit_are_never_both_under_way)
+{
+	struct host *h = primary(PROTOCOL_F);
+	warm(h);
+	tick(h, 2 * SEC);
+	fin(h, "sync");
+	ack(h, 4, 4, 4);
+	look(h);
+	/* A set is under way, of another unit: the look waits for it. */
+	guest(h, 'a', REPL_WRITE, UINT64_C(1) << INTENT_SHIFT, 4096);
+	EXPECT(h, "do:a/intent");
+	tick(h, 11 * SEC);
+	EXPECT(h, "");
+	fin(h, "a");
+	EXPECT(h, "do:a/disk");
+	tick(h, 0);
+	EXPECT(h, "do:iclear/own do:sync/disk");
+	cr_assert_not(intent(h, 0));
+	cr_assert(bitmap_test(&repl_volume_state(h->r, 0)->clearing, 0));
+	/* The clear is under way: a set of its unit waits, one of another does not. */
+	guest(h, 'b', REPL_WRITE, 8192, 4096);
+	EXPECT(h, "");
+	guest(h, 'c', REPL_WRITE, UINT64_C(2) << INTENT_SHIFT, 4096);
+	EXPECT(h, "do:c/intent");
+	fin_full(h, "iclear", -ERR_IO, false, 0, false); /* in the file or not: it is set again */
+	EXPECT(h, "do:b/intent");
+	fin(h, "b");
+	EXPECT(h, "do:b/disk");
+	host_free(h);
+}
+
+Test(repl, a_failed_set_is_not_relied_on)
+{
+	struct host *h = primary(PROTOCOL_F);
+	guest(h, 'a', REPL_WRITE, 0, 4096);
+	fin_full(h, "a", -ERR_NOSPC, false, 0, false);
+	EXPECT(h, "do:a/intent done:a=ERR_NOSPC"); /* the disk was not touched */
+	cr_assert_not(dirty(h, 0));
+	guest(h, 'b', REPL_WRITE, 0, 4096);
+	EXPECT(h, "do:b/intent");
+	fin(h, "b");
+	EXPECT(h, "do:b/disk");
+	host_free(h);
+}
+
+/* The bits of a union are in the map when their write has ended, and not before. */
+Test(repl, a_write_beside_the_union_sets_its_own_bit)
+{
+	for (int failed = 0; failed < 2; failed++) {
+		struct host *h = primary(PROTOCOL_F);
+		link_down(h);
+		guest(h, 'a', REPL_WRITE, 0, 4096);
+		saved(h);
+		fin(h, "a");
+		fin(h, "a");
+		tick(h, SEC);
+		link_up(h, true);
+		join_frame(h, &peer_meta, 0);
+		uint8_t range[16] = {0, 0, 0x20, 0, 0, 0, 0, 0, 0, 0x10, 0, 0, 0, 0, 0, 0}; /* 4 KiB at 2 MiB */
+		frame(h, WIRE_DIRTY, 0, 0, 0, range, sizeof(range));
+		frame(h, WIRE_DIRTY_END, 0, 0, 0, NULL, 0);
+		forget(h);
+		cr_assert(dirty(h, UINT64_C(2) << INTENT_SHIFT));
+		guest(h, 'b', REPL_WRITE, UINT64_C(2) << INTENT_SHIFT, 4096);
+		EXPECT(h, "do:b/intent");
+		fin_full(h, "intents", failed ? -ERR_IO : 0, false, 0, false);
+		cr_assert_eq(intent(h, 2), !failed);
+		fin(h, "b");
+		cr_assert(strstr(h->trace, "do:b/disk"));
+		cr_assert(intent(h, 2));
+		host_free(h);
+	}
+}
+
+/* How many intent writes n first writes in clean units cost, 1 ms apart, spread like a hash over `units` units; in *ret
+ * how many bits they leave. */
+static unsigned marks_of(bool power, unsigned n, uint64_t units, uint64_t apart_ns, uint64_t *ret)
+{
+	static struct repl_meta m;
+	unsigned marks = 0;
+	meta_of(&m, ROLE_PRIMARY, STATE_DONE);
+	m.alone = true;
+	m.volumes[0].size = units << INTENT_SHIFT;
+	store_is_power = power;
+	struct host *h = host_new(&m);
+	for (unsigned i = 0; i < n; i++) {
+		uint64_t x = (i + 1) * UINT64_C(0x9E3779B97F4A7C15);
+		h->now += apart_ns;
+		guest(h, 'a', REPL_WRITE, ((x >> 20) % (units << 8)) << BLOCK_SHIFT, 4096);
+		if (strstr(h->trace, "intent")) {
+			marks++;
+			fin(h, "a");
+		}
+		fin(h, "a");
+		forget(h);
+	}
+	*ret = repl_volume_state(h->r, 0)->intent.count;
+	host_free(h);
+	return marks;
+}
+
+Test(repl, first_writes_under_pressure_mark_runs)
+{
+	uint64_t bits;
+	/* 4,000 random writes over 4 GiB: far fewer syncs than writes. */
+	cr_assert_lt(marks_of(true, 4000, 4096, SEC / 1000, &bits), 4000 / 20);
+	cr_assert_eq(bits, 4096);
+	/* Light use marks what it touches. */
+	cr_assert_eq(marks_of(true, 8, 4096, SEC / 1000, &bits), 8);
+	cr_assert_eq(bits, 8);
+	cr_assert_eq(marks_of(true, 100, 4096, SEC / 2, &bits), bits);
+	cr_assert_leq(bits, 100);
+	/* Without a sync to save, always. */
+	cr_assert_eq(marks_of(false, 4000, 4096, SEC / 1000, &bits), bits);
+	cr_assert_lt(bits, 3000);
+	/* Ends that are no multiple of the run. */
+	(void)marks_of(true, 500, 100, SEC / 1000, &bits);
+	cr_assert_eq(bits, 100);
+}
+
+/* A run leaves out what a clear under way may undo. */
+Test(repl, a_run_and_a_clear_share_no_unit)
+{
+	static struct repl_meta m;
+	meta_of(&m, ROLE_PRIMARY, STATE_DONE);
+	m.alone = true;
+	m.volumes[0].size = UINT64_C(256) << INTENT_SHIFT;
+	store_is_power = true;
+	struct host *h = host_new(&m);
+	for (uint64_t unit = 0; unit < 17; unit++) { /* the last sets a run of two */
+		guest(h, 'a', REPL_WRITE, unit * 4 << INTENT_SHIFT, 4096);
+		fin(h, "a");
+		fin(h, "a");
+	}
+	cr_assert(intent(h, 64) && intent(h, 65) && !intent(h, 61));
+	forget(h);
+	for (int i = 0; i < 2; i++)
+		tick(h, 11 * SEC);
+	EXPECT(h, "do:iclear/own"); /* of the spare one */
+	cr_assert(bitmap_test(&repl_volume_state(h->r, 0)->clearing, 65));
+	for (uint64_t unit = 20; unit < 50; unit++) { /* pressure again */
+		guest(h, 'a', REPL_WRITE, (unit * 4 + 2) << INTENT_SHIFT, 4096);
+		fin(h, "a");
+		fin(h, "a");
+	}
+	cr_assert_eq(h->io['a'].owner, 0xdd);
+	forget(h);
+	guest(h, 'b', REPL_WRITE, UINT64_C(66) << INTENT_SHIFT, 4096); /* its run of four has unit 65 in it */
+	EXPECT(h, "do:b/intent");
+	cr_assert_eq(h->io['b'].mark_first, 66);
+	cr_assert_eq(h->io['b'].mark_units, 1);
+	fin(h, "iclear");
+	fin(h, "b");
+	cr_assert_not(intent(h, 65));
+	host_free(h);
+}
+
+/* After a clean end the regions that were dirty, else whole units. */
+Test(repl, a_fine_map_is_taken_as_it_is)
+{
+	for (int fine = 0; fine < 2; fine++) {
+		static struct repl_meta m;
+		meta_of(&m, ROLE_PRIMARY, STATE_RUNNING);
+		struct host *h = host_new(&m);
+		struct bitmap b;
+		void *mem = calloc(1, bitmap_bytes(SIZE >> INTENT_SHIFT));
+		bitmap_init(&b, SIZE >> INTENT_SHIFT, mem);
+		bitmap_set(&b, 1);
+		bitmap_set(&b, 3);
+		if (fine)
+			bitmap_set(&repl_volume_state(h->r, 0)->dirty, 17);
+		repl_load_intent(h->r, 0, &b, fine);
+		cr_assert_eq(repl_volume_state(h->r, 0)->dirty.count, fine ? 1 : 32);
+		cr_assert(intent(h, 1) && intent(h, 3));
+		free(mem);
+		host_free(h);
+	}
 }
 
 /* ---- resync ---- */
