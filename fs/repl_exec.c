@@ -263,14 +263,11 @@ static int mark(struct repl_exec *x, struct repl_io *io)
 
 static int commit(struct repl_exec *x, struct repl_io *io)
 {
-	uint64_t base, last = 0, written = 0;
+	uint64_t base, written = 0;
 	mutex_lock(x->lock);
-	const struct repl_meta *m = repl_meta(x->core);
-	base = m->base;
-	for (uint32_t i = 0; i < m->n_ckpts && m->ckpts[i].number < m->received; i++)
-		last = m->ckpts[i].number;
+	base = repl_meta(x->core)->base;
 	mutex_unlock(x->lock);
-	return volume_commit(x->vols[io->volume], base, last, io->off, io->len, &written);
+	return volume_commit(x->vols[io->volume], base, io->off, io->len, &written);
 }
 
 static int merge(struct repl_exec *x, struct repl_io *io)

@@ -622,39 +622,19 @@ static int commit_run(struct volume *v, const struct view *w, uint64_t block, ui
 	return 0;
 }
 
-/* What may differ between the disk and the view: undo(base) .. undo(last), and active. */
-static int commit_span(struct volume *v, const struct view *w, uint64_t last, struct view *ret)
-{
-	struct view span = *w;
-
-	if (w->n && last) {
-		int i = chain_find(v, last);
-
-		if (i < 0)
-			return i;
-		if (v->chain + i < w->chain)
-			return -ERR_RANGE;
-		span.n = (uint32_t)(v->chain + i - w->chain) + 1;
-	}
-	*ret = span;
-	return 0;
-}
-
-static int commit_locked(struct volume *v, uint64_t base, uint64_t last, uint64_t off, uint64_t len, uint64_t *ret)
+static int commit_locked(struct volume *v, uint64_t base, uint64_t off, uint64_t len, uint64_t *ret)
 {
 	struct scratch *want = NULL, *have = NULL;
 	uint64_t block = off >> BLOCK_SHIFT, end, written = 0;
-	struct view w, span;
+	struct view w;
 	int rc;
 
 	if (off >= v->size)
 		return -ERR_RANGE;
 	end = units_of(off + min_u64(len, v->size - off), BLOCK_SHIFT);
 	rc = view_make(v, true, base, &w);
-	if (rc == 0)
-		rc = commit_span(v, &w, last, &span);
-	while (rc == 0 && (block = view_next_held(&span, block, end)) < end) {
-		uint64_t stop = view_next_free(&span, block, min_u64(end, block + PIECE_BLOCKS));
+	while (rc == 0 && (block = view_next_held(&w, block, end)) < end) {
+		uint64_t stop = view_next_free(&w, block, min_u64(end, block + PIECE_BLOCKS));
 
 		if (!want)
 			want = scratch_get(v);
@@ -670,13 +650,13 @@ static int commit_locked(struct volume *v, uint64_t base, uint64_t last, uint64_
 	return rc;
 }
 
-int volume_commit(struct volume *v, uint64_t base, uint64_t last, uint64_t off, uint64_t len, uint64_t *ret_written)
+int volume_commit(struct volume *v, uint64_t base, uint64_t off, uint64_t len, uint64_t *ret_written)
 {
 	int rc;
 
 	PRE(off % BLOCK_SIZE == 0);
 	volume_lock_shared(v);
-	rc = commit_locked(v, base, last, off, len, ret_written);
+	rc = commit_locked(v, base, off, len, ret_written);
 	volume_unlock(v);
 	return rc;
 }

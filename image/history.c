@@ -283,7 +283,9 @@ int volume_merge_into_older(struct volume *v, uint64_t ckpt)
 	if (rc == 0 && from) {
 		__atomic_store_n(&to->merged, false, __ATOMIC_RELEASE);
 		s = scratch_get(v);
-		rc = s ? merge(v, from, to, s) : -ERR_NOMEM;
+		rc = s ? layer_ascertain(v, to) : -ERR_NOMEM;
+		if (rc == 0)
+			rc = merge(v, from, to, s);
 		scratch_put(v, s);
 		if (rc == 0)
 			__atomic_store_n(&from->merged, true, __ATOMIC_RELEASE);

@@ -31,12 +31,14 @@
 #define META_NAME_MAX (STORAGE_PATH_MAX + 8)
 #define META_CREATED 1U /* flag: the file was made for this copy */
 
-enum copy_state { COPY_ABSENT, COPY_BAD, COPY_GOOD };
+/* UNREAD: there, but the system would not show it now. Unlike a bad one it may hold the last record saved. */
+enum copy_state { COPY_ABSENT, COPY_BAD, COPY_GOOD, COPY_UNREAD };
 
 struct copy {
 	char path[META_NAME_MAX];
 	enum copy_state state;
-	const char *matter; /* COPY_BAD: what is wrong with it */
+	const char *matter; /* COPY_BAD, COPY_UNREAD: what is wrong with it */
+	int error;	    /* COPY_UNREAD: -ERR_x */
 	uint64_t sequence;
 	uint32_t container, version, pass, flags, payload_len;
 	uint8_t *raw; /* header and payload; owned */
@@ -73,6 +75,14 @@ static int copy_bad(struct copy *c, const char *matter)
 	return 0;
 }
 
+static int copy_unread(struct copy *c, int error)
+{
+	c->state = COPY_UNREAD;
+	c->matter = err_short(error);
+	c->error = error;
+	return 0;
+}
+
 /* Fills c from the header; its state says whether that checks out. */
 static int copy_parse_header(struct copy *c, const uint8_t *h, const char kind[4])
 {
@@ -95,14 +105,16 @@ static int copy_parse_header(struct copy *c, const uint8_t *h, const char kind[4
 static int copy_read_disk(struct copy *c, struct disk *d, const char kind[4])
 {
 	uint8_t header[META_HEADER_SIZE];
-	uint64_t size;
+	uint64_t size = 0;
+	int rc = disk_get_size(d, &size);
 
-	if (disk_get_size(d, &size) < 0)
-		return copy_bad(c, "can't be read");
+	if (rc < 0)
+		return copy_unread(c, rc);
 	if (size < META_HEADER_SIZE)
 		return copy_bad(c, "too short");
-	if (disk_read(d, 0, header, sizeof(header)) < 0)
-		return copy_bad(c, "can't be read");
+	rc = disk_read(d, 0, header, sizeof(header));
+	if (rc < 0)
+		return copy_unread(c, rc);
 	copy_parse_header(c, header, kind);
 	/* What follows the header of a newer container is unknown: its version alone counts. */
 	if (c->state != COPY_GOOD || c->container > META_CONTAINER)
@@ -114,8 +126,9 @@ static int copy_read_disk(struct copy *c, struct disk *d, const char kind[4])
 	c->raw = malloc(META_HEADER_SIZE + c->payload_len);
 	if (!c->raw)
 		return -ERR_NOMEM;
-	if (disk_read(d, 0, c->raw, META_HEADER_SIZE + c->payload_len) < 0)
-		return copy_bad(c, "can't be read");
+	rc = disk_read(d, 0, c->raw, META_HEADER_SIZE + c->payload_len);
+	if (rc < 0)
+		return copy_unread(c, rc);
 	if (memcmp(c->raw, header, sizeof(header)) != 0 ||
 	    get_u32(header + 36) != crc32c(0, c->raw + META_HEADER_SIZE, c->payload_len))
 		return copy_bad(c, "the checksum of its content does not match");
@@ -136,7 +149,7 @@ static int copy_read(struct storage *s, struct copy *c, const char kind[4])
 	if (rc == -ERR_NOMEM || rc == -ERR_PERM)
 		return rc;
 	if (rc < 0)
-		return copy_bad(c, "can't be opened");
+		return copy_unread(c, rc);
 	rc = copy_read_disk(c, d, kind);
 	disk_close(d);
 	return rc;
@@ -243,6 +256,16 @@ static struct copy *pair_other(struct pair *p, const struct copy *c)
 	return c == &p->copies[0] ? &p->copies[1] : &p->copies[0];
 }
 
+/* A copy that can't be read, and so may be newer than any other; NULL if there is none. */
+static const struct copy *pair_unread(const struct pair *p)
+{
+	for (int i = 0; i < 2; i++) {
+		if (p->copies[i].state == COPY_UNREAD)
+			return &p->copies[i];
+	}
+	return NULL;
+}
+
 /* Makes `best` certain, so that the other copy may be overwritten. */
 static int secure(struct pair *p, const struct copy *best, const struct copy *other)
 {
@@ -308,6 +331,12 @@ static int save_pair(struct pair *p, uint8_t *raw, const char kind[4], uint32_t 
 	uint64_t sequence = best ? best->sequence + 1 : 1;
 	int rc;
 
+	/* The other one may be the next after best: above that too. Without best nothing is known. */
+	if (pair_unread(p)) {
+		if (!best)
+			return pair_unread(p)->error;
+		sequence++;
+	}
 	if (best && durable && (rc = secure(p, best, first)) < 0)
 		return rc;
 	header_encode(raw, kind, sequence, version, 1, flags_for(first), raw + META_HEADER_SIZE, len);
@@ -373,6 +402,16 @@ static void repair(struct pair *p, const struct copy *best)
 		(void)copy_over(p, best, other, true);
 }
 
+/* The other copy alone could be the last but one: taking it would roll the record back. */
+static int unread_refuse(const struct copy *c, const char *path, struct err *e)
+{
+	return err_set(
+	    e, -c->error,
+	    "load %s: %s can't be read (%s) and may be the newer of the two copies; look at the disk under the "
+	    "store; if it is lost for good, remove it, and the other copy is used",
+	    path, c->path, c->matter);
+}
+
 static int load_refuse(const struct pair *p, const char *path, struct err *e)
 {
 	const struct copy *a = &p->copies[0], *b = &p->copies[1];
@@ -396,7 +435,9 @@ int meta_load(struct storage *s, const char *path, const char kind[4], uint32_t 
 	if (rc < 0)
 		return err_set(e, -rc, "load %s: %s", path, err_short(rc));
 	best = pair_best(&p);
-	if (!best) {
+	if (pair_unread(&p)) {
+		rc = unread_refuse(pair_unread(&p), path, e);
+	} else if (!best) {
 		rc = load_refuse(&p, path, e);
 	} else if (!version_known(best, version_max)) {
 		rc = version_refuse(best, "load", path, version_max, e);

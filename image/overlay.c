@@ -29,6 +29,7 @@ struct overlay {
 	uint64_t blocks;
 	uint32_t zero_word; /* of a block of zeroes */
 	bool durable;
+	bool unsure; /* a put of words failed: blocks that are not held may have one all the same */
 	struct bitmap held;
 	void *held_memory;
 };
@@ -213,7 +214,7 @@ static int open_parts(struct overlay *o, struct storage *s, const char *path, st
 	int rc;
 
 	for (size_t i = 0; i < ARRAY_LEN(suffixes); i++) {
-		rc = open_file(s, path, suffixes[i], 0, files[i]);
+		rc = open_file(s, path, suffixes[i], STORAGE_FRESH, files[i]);
 		if (rc == -ERR_NOENT || rc == -ERR_NOTSUP)
 			return err_set(
 			    e, ERR_CORRUPT,
@@ -324,23 +325,24 @@ static int write_words(struct overlay *o, uint64_t block, uint32_t n, const uint
 	return 0;
 }
 
-/* Those of the run that are there lose their checksums before their data changes. */
+/* Those of the run that are there lose their checksums before their data changes. Those that are not lose a word that
+ * a failed overlay_put_map may have left: it would not fit what is written now. */
 static int mark_replaced(struct overlay *o, uint64_t block, uint32_t n)
 {
+	bool unsure = __atomic_load_n(&o->unsure, __ATOMIC_RELAXED), marked = false;
 	uint64_t at = block, end = block + n;
-	bool marked = false;
 
 	/* bitmap_any stops at the end of the run, bitmap_next_set would search on through the whole map. */
-	while (at < end && bitmap_any(&o->held, at, end - at)) {
-		uint64_t stop;
-		int rc;
+	while (at < end && (unsure || bitmap_any(&o->held, at, end - at))) {
+		bool held = bitmap_test(&o->held, at);
+		uint64_t stop = min_u64(held ? bitmap_next_clear(&o->held, at) : bitmap_next_set(&o->held, at), end);
+		int rc = held || unsure
+			     ? write_words(o, at, (uint32_t)(stop - at), NULL, held ? WORD_UNCHECKED : WORD_ABSENT)
+			     : 0;
 
-		at = bitmap_next_set(&o->held, at);
-		stop = min_u64(bitmap_next_clear(&o->held, at), end);
-		rc = write_words(o, at, (uint32_t)(stop - at), NULL, WORD_UNCHECKED);
 		if (rc < 0)
 			return rc;
-		marked = true;
+		marked = marked || held || unsure;
 		at = stop;
 	}
 	return marked && o->durable ? disk_sync(o->map) : 0;
@@ -390,7 +392,11 @@ int overlay_put_data(struct overlay *o, uint64_t block, uint32_t n, const void *
 
 int overlay_put_map(struct overlay *o, uint64_t block, uint32_t n, const uint32_t *words)
 {
-	return run_fits(o, block, n) ? write_words(o, block, n, words, WORD_ABSENT) : -ERR_RANGE;
+	int rc = run_fits(o, block, n) ? write_words(o, block, n, words, WORD_ABSENT) : -ERR_RANGE;
+
+	if (rc < 0)
+		__atomic_store_n(&o->unsure, true, __ATOMIC_RELAXED);
+	return rc;
 }
 
 void overlay_publish(struct overlay *o, uint64_t block, uint32_t n)

@@ -52,6 +52,9 @@ enum storage_open_flags {
 	STORAGE_EXCL = 1 << 1,	 /* with CREATE: -ERR_EXIST if it exists */
 	STORAGE_TRUNC = 1 << 2,
 	STORAGE_RDONLY = 1 << 3,
+	/* Reads show what the medium has or will get, not what a failed sync of an earlier process has left behind in
+	 * the system's cache: that looks written and never will be. As far as the system can. */
+	STORAGE_FRESH = 1 << 4,
 };
 
 struct storage_ops {

@@ -308,9 +308,14 @@ static int disk_open_at(int dir, const char *path, unsigned flags, bool devices,
 	if (fd < 0)
 		return err_from_errno(errno);
 	rc = disk_from_fd(fd, devices, ret);
-	if (rc < 0)
+	if (rc < 0) {
 		(void)close(fd);
-	return rc;
+		return rc;
+	}
+	/* Pages whose write-back has failed are clean to the kernel: they go with the clean ones. Dirty ones stay. */
+	if (flags & STORAGE_FRESH)
+		(void)posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED);
+	return 0;
 }
 
 int disk_posix_open(const char *path, unsigned flags, struct disk **ret)

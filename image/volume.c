@@ -86,6 +86,19 @@ int layer_new(const struct volume *v, struct overlay *o, enum layer_kind kind, u
 	return 0;
 }
 
+int layer_ascertain(struct volume *v, struct layer *l)
+{
+	int rc = 0;
+
+	if (!v->power || l->certain)
+		return 0;
+	rc = overlay_sync_data(l->o);
+	if (rc == 0)
+		rc = overlay_sync_map(l->o);
+	l->certain = rc == 0;
+	return rc;
+}
+
 void layer_ref(struct layer *l)
 {
 	unsigned before = __atomic_fetch_add(&l->refs, 1, __ATOMIC_RELAXED);
@@ -335,7 +348,7 @@ static int open_disk(struct volume *v, uint64_t size, struct err *e)
 	int rc;
 
 	volume_path(v->name, DISK_FILE, path);
-	rc = storage_open(v->storage, path, 0, &v->disk);
+	rc = storage_open(v->storage, path, STORAGE_FRESH, &v->disk);
 	if (rc == -ERR_NOENT)
 		return err_set(e, ERR_CORRUPT,
 			       "open volume %s: %s is missing; restore it from a backup, or delete the volume", v->name,
@@ -371,6 +384,12 @@ static int open_layers(struct volume *v, const struct volume_open_args *args, st
 		rc = open_layer(v, LAYER_KIND_UNDO, args->ckpts[i], args->size, &v->chain[i], e);
 		if (rc == 0)
 			v->n_chain = i + 1;
+	}
+	if (rc == 0 && v->n_chain) {
+		rc = layer_ascertain(v, v->chain[v->n_chain - 1]);
+		if (rc < 0)
+			return err_set(e, -rc, "open volume %s: syncing the overlay of checkpoint %" PRIu64 ": %s",
+				       v->name, v->chain[v->n_chain - 1]->id, err_short(rc));
 	}
 	if (rc == 0 && args->active_id)
 		rc = open_layer(v, LAYER_KIND_ACTIVE, args->active_id, args->size, &v->active, e);

@@ -134,10 +134,12 @@ int volume_changed(struct volume *v, uint64_t from, uint64_t to, bool active,
 		   void (*fn)(void *arg, uint64_t off, uint64_t len), void *arg);
 
 /* One step of a commit (SPEC 3): writes the view's content (active over image(base)) of up to `len` bytes at off
- * (block-aligned) to the disk through volume_write, for the blocks in undo(base) .. undo(last) or active only.
- * last 0: the live one; base 0: only active. Blocks that the disk has already are not written again, blocks of zeroes
- * are discarded. Sets *ret_written to the bytes written. The caller holds an exclusive claim over the range. */
-int volume_commit(struct volume *v, uint64_t base, uint64_t last, uint64_t off, uint64_t len, uint64_t *ret_written);
+ * (block-aligned) to the disk through volume_write, for the blocks in undo(base) .. live or active; base 0: only
+ * active. What an earlier step wrote is in live and is looked at again: a power cut can take back a block of active
+ * that nobody flushed, and the disk has to follow the view. Blocks that the disk has already are not written again,
+ * blocks of zeroes are discarded. Sets *ret_written to the bytes written. The caller holds an exclusive claim over the
+ * range. */
+int volume_commit(struct volume *v, uint64_t base, uint64_t off, uint64_t len, uint64_t *ret_written);
 
 /* Grow only; -ERR_RANGE to shrink; -ERR_BUSY between volume_prepare and its end. Overlays follow: what lies past the
  * old size reads as zeroes in every older image. */

@@ -53,6 +53,7 @@ struct layer {
 	uint64_t id; /* checkpoint number or active id */
 	unsigned refs;
 	bool merged;	    /* all its blocks are in the next older one */
+	bool certain;	    /* what it held when it was opened is durable; under merge_lock, or while opening */
 	struct layer *next; /* retired list */
 };
 
@@ -135,6 +136,10 @@ void layer_path(const struct volume *v, enum layer_kind kind, uint64_t id, char 
 int layer_new(const struct volume *v, struct overlay *o, enum layer_kind kind, uint64_t id, struct layer **ret);
 void layer_ref(struct layer *l);
 void layer_unref(struct layer *l); /* NULL is fine */
+/* A block that is found in an overlay counts as saved, durably: nothing saves it again before the disk changes. One
+ * whose process was killed between writing and syncing it is not durable yet, so before the first such use of an
+ * overlay it is synced. */
+int layer_ascertain(struct volume *v, struct layer *l);
 
 /* Index of checkpoint k in the chain, or -ERR_NOENT. chain_lock held. */
 int chain_find(const struct volume *v, uint64_t ckpt);

@@ -6,6 +6,19 @@
 
 #include "core/check.h"
 
+void *__real_malloc(size_t n);
+void *__real_calloc(size_t n, size_t size);
+void *__real_realloc(void *p, size_t n);
+void *__real_aligned_alloc(size_t alignment, size_t n);
+void *__wrap_malloc(size_t n);
+void *__wrap_calloc(size_t n, size_t size);
+void *__wrap_realloc(void *p, size_t n);
+void *__wrap_aligned_alloc(size_t alignment, size_t n);
+
+static unsigned watching;
+static uint64_t counted, fail_in;
+static bool failed;
+
 /* One seed after the other builds up and tears down megabytes: giving them back to the kernel each time costs more than
  * all the rest. */
 __attribute__((constructor)) static void keep_the_heap(void)
@@ -14,9 +27,62 @@ __attribute__((constructor)) static void keep_the_heap(void)
 	(void)mallopt(M_MMAP_THRESHOLD, 64 << 20);
 }
 
+static bool fails(void)
+{
+	if (!watching)
+		return false;
+	counted++;
+	if (!fail_in || --fail_in)
+		return false;
+	failed = true;
+	return true;
+}
+
+void *__wrap_malloc(size_t n)
+{
+	return fails() ? NULL : __real_malloc(n);
+}
+
+void *__wrap_calloc(size_t n, size_t size)
+{
+	return fails() ? NULL : __real_calloc(n, size);
+}
+
+void *__wrap_realloc(void *p, size_t n)
+{
+	return fails() ? NULL : __real_realloc(p, n);
+}
+
+void *__wrap_aligned_alloc(size_t alignment, size_t n)
+{
+	return fails() ? NULL : __real_aligned_alloc(alignment, n);
+}
+
+void simalloc_watch(bool on)
+{
+	PRE(on || watching);
+	watching += on ? 1U : -1U;
+}
+
+void simalloc_fail_nth(uint64_t nth)
+{
+	fail_in = nth;
+	failed = false;
+}
+
+uint64_t simalloc_counted(void)
+{
+	return counted;
+}
+
+bool simalloc_failed(void)
+{
+	return failed;
+}
+
 void *simalloc(size_t n)
 {
-	void *p = calloc(1, n);
+	void *p = __real_calloc(1, n);
 
 	PRE(p);
 	return p;
@@ -24,7 +90,7 @@ void *simalloc(size_t n)
 
 void *simrealloc(void *p, size_t n)
 {
-	p = realloc(p, n);
+	p = __real_realloc(p, n);
 	PRE(p);
 	return p;
 }

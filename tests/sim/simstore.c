@@ -107,7 +107,7 @@ struct simstore {
 	uint64_t space, pages, durable_pages;
 	uint64_t stop_in; /* changes until the crash point, 0: none */
 	enum simstore_stop stop_how;
-	bool stopped;
+	bool stopped, looking;
 	unsigned n_handles;
 	struct simstore_counters counters;
 	char fault[STORAGE_PATH_MAX + 64];
@@ -376,6 +376,18 @@ static void changes_keep(struct simstore *ss, struct node *f, enum simstore_keep
 		else
 			change_apply(&f->durable, &f->changes[i]);
 	}
+}
+
+/* What the cache has beyond them was lost by a failed sync: it goes. */
+static void node_evict(struct simstore *ss, struct node *n)
+{
+	(void)ss;
+	if (!n->lost)
+		return;
+	image_copy(&n->cache, &n->durable);
+	for (size_t i = 0; i < n->n_changes; i++)
+		change_apply(&n->cache, &n->changes[i]);
+	n->lost = false;
 }
 
 /* --- nodes and names
@@ -720,6 +732,8 @@ static struct verdict call_begin(struct simstore *ss, enum simstore_call call, u
 
 	if (ss->stopped)
 		return (struct verdict){-ERR_IO, SIMSTORE_NOT_DONE};
+	if (ss->looking)
+		return (struct verdict){0, SIMSTORE_DONE};
 	ss->counters.calls[call]++;
 	if (call < SIMSTORE_OPEN) {
 		ss->counters.changes++;
@@ -1058,6 +1072,8 @@ static int sim_open(struct storage *s, const char *path, unsigned flags, struct 
 	} else if (cuts && !at.node->folder) {
 		change_queue(at.node, CHANGE_SIZE, 0, 0, NULL);
 	}
+	if (flags & STORAGE_FRESH)
+		node_evict(ss, at.node);
 	return v.rc < 0 ? v.rc : file_open(ss, at.node, flags, ret);
 }
 
@@ -1340,17 +1356,6 @@ void simstore_restart(struct simstore *ss)
 	ss->counters.restarts++;
 }
 
-static void node_evict(struct simstore *ss, struct node *n)
-{
-	(void)ss;
-	if (!n->lost)
-		return;
-	image_copy(&n->cache, &n->durable);
-	for (size_t i = 0; i < n->n_changes; i++)
-		change_apply(&n->cache, &n->changes[i]);
-	n->lost = false;
-}
-
 void simstore_evict(struct simstore *ss)
 {
 	tree_walk(ss, ss->root, node_evict);
@@ -1358,6 +1363,11 @@ void simstore_evict(struct simstore *ss)
 
 /* --- looking
  * --------------------------------------------------------------------------------------------------------*/
+
+void simstore_look(struct simstore *ss, bool on)
+{
+	ss->looking = on;
+}
 
 const struct simstore_counters *simstore_counters(const struct simstore *ss)
 {

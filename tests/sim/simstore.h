@@ -10,7 +10,8 @@
  *   - A call fails: by chance, by the path, or the Nth ("fail point"). A failed write may have written a part.
  *   - A sync fails as Linux' does: what was not yet synced stays readable and is never written out, each handle that
  *     was open gets the error once (and, as storage_posix makes it, for ever after), and syncs through handles opened
- *     later succeed, in the same process or the next, though that data is gone (simstore_evict: from the cache too).
+ *     later succeed, in the same process or the next, though that data is gone (simstore_evict, STORAGE_FRESH: from
+ *     the cache too).
  *   - There is no room: writes that need new pages fail when `space` is used up.
  *   - Stored bytes rot (simstore_corrupt).
  *
@@ -103,6 +104,9 @@ void simstore_restart(struct simstore *ss);
 void simstore_evict(struct simstore *ss);
 
 /* --- looking, without counting and without faults --- */
+
+/* While on, calls are carried out without faults and not counted: for checks that read through the code under test. */
+void simstore_look(struct simstore *ss, bool on);
 
 struct simstore_counters {
 	uint64_t calls[SIMSTORE_CALLS], failed[SIMSTORE_CALLS]; /* failed by a rule or for room, included in calls */

@@ -322,13 +322,13 @@ static bool try_commit(struct faulty *x, long left)
 	int rc;
 
 	x->f.left = left;
-	rc = volume_commit(x->m.v, x->m.base, 0, 0, ODD_SIZE, &written);
+	rc = volume_commit(x->m.v, x->m.base, 0, ODD_SIZE, &written);
 	tripped = x->f.tripped;
 	fault_clear(&x->f);
 	cr_assert_eq(rc < 0, tripped);
 	cr_assert(rc == 0 || written == 77);
 	check_images(&x->m);
-	cr_assert_eq(volume_commit(x->m.v, x->m.base, 0, 0, ODD_SIZE, &written), 0);
+	cr_assert_eq(volume_commit(x->m.v, x->m.base, 0, ODD_SIZE, &written), 0);
 	model_view(&x->m, x->m.disk);
 	model_touch(&x->m, 0, ODD_SIZE);
 	return tripped;
