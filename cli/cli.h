@@ -152,6 +152,8 @@ int cmd_check(struct cli *c);
 int cmd_protect(struct cli *c);
 int cmd_start(struct cli *c);
 int cmd_stop(struct cli *c);
+int cmd_pause(struct cli *c);
+int cmd_resume(struct cli *c);
 int cmd_checkpoint(struct cli *c);
 int cmd_failover(struct cli *c);
 int cmd_error(struct cli *c);

@@ -113,6 +113,27 @@ int cmd_stop(struct cli *c)
 	return rc;
 }
 
+int cmd_pause(struct cli *c)
+{
+	json_t *r;
+	int rc = cli_call_print(c, "pause", cli_name_args(c->args[0]), true, &r);
+	if (r)
+		cli_note(c, "%s: paused; what changes is tracked here until repctl resume %s", c->args[0], c->args[0]);
+	json_decref(r);
+	return rc;
+}
+
+int cmd_resume(struct cli *c)
+{
+	json_t *r;
+	int rc = cli_call_print(c, "resume", cli_name_args(c->args[0]), true, &r);
+	if (r)
+		cli_note(c, "%s: resumed; repctl wait %s --for=in-sync waits until the peer has it all", c->args[0],
+			 c->args[0]);
+	json_decref(r);
+	return rc;
+}
+
 int cmd_discard(struct cli *c)
 {
 	json_t *r;

@@ -41,6 +41,20 @@ void lineage_in_sync(struct lineage *l)
 	l->bitmap = 0;
 }
 
+void lineage_followed(struct lineage *l, uint64_t g)
+{
+	if (l->current == g) {
+		lineage_in_sync(l);
+		return;
+	}
+	for (unsigned i = 0; i < GENERATIONS_MAX && l->bitmap != 0; i++)
+		if (l->history[i] == g) { /* begun since: it took the place of the bitmap generation, which is past */
+			l->history[i] = l->bitmap;
+			l->bitmap = g;
+			return;
+		}
+}
+
 void lineage_adopt(struct lineage *l, const struct lineage *source)
 {
 	*l = *source;

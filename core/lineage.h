@@ -25,6 +25,9 @@ void lineage_begin(struct lineage *l, uint64_t g);
 void lineage_part(struct lineage *l, uint64_t g);
 /* The peer is in sync: bitmap moves to the history. */
 void lineage_in_sync(struct lineage *l);
+/* The peer holds all of generation g, the current one now or at an earlier moment: that is what the dirty regions are
+ * counted from. */
+void lineage_followed(struct lineage *l, uint64_t g);
 /* What a target adopts from its source. */
 void lineage_adopt(struct lineage *l, const struct lineage *source);
 bool lineage_has(const struct lineage *l, uint64_t g); /* in the history, g != 0 */

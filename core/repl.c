@@ -228,9 +228,9 @@ static bool tx_prepare(struct repl *r, struct tx *t, struct repl_meta *m)
 	m->ckpt_max = max_u64(m->ckpt_max, r->ckpt_used);
 	switch (t->kind) {
 	case TX_BUMP:
-		/* A session that began meanwhile took what waits here into its resync; a host that stepped down
-		 * meanwhile writes no more. */
-		if (m->alone || primary_live(r) || repl_serving(m, false) == SERVING_EIO)
+		/* A resync that began meanwhile takes what waits here along; a host that stepped down meanwhile writes
+		 * no more. */
+		if (m->alone || primary_forwarding(r) || repl_serving(m, false) == SERVING_EIO)
 			return false;
 		begin_generation(r, m);
 		return true;
@@ -249,6 +249,8 @@ static bool tx_prepare(struct repl *r, struct tx *t, struct repl_meta *m)
 			begin_generation(r, m);
 		m->alone = false;
 		m->has_peer = true;
+		if (r->protect || r->start)
+			m->paused = false;
 		if (r->protect) {
 			(void)snprintf(m->peer, sizeof(m->peer), "%s", r->dial_addr);
 			memset(m->peer_store, 0, sizeof(m->peer_store));
@@ -258,7 +260,17 @@ static bool tx_prepare(struct repl *r, struct tx *t, struct repl_meta *m)
 	case TX_IN_SYNC:
 		if (t->session != r->session)
 			return false;
-		lineage_in_sync(&m->lineage);
+		lineage_followed(&m->lineage, t->number);
+		return true;
+	case TX_PAUSE:
+		if (m->role != ROLE_PRIMARY || m->state != STATE_RUNNING)
+			return false;
+		m->paused = t->arg != 0;
+		return true;
+	case TX_CATCH_UP: /* as a completed handshake: the next write alone begins a generation again [BUMPAGAIN] */
+		if (t->session != r->session || !primary_live(r) || !r->behind || m->paused)
+			return false;
+		m->alone = false;
 		return true;
 	case TX_SHUT_OUT:
 		/* It has written alone since its JOIN: the next handshake will find a split brain. */
@@ -315,7 +327,10 @@ void repl_tx_run(struct repl *r)
 		r->tx_count--;
 		*r->next = *r->meta;
 		r->tx.active_id = r->meta->active_id;
-		if (!tx_prepare(r, &r->tx, r->next)) {
+		bool applies = tx_prepare(r, &r->tx, r->next);
+		if (r->next->role != ROLE_PRIMARY)
+			r->next->paused = false;
+		if (!applies) {
 			struct tx t = r->tx;
 			int error = t.kind == TX_BUMP || t.kind == TX_SPLIT ? 0 : -ERR_CANCELED;
 			if (t.kind == TX_BUMP && repl_serving(r->meta, false) == SERVING_EIO)
@@ -351,6 +366,8 @@ static void tx_done(struct repl *r, struct tx *t, int error)
 	case TX_IN_SYNC:
 	case TX_CKPT:
 	case TX_STOPPED:
+	case TX_PAUSE:
+	case TX_CATCH_UP:
 		primary_tx_done(r, t, error);
 		break;
 	case TX_SETTINGS:
@@ -451,7 +468,7 @@ static bool is_flush(const struct repl_io *io)
 bool repl_frozen(const struct repl *r)
 {
 	return r->meta->settings.on_disconnect == ON_DISCONNECT_FREEZE && r->meta->role == ROLE_PRIMARY &&
-	       r->meta->state == STATE_RUNNING && r->link != LINK_SYNCED && r->link != LINK_RESYNC;
+	       r->meta->state == STATE_RUNNING && !primary_live(r);
 }
 
 static bool gate_open(const struct repl *r, const struct repl_io *io)
@@ -465,7 +482,7 @@ static bool gate_open(const struct repl *r, const struct repl_io *io)
 	if (!is_flush(io) && r->throttled && r->admit < 2)
 		return false;
 	/* The queue to the peer is full: new writes wait (on_congestion=block). */
-	if (!is_flush(io) && primary_live(r) && r->queue_bytes >= r->meta->settings.queue_max_bytes)
+	if (!is_flush(io) && primary_forwarding(r) && r->queue_bytes >= r->meta->settings.queue_max_bytes)
 		return false;
 	return true;
 }
@@ -506,6 +523,7 @@ static void io_start(struct repl *r, struct repl_io *io)
 
 void repl_gate_run(struct repl *r)
 {
+	primary_congestion(r);
 	/* One pass: what is gated behind a full queue waits in order. */
 	while (r->gated.head && gate_open(r, r->gated.head))
 		io_start(r, list_pop(&r->gated));
@@ -514,6 +532,7 @@ void repl_gate_run(struct repl *r)
 static void ev_io(struct repl *r, struct repl_io *io)
 {
 	PRE(io->len > 0 || is_flush(io));
+	primary_congestion(r);
 	if (r->gated.head || !gate_open(r, io)) {
 		if (r->shutdown) {
 			repl_complete(r, io, -ERR_IO);
@@ -631,7 +650,7 @@ static void io_granted(struct repl *r, struct repl_io *io)
 			io_local(r, io);
 		return;
 	}
-	if (!primary_live(r) && !r->meta->alone) {
+	if (!primary_forwarding(r) && !r->meta->alone) {
 		want_bump(r, io, PHASE_BUMP);
 		return;
 	}
@@ -905,6 +924,7 @@ void repl_step(struct repl *r, const struct repl_event *ev)
 			r->counters.sent_bytes += ev->bytes;
 			r->queue_bytes -= min_u64(r->queue_bytes, ev->bytes);
 			primary_resync_pump(r);
+			primary_catch_up(r);
 			repl_gate_run(r);
 		}
 		break;
@@ -995,8 +1015,9 @@ static void cmd_stop(struct repl *r, struct repl_command *c)
 		t->command = c;
 	} else if (r->link != LINK_SYNCED) {
 		repl_command_done(r, c, -ERR_STATE, "the link is %s, not SYNCED; %s", link_state_name(r->link),
-				  is_primary(r) ? "`wait --for=in-sync` first"
-						: "use `failover` if the primary is lost");
+				  !is_primary(r) ? "use `failover` if the primary is lost"
+				  : m->paused	 ? "it is paused: `resume` it, then `wait --for=in-sync`"
+						 : "`wait --for=in-sync` first");
 	} else if (is_primary(r)) {
 		r->stop = c;
 		c->phase = 0;
@@ -1017,8 +1038,9 @@ static void cmd_checkpoint(struct repl *r, struct repl_command *c)
 	else if (r->link == LINK_DOWN || r->link == LINK_HANDSHAKE)
 		repl_command_done(r, c, -ERR_PEER, "%s is not connected; a checkpoint needs it in sync", peer_text(r));
 	else if (r->link != LINK_SYNCED)
-		repl_command_done(r, c, -ERR_STATE, "the link is %s, not SYNCED; `wait --for=in-sync` first",
-				  link_state_name(r->link));
+		repl_command_done(r, c, -ERR_STATE, "the link is %s, not SYNCED; %s", link_state_name(r->link),
+				  m->paused ? "it is paused: `resume` it, then `wait --for=in-sync`"
+					    : "`wait --for=in-sync` first");
 	else if (r->stopping)
 		repl_command_done(r, c, -ERR_STATE, "it is being stopped");
 	else if (is_primary(r))
@@ -1028,6 +1050,31 @@ static void cmd_checkpoint(struct repl *r, struct repl_command *c)
 	else {
 		r->want_ckpt = c;
 		session_send(r, WIRE_CHECKPOINT_WANT, 0, c->flags | WIRE_CKPT_COMMAND, 0, 0, NULL, 0);
+	}
+}
+
+static void cmd_pause(struct repl *r, struct repl_command *c)
+{
+	const struct repl_meta *m = r->meta;
+	bool pause = c->cmd == CMD_PAUSE;
+	if (m->role == ROLE_SECONDARY)
+		repl_command_done(r, c, -ERR_STATE, "this host is secondary for it; run it on the primary");
+	else if (m->role != ROLE_PRIMARY || m->state != STATE_RUNNING)
+		repl_command_done(r, c, -ERR_STATE, "it does not run (%s, %s)", role_name(m->role),
+				  state_name(m->state));
+	else if (m->split_brain)
+		repl_command_done(r, c, -ERR_SPLIT,
+				  "split brain: both hosts wrote alone; see `diverged`, then `resolve`");
+	else if (r->stopping || repl_tx_pending(r, TX_STOPPED))
+		repl_command_done(r, c, -ERR_BUSY, "it is being stopped");
+	else if (repl_tx_pending(r, TX_PAUSE))
+		repl_command_done(r, c, -ERR_BUSY, "another pause or resume is under way");
+	else if (m->paused == pause)
+		repl_command_done(r, c, 0, " ");
+	else {
+		struct tx *t = repl_tx(r, TX_PAUSE);
+		t->command = c;
+		t->arg = pause;
 	}
 }
 
@@ -1110,6 +1157,10 @@ static void command(struct repl *r, struct repl_command *c)
 		break;
 	case CMD_DROP:
 		cmd_drop(r, c);
+		break;
+	case CMD_PAUSE:
+	case CMD_RESUME:
+		cmd_pause(r, c);
 		break;
 	}
 }
@@ -1211,7 +1262,7 @@ bool repl_holding(const struct repl *r)
 
 bool repl_forwarding(const struct repl *r)
 {
-	return primary_live(r);
+	return primary_forwarding(r);
 }
 
 void repl_check(const struct repl *r)
@@ -1222,6 +1273,8 @@ void repl_check(const struct repl *r)
 	INVARIANT(r->applied <= r->received && r->flushed <= r->applied && r->received <= r->seq);
 	INVARIANT(r->in_flushed <= r->in_applied && r->in_applied <= r->in_seq);
 	INVARIANT(!(r->is_source && r->is_target));
+	INVARIANT(!primary_forwarding(r) || !r->meta->alone);
+	INVARIANT(!r->behind || r->link != LINK_SYNCED);
 	INVARIANT(r->link == LINK_DOWN || r->session != 0);
 	for (uint32_t i = 0; i < r->meta->n_volumes; i++) {
 		const struct repl_volume_state *v = &r->vol[i];
@@ -1247,11 +1300,19 @@ static void reason(struct repl_status *s, const char *fmt, ...)
 	s->degraded = true;
 }
 
+/* What may be said of the link: nothing is known of a peer that has been silent for peer_timeout (the next tick ends
+ * the session), or whose session this host is closing. */
+static enum link_state repl_link(const struct repl *r, uint64_t now_ns)
+{
+	bool silent = now_ns - min_u64(now_ns, r->heard_ns) > r->meta->settings.peer_timeout_ms * UINT64_C(1000000);
+	return r->closing || silent ? LINK_DOWN : r->link;
+}
+
 void repl_status(const struct repl *r, uint64_t now_ns, struct repl_status *s)
 {
 	const struct repl_meta *m = r->meta;
 	memset(s, 0, sizeof(*s));
-	s->link = r->link;
+	s->link = repl_link(r, now_ns);
 	for (uint32_t i = 0; i < m->n_volumes; i++) {
 		uint64_t bytes = r->vol[i].dirty.count << REGION_SHIFT;
 		s->dirty_bytes += min_u64(bytes, m->volumes[i].size);
@@ -1279,7 +1340,7 @@ void repl_status(const struct repl *r, uint64_t now_ns, struct repl_status *s)
 			any = any || r->vol[i].dirty.count != 0;
 		s->rpo_known = true;
 		/* In sync, what was sent and not received would be lost with this host; else all that is dirty. */
-		bool behind = r->link == LINK_SYNCED ? r->received < r->seq : any;
+		bool behind = s->link == LINK_SYNCED ? r->received < r->seq : any;
 		s->rpo_ns = behind ? now_ns - min_u64(now_ns, r->received_ns) : 0;
 	}
 	s->checkpoint = m->last_stream;
@@ -1289,8 +1350,11 @@ void repl_status(const struct repl *r, uint64_t now_ns, struct repl_status *s)
 	s->counters = r->counters;
 	if (m->split_brain)
 		reason(s, "split brain: both hosts wrote alone; replication is halted");
-	if (m->role == ROLE_PRIMARY && m->state == STATE_RUNNING && r->link != LINK_SYNCED && !m->split_brain)
-		reason(s, "%s is not in sync: the link is %s", peer_text(r), link_state_name(r->link));
+	if (m->role == ROLE_PRIMARY && m->state == STATE_RUNNING && s->link != LINK_SYNCED && !m->split_brain)
+		reason(s, "%s is not in sync: the link is %s%s", peer_text(r), link_state_name(s->link),
+		       m->paused      ? "; replication is paused until `resume`"
+		       : r->congested ? "; the queue was full (on_congestion=ahead)"
+				      : "");
 	if (m->role == ROLE_PRIMARY && m->state == STATE_DONE)
 		reason(s, "replication is stopped");
 	if (m->broken)
@@ -1304,5 +1368,5 @@ void repl_status(const struct repl *r, uint64_t now_ns, struct repl_status *s)
 	if (r->error.code)
 		reason(s, "%s", r->error.text);
 	if (m->role == ROLE_PRIMARY && m->state == STATE_DONE)
-		s->degraded = r->error.code != 0 || m->split_brain || r->link != LINK_SYNCED;
+		s->degraded = r->error.code != 0 || m->split_brain || s->link != LINK_SYNCED;
 }

@@ -43,6 +43,7 @@ enum repl_kind {
 	REPL_FLUSH,
 	/* of the peer's stream only */
 	REPL_CHECKPOINT,
+	REPL_RESYNC_BEGIN,
 	REPL_RESYNC_DONE,
 	/* the core's own; see enum repl_target for what the shell does */
 	REPL_RESYNC_SCAN, /* find the extent at off: shell sets hole, ext_len (<= len) */
@@ -61,7 +62,7 @@ enum repl_target {
 	/* Set intent bits [mark_first, mark_first + mark_units), durably. Those that are asked for while a sync of the
 	 * map runs may share the next one. */
 	TARGET_INTENT,
-	TARGET_CKPT, /* FLUSH before a checkpoint: volume_sync of all in `power`, nothing in `process` */
+	TARGET_CKPT, /* CHECKPOINT, RESYNC_BEGIN: volume_sync of all in `power`, nothing in `process` */
 	TARGET_OWN,  /* the kinds that are the core's own */
 };
 
@@ -74,7 +75,7 @@ struct repl_io {
 	bool resync;		 /* of the peer's stream: RESYNC_WRITE, RESYNC_ZERO */
 	bool internal;		 /* the core's own object */
 	uint64_t seq;		 /* of the peer's stream: the frame's. Of a primary: the core's, when it was sent */
-	uint64_t arg;		 /* CHECKPOINT: number. MERGE: number */
+	uint64_t arg;		 /* CHECKPOINT, MERGE: number. RESYNC_BEGIN: the source's generation */
 	uint32_t flags;		 /* CHECKPOINT: enum wire_ckpt_flags */
 	struct lineage lineage;	 /* RESYNC_DONE: the source's. */
 	enum repl_target target; /* with ACT_SUBMIT */
@@ -114,6 +115,8 @@ enum repl_cmd {
 	CMD_DISCARD,
 	CMD_SETTINGS, /* settings: the new ones */
 	CMD_DROP,     /* number: a checkpoint */
+	CMD_PAUSE,    /* stop forwarding, go on with dirty tracking; durable */
+	CMD_RESUME,   /* answered when resync may begin; in sync is what `wait` waits for */
 };
 #define FAILOVER_DEFAULT 0
 #define FAILOVER_LATEST UINT64_MAX
@@ -258,13 +261,12 @@ void repl_check(const struct repl *r); /* every invariant that can be seen from 
 const struct repl_meta *repl_meta(const struct repl *r);
 struct repl_volume_state *repl_volume_state(struct repl *r, uint32_t volume);
 bool repl_holding(const struct repl *r);
-bool repl_forwarding(const struct repl *r); /* a primary with a live session: payload will be sent */
+bool repl_forwarding(const struct repl *r); /* a primary on a live session, not behind: payload will be sent */
 /* Builds the JOIN of this host into *j. */
 void repl_join(const struct repl *r, struct wire_join *j);
 
 struct repl_status {
 	enum link_state link;
-	bool paused;
 	uint64_t dirty_bytes, queue_bytes;
 	bool resync;
 	uint64_t resync_done, resync_total, resync_rate; /* bytes, bytes a second */

@@ -32,6 +32,7 @@
 #define REDIAL_MIN_NS UINT64_C(50000000)
 #define REDIAL_MAX_NS UINT64_C(2000000000)
 #define REFUSED_REDIAL_NS UINT64_C(2000000000)
+#define CATCH_UP_RETRY_NS UINT64_C(1000000000)
 /* Of what a peer may name: room above it for this host's own, so that no number outgrows the wire's limit. */
 #define CKPT_PEER_MAX (WIRE_CKPT_NUMBER_MAX / 2)
 
@@ -66,7 +67,9 @@ enum tx_kind {
 	TX_SECONDARY, /* a standalone group becomes a fresh recovery copy (or, arg 1, an adopted one) */
 	TX_RESTART,   /* a stopped secondary: DONE → NONE */
 	TX_ACTIVATE,  /* source: the session begins; role primary, RUNNING */
-	TX_IN_SYNC,   /* source: the target adopted */
+	TX_IN_SYNC,   /* source: the target adopted generation `number` */
+	TX_PAUSE,     /* primary: arg 1 paused, 0 resumed */
+	TX_CATCH_UP,  /* primary that was behind: it is alone no longer */
 	TX_SHUT_OUT,  /* a primary steps down: its peer failed over */
 	TX_SPLIT,     /* both wrote alone */
 	TX_KEEP,      /* target: local checkpoint, inconsistent, sync_from */
@@ -158,7 +161,7 @@ struct repl {
 	/* clear cycle */
 	struct repl_io cycle_io;
 	bool cycle_on, cycle_local;
-	bool cycle_io_busy;
+	bool cycle_io_busy, cycle_again; /* again: the local flush under way began too early for this cycle */
 	uint64_t cycle_seq, cycle_session, cycle_started_ns, cycle_next_ns;
 	/* What the peer is known to have received: all sent up to `sample_seq`, as it was at sample_ns. */
 	uint64_t sample_seq, sample_ns, received_ns;
@@ -169,13 +172,18 @@ struct repl {
 	struct repl_io rs[RESYNC_READS_MAX];
 	bool rs_busy[RESYNC_READS_MAX];
 	bool rs_ready, rs_done_sent, union_busy, union_started, dirty_ended;
+	bool rs_whole;	 /* the peer is no unfinished target: with nothing dirty RESYNC_DONE may come alone */
+	uint64_t rs_run; /* of this resync; what was read for another one is not sent */
+	uint64_t rs_begin_seq, rs_done_seq, rs_done_generation, rs_adopted_seq;
 	struct repl_io union_io;
+	/* behind: the session stands, nothing of guests' is forwarded (the top of repl_primary.c) */
+	bool behind, congested;
+	uint64_t catch_up_ns; /* not before: a save failed */
 	uint32_t rs_vol;
 	uint64_t rs_off;
 	uint32_t rs_data_vol;
 	uint64_t rs_data_off, rs_data_end;
-	uint64_t rs_total, rs_done, rs_sent_bytes, rs_acked_bytes, rs_started_ns, rs_allow_ns;
-	uint64_t rs_mark_seq, rs_mark_bytes; /* window accounting */
+	uint64_t rs_total, rs_started_ns, rs_allow_ns;
 
 	/* secondary */
 	uint64_t in_seq;     /* last received */
@@ -185,7 +193,13 @@ struct repl {
 	uint64_t acked_ns;
 	struct repl_io *barrier;
 	bool apply_stopped;
-	bool keeping;	    /* RESYNC_BEGIN came; nothing of the stream is applied before TX_KEEP is durable */
+	enum {
+		STREAM_CLOSED, /* the primary does not forward: RESYNC_BEGIN comes first */
+		STREAM_RESYNC, /* RESYNC_BEGIN has come */
+		STREAM_OPEN,   /* RESYNC_DONE has come */
+	} in_phase;
+	bool in_whole; /* nothing of an unfinished sync is in this copy or on its way: RESYNC_DONE may come alone */
+	uint64_t in_done_seq;
 	bool barrier_waits; /* a checkpoint waits for the view's writes under way */
 	bool ckpt_owed;	    /* the one that ends a resync is still to come */
 	struct repl_command *want_ckpt;
@@ -257,7 +271,10 @@ void session_send(struct repl *r, unsigned type, uint64_t seq, uint64_t offset, 
 void session_protocol_error(struct repl *r, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
 
 /* repl_primary.c */
-bool primary_live(const struct repl *r); /* this host forwards: a session as source stands */
+bool primary_live(const struct repl *r);       /* a session as source stands */
+bool primary_forwarding(const struct repl *r); /* and it is not behind */
+void primary_congestion(struct repl *r);
+void primary_catch_up(struct repl *r);
 void primary_local_done(struct repl *r, struct repl_io *io);
 void primary_flush_start(struct repl *r, struct repl_io *io);
 void primary_flush_done(struct repl *r, struct repl_io *io);
@@ -285,7 +302,7 @@ void secondary_ack(struct repl *r, bool now);
 void secondary_tick(struct repl *r);
 void secondary_tx_done(struct repl *r, struct tx *tx, int error);
 void secondary_internal_done(struct repl *r, struct repl_io *io, int error);
-void secondary_begin(struct repl *r, const struct wire_frame *f);
+void secondary_behind(struct repl *r, const struct wire_frame *f);
 void secondary_failover(struct repl *r, struct repl_command *c);
 void secondary_failover_go(struct repl *r);
 void secondary_commit_start(struct repl *r);

@@ -25,8 +25,11 @@
 	X(split_brain, 4)                                                                                              \
 	X(shut_out, 5)                                                                                                 \
 	X(broken, 6)                                                                                                   \
-	X(own_dirty, 7)
-#define META_FLAGS_ALL 0xffU
+	X(own_dirty, 7)                                                                                                \
+	X(paused, 12)
+#define META_FLAG_BIT(field, bit) | UINT32_C(1) << (bit)
+#define META_FLAGS_ALL (0 META_FLAGS(META_FLAG_BIT))
+#define META_FLAGS_VERSION_1 0xffU
 
 /* ---- names ---- */
 
@@ -380,7 +383,7 @@ static void parse_head(struct field_reader *f, struct repl_meta *m, uint32_t ver
 	m->state = rbuf_u8(&f->r);
 	field_end(f, "state");
 	uint32_t flags = rbuf_u32(&f->r);
-	if ((flags & ~META_FLAGS_ALL) != 0)
+	if ((flags & ~(version == 1 ? META_FLAGS_VERSION_1 : META_FLAGS_ALL)) != 0)
 		f->r.failed = true;
 	flags_unpack(m, flags);
 	field_end(f, "flags");

@@ -22,6 +22,11 @@ bool primary_live(const struct repl *r)
 	return r->is_source && !r->closing && (r->link == LINK_RESYNC || r->link == LINK_SYNCED);
 }
 
+bool primary_forwarding(const struct repl *r)
+{
+	return primary_live(r) && !r->behind;
+}
+
 static void send_io(struct repl *r, struct repl_io *io, unsigned type)
 {
 	struct repl_action a = {.type = ACT_SEND, .io = io};
@@ -55,12 +60,14 @@ static bool all_in_todo(const struct repl_volume_state *v, const struct repl_io 
 	return clear == BITMAP_NONE || clear > last;
 }
 
-/* Does what this io waits for from the peer stand? */
+/* Does the peer's word that this io's completion asks for stand? Only a SYNCED link makes anything wait. */
 static bool acknowledged(const struct repl *r, const struct repl_io *io)
 {
-	if (io->kind == REPL_FLUSH)
-		return (r->meta->settings.protocol == PROTOCOL_B ? r->received : r->flushed) >= io->seq;
-	return (r->meta->settings.protocol == PROTOCOL_B ? r->received : r->applied) >= io->seq;
+	uint64_t p = r->meta->settings.protocol;
+	bool flush = io->kind == REPL_FLUSH;
+	if (r->link != LINK_SYNCED || p == PROTOCOL_A || (p == PROTOCOL_F && !flush))
+		return true;
+	return (p == PROTOCOL_B ? r->received : flush ? r->flushed : r->applied) >= io->seq;
 }
 
 static void wait_ack(struct repl *r, struct repl_io *io)
@@ -92,7 +99,7 @@ void primary_local_done(struct repl *r, struct repl_io *io)
 		repl_complete(r, io, error);
 		return;
 	}
-	if (!primary_live(r)) {
+	if (!primary_forwarding(r)) {
 		repl_release_claim(r, io);
 		repl_alone(r, io);
 		return;
@@ -105,27 +112,20 @@ void primary_local_done(struct repl *r, struct repl_io *io)
 	}
 	send_io(r, io, io->kind == REPL_WRITE ? WIRE_WRITE : io->kind == REPL_ZERO ? WIRE_ZERO : WIRE_DISCARD);
 	repl_release_claim(r, io);
-	uint64_t p = r->meta->settings.protocol;
-	if (r->link == LINK_SYNCED && (p == PROTOCOL_B || p == PROTOCOL_C))
-		wait_ack(r, io);
-	else
-		repl_complete(r, io, 0);
+	wait_ack(r, io);
 }
 
 void primary_flush_start(struct repl *r, struct repl_io *io)
 {
 	io->phase = PHASE_IO;
-	io->barrier_sent = false;
 	if (repl_serving(r->meta, false) == SERVING_VIEW) {
 		repl_submit(r, io, TARGET_ACTIVE);
 		return;
 	}
-	if (primary_live(r)) {
+	io->session = 0;
+	if (primary_forwarding(r)) {
 		io->seq = send_barrier(r);
 		io->session = r->session;
-		io->barrier_sent = r->link == LINK_SYNCED;
-	} else {
-		io->session = 0;
 	}
 	repl_submit(r, io, TARGET_DISK);
 }
@@ -141,20 +141,15 @@ void primary_flush_done(struct repl *r, struct repl_io *io)
 		repl_complete(r, io, 0);
 		return;
 	}
-	bool session = io->session != 0 && io->session == r->session && primary_live(r);
-	if (!session && primary_live(r)) {
-		/* A session began while the local flush ran: what it covers is in that resync. */
-		repl_complete(r, io, 0);
-		return;
-	}
-	if (!session) {
+	if (!primary_forwarding(r))
 		repl_alone(r, io);
-		return;
-	}
-	if (io->barrier_sent && r->meta->settings.protocol != PROTOCOL_A)
-		wait_ack(r, io);
-	else
+	else if (io->session != r->session)
+		/* A resync began while the local flush ran: what it covers is in that, and SYNCED means that it ended.
+		 */
 		repl_complete(r, io, 0);
+	else
+		/* By the link as it is now: one begun in RESYNC that completes in SYNCED holds what SYNCED promises. */
+		wait_ack(r, io);
 }
 
 /* ---- what the peer says ---- */
@@ -200,7 +195,8 @@ static void on_ack(struct repl *r, const struct repl_event *ev)
 	r->applied = a.applied;
 	r->flushed = a.flushed;
 	r->progress_ns = r->now_ns;
-	sample_received(r);
+	if (r->link == LINK_SYNCED)
+		sample_received(r);
 	scan_acks(r);
 	cycle_check(r);
 	primary_resync_pump(r);
@@ -261,20 +257,25 @@ static void on_checkpoint_ack(struct repl *r, const struct wire_frame *f)
 	}
 }
 
-static void on_resync_ack(struct repl *r)
+static void on_resync_ack(struct repl *r, const struct wire_frame *f)
 {
-	if (r->link != LINK_RESYNC || !r->rs_done_sent) {
+	if (f->seq <= r->rs_adopted_seq || f->seq > r->rs_done_seq) {
 		session_protocol_error(r, "RESYNC_ACK out of order");
 		return;
 	}
-	r->link = LINK_SYNCED;
+	r->rs_adopted_seq = f->seq;
 	r->progress_ns = r->now_ns;
+	if (f->seq != r->rs_done_seq) /* another end was sent since: its answer follows */
+		return;
+	repl_tx(r, TX_IN_SYNC)->number = r->rs_done_generation;
+	if (r->behind || !r->rs_done_sent) /* it fell behind meanwhile */
+		return;
+	r->link = LINK_SYNCED;
 	r->error.code = 0;
 	/* The peer has it all durable: clear as soon as this host has. */
 	r->cycle_next_ns = r->now_ns;
-	if (!r->cycle_on && !r->cycle_io_busy)
-		(void)cycle_start(r);
-	repl_tx(r, TX_IN_SYNC);
+	(void)cycle_start(r);
+	sample_received(r);
 	repl_log(r, 2, "in sync");
 	/* The checkpoint that ends a resync: the secondary's view stands on it. */
 	primary_checkpoint(r, NULL, 0);
@@ -316,12 +317,12 @@ void primary_frame(struct repl *r, const struct repl_event *ev)
 			break;
 		}
 		r->ckpt_used = max_u64(r->ckpt_used, f->offset); /* [NUMMAX] */
-		r->rs_ready = true;
+		r->rs_ready = r->rs_ready || f->seq == r->rs_begin_seq;
 		r->progress_ns = r->now_ns;
 		primary_resync_pump(r);
 		break;
 	case WIRE_RESYNC_ACK:
-		on_resync_ack(r);
+		on_resync_ack(r, f);
 		break;
 	case WIRE_IO_ERROR:
 		on_io_error(r, ev);
@@ -356,12 +357,8 @@ void primary_settings_changed(struct repl *r)
 	settings_encode(&r->meta->settings, &w);
 	INVARIANT(!w.failed);
 	session_send(r, WIRE_SETTINGS, ++r->setting_token, 0, 0, 0, w.data, (uint32_t)w.len);
-	scan_acks(r); /* a weaker protocol may release what waits */
-	if (r->meta->settings.protocol == PROTOCOL_A) {
-		struct repl_io *io;
-		while ((io = list_pop(&r->acks)) != NULL)
-			repl_complete(r, io, 0);
-	}
+	scan_acks(r);		    /* a weaker protocol may release what waits */
+	r->rs_allow_ns = r->now_ns; /* at the old rate the next step may be far away */
 }
 
 /* ---- checkpoints, stop ---- */
@@ -392,7 +389,7 @@ void primary_stop_check(struct repl *r)
 {
 	if (!r->stopping || r->writes_in_flight || r->link != LINK_SYNCED || !r->is_source)
 		return;
-	if (r->stop_number || r->cycle_on || r->cycle_io_busy)
+	if (r->stop_number || r->cycle_on)
 		return;
 	/* One clear cycle over all that was written: what is clean now costs nothing at the next start. */
 	if (!r->stop_cleared) {
@@ -404,10 +401,19 @@ void primary_stop_check(struct repl *r)
 	send_checkpoint(r, r->stop_number, WIRE_CKPT_COMMAND | WIRE_CKPT_STOP);
 }
 
+static void pause_saved(struct repl *r, struct tx *t, int error);
+static void catch_up_saved(struct repl *r, struct tx *t, int error);
+
 void primary_tx_done(struct repl *r, struct tx *t, int error)
 {
 	switch (t->kind) {
 	case TX_IN_SYNC:
+		return;
+	case TX_PAUSE:
+		pause_saved(r, t, error);
+		return;
+	case TX_CATCH_UP:
+		catch_up_saved(r, t, error);
 		return;
 	case TX_CKPT:
 		r->last_ckpt_wall_ns = r->wall_ns;
@@ -440,7 +446,14 @@ void primary_tx_done(struct repl *r, struct tx *t, int error)
 
 /* ---- the clear cycle ---- */
 
-/* False: nothing was touched. */
+static void cycle_flush(struct repl *r)
+{
+	r->cycle_io_busy = true;
+	r->cycle_io.kind = REPL_FLUSH;
+	repl_submit(r, &r->cycle_io, TARGET_DISK);
+}
+
+/* False: nothing was touched. One that is under way takes it along. */
 static bool cycle_start(struct repl *r)
 {
 	bool any = false;
@@ -448,16 +461,18 @@ static bool cycle_start(struct repl *r)
 		any = any || r->vol[i].touched.count;
 	if (!any)
 		return false;
-	for (uint32_t i = 0; i < r->meta->n_volumes; i++)
-		bitmap_swap(&r->vol[i].touched, &r->vol[i].cycle);
+	for (uint32_t i = 0; i < r->meta->n_volumes; i++) {
+		bitmap_or(&r->vol[i].cycle, &r->vol[i].touched);
+		bitmap_clear_all(&r->vol[i].touched);
+	}
 	r->cycle_on = true;
 	r->cycle_local = false;
-	r->cycle_io_busy = true;
 	r->cycle_session = r->session;
 	r->cycle_started_ns = r->now_ns;
 	r->cycle_seq = send_barrier(r);
-	r->cycle_io.kind = REPL_FLUSH;
-	repl_submit(r, &r->cycle_io, TARGET_DISK);
+	r->cycle_again = r->cycle_io_busy;
+	if (!r->cycle_io_busy)
+		cycle_flush(r);
 	return true;
 }
 
@@ -483,6 +498,11 @@ void primary_cycle_done(struct repl *r, int error)
 	r->cycle_io_busy = false;
 	if (!r->cycle_on || r->cycle_session != r->session)
 		return;
+	if (r->cycle_again && !error) {
+		r->cycle_again = false;
+		cycle_flush(r);
+		return;
+	}
 	if (error) {
 		r->cycle_on = false; /* its regions stay dirty [I10] */
 		for (uint32_t i = 0; i < r->meta->n_volumes; i++)
@@ -533,22 +553,21 @@ void primary_clear_done(struct repl *r, int error)
 		bitmap_clear_all(&r->vol[i].clearing);
 }
 
-/* ---- the session's start and end ---- */
+/* ---- the session's start and end; falling behind and catching up ---- */
 
-void primary_activate(struct repl *r)
+/* The dirty set as it is now is what this resync sends, and what is written from now on is forwarded or in that set.
+ * New requests waited for the caller's save, so that both are cut at one point; a write under way has its dirty bit. */
+static void resync_begin(struct repl *r)
 {
 	bool any = false;
-	r->link = LINK_RESYNC;
+	r->rs_run++;
 	r->rs_ready = r->rs_done_sent = false;
 	r->rs_vol = 0;
 	r->rs_off = 0;
 	r->rs_data_end = r->rs_data_off = 0;
 	r->rs_total = 0;
-	r->rs_started_ns = r->progress_ns = r->now_ns;
-	r->sample_seq = 0;
-	r->sample_ns = r->received_ns;
+	r->rs_started_ns = r->rs_allow_ns = r->progress_ns = r->now_ns;
 	r->cycle_on = false;
-	r->auto_ckpt = 0;
 	for (uint32_t i = 0; i < r->meta->n_volumes; i++) {
 		struct repl_volume_state *v = &r->vol[i];
 		bitmap_clear_all(&v->touched);
@@ -557,15 +576,123 @@ void primary_activate(struct repl *r)
 		r->rs_total += v->todo.count << REGION_SHIFT;
 		any = any || v->todo.count;
 	}
-	bool whole = (r->theirs.flags & (WIRE_JOIN_INCONSISTENT | WIRE_JOIN_FRESH)) == 0;
-	if (!any && r->decision == LINEAGE_EQUAL && whole)
+	if (!any && r->rs_whole) {
 		r->rs_ready = true; /* nothing differs: adopt and go on */
-	else
-		session_send(r, WIRE_RESYNC_BEGIN, 0, r->meta->lineage.current, r->rs_total, 0, NULL, 0);
+	} else {
+		r->rs_whole = false;
+		r->rs_begin_seq = ++r->seq;
+		session_send(r, WIRE_RESYNC_BEGIN, r->seq, r->meta->lineage.current, r->rs_total, 0, NULL, 0);
+		r->queue_bytes += WIRE_HEADER_SIZE;
+		r->last_was_flush = false;
+	}
+	primary_resync_pump(r);
+}
+
+void primary_activate(struct repl *r)
+{
+	r->link = LINK_RESYNC;
+	r->progress_ns = r->now_ns;
+	r->sample_seq = 0;
+	r->sample_ns = r->received_ns;
+	r->auto_ckpt = 0;
+	r->rs_begin_seq = r->rs_done_seq = r->rs_adopted_seq = 0;
+	r->rs_whole =
+	    r->decision == LINEAGE_EQUAL && (r->theirs.flags & (WIRE_JOIN_INCONSISTENT | WIRE_JOIN_FRESH)) == 0;
+	r->behind = r->meta->paused;
+	r->congested = false;
 	struct repl_io *io;
+	if (r->behind) {
+		r->rs_done_sent = r->cycle_on = false;
+		while ((io = list_pop(&r->frozen)) != NULL)
+			repl_alone(r, io);
+		return;
+	}
 	while ((io = list_pop(&r->frozen)) != NULL) /* what waited for the peer is in this resync */
 		repl_complete(r, io, 0);
-	primary_resync_pump(r);
+	resync_begin(r);
+}
+
+/* What waits for the peer's word completes without it. */
+static void acks_alone(struct repl *r)
+{
+	struct repl_list waiting = r->acks;
+	r->acks = (struct repl_list){0};
+	for (struct repl_io *io = waiting.head, *next; io; io = next) {
+		next = io->next;
+		io->next = io->prev = NULL;
+		io->list = NULL;
+		repl_alone(r, io);
+	}
+}
+
+static void fall_behind(struct repl *r, enum wire_behind why)
+{
+	PRE(primary_forwarding(r));
+	repl_log(r, 1, "%s; writes are tracked here and sent later",
+		 why == WIRE_BEHIND_PAUSED ? "replication is paused" : "the queue to the peer is full");
+	/* What was sent may still become clean: nothing newer touches it without saying so. */
+	(void)cycle_start(r);
+	session_send(r, WIRE_BEHIND, 0, why, 0, 0, NULL, 0);
+	r->behind = true;
+	r->congested = why == WIRE_BEHIND_CONGESTED;
+	r->link = LINK_RESYNC;
+	r->rs_done_sent = false;
+	r->rs_run++;
+	acks_alone(r);
+}
+
+/* on_congestion=ahead. */
+void primary_congestion(struct repl *r)
+{
+	if (primary_forwarding(r) && !r->stopping && r->queue_bytes >= r->meta->settings.queue_max_bytes &&
+	    r->meta->settings.on_congestion == ON_CONGESTION_AHEAD)
+		fall_behind(r, WIRE_BEHIND_CONGESTED);
+}
+
+static void caught_up(struct repl *r)
+{
+	r->behind = r->congested = false;
+	resync_begin(r);
+}
+
+/* Begins the resync when nothing keeps it behind any more: the queue has drained, and the clear cycle has ended that
+ * says what of it arrived. */
+void primary_catch_up(struct repl *r)
+{
+	if (!r->behind || !primary_live(r) || r->meta->paused || r->activating || r->now_ns < r->catch_up_ns ||
+	    (r->congested && r->queue_bytes) || r->cycle_on || repl_tx_pending(r, TX_PAUSE))
+		return;
+	if (!r->meta->alone && !repl_tx_pending(r, TX_BUMP)) {
+		caught_up(r);
+		return;
+	}
+	r->activating = true;
+	repl_tx(r, TX_CATCH_UP);
+}
+
+static void catch_up_saved(struct repl *r, struct tx *t, int error)
+{
+	if (t->session != r->session)
+		return;
+	r->activating = false;
+	if (error == 0 && primary_live(r) && r->behind && !r->meta->paused)
+		caught_up(r);
+	else if (error && error != -ERR_CANCELED)
+		r->catch_up_ns = r->now_ns + CATCH_UP_RETRY_NS;
+}
+
+/* A stop under way ends first, one way or the other. */
+static void pause_check(struct repl *r)
+{
+	if (r->meta->paused && primary_forwarding(r) && !r->stopping)
+		fall_behind(r, WIRE_BEHIND_PAUSED);
+}
+
+static void pause_saved(struct repl *r, struct tx *t, int error)
+{
+	pause_check(r);
+	repl_command_done(r, t->command, error, "it could not be saved: %s", err_short(error));
+	primary_catch_up(r);
 }
 
 void primary_session_lost(struct repl *r)
@@ -576,7 +703,8 @@ void primary_session_lost(struct repl *r)
 		bitmap_clear_all(&v->cycle);
 		bitmap_clear_all(&v->todo);
 	}
-	r->cycle_on = false;
+	r->cycle_on = r->behind = r->congested = false;
+	r->rs_run++;
 	r->auto_ckpt = 0;
 	r->ckpt_wanted = false;
 	if (!repl_tx_pending(r, TX_STOPPED)) {
@@ -588,14 +716,7 @@ void primary_session_lost(struct repl *r)
 		r->ckpts = c->next;
 		repl_command_done(r, c, -ERR_PEER, "the connection was lost before the checkpoint completed");
 	}
-	struct repl_list waiting = r->acks;
-	r->acks = (struct repl_list){0};
-	for (struct repl_io *io = waiting.head, *next; io; io = next) {
-		next = io->next;
-		io->next = io->prev = NULL;
-		io->list = NULL;
-		repl_alone(r, io);
-	}
+	acks_alone(r);
 }
 
 /* ---- time ---- */
@@ -610,7 +731,7 @@ void primary_tick(struct repl *r)
 	if (!primary_live(r))
 		return;
 	/* Something outstanding made no progress for four times peer_timeout: a hung disk behind a live daemon. */
-	bool outstanding = r->seq > r->applied || (r->link == LINK_RESYNC && !r->rs_ready);
+	bool outstanding = r->seq > r->applied || r->setting;
 	if (outstanding && r->now_ns - r->progress_ns > 4 * s->peer_timeout_ms * UINT64_C(1000000)) {
 		repl_set_error(r, ERR_TIMEOUT, "peer", -1, 0, 0,
 			       "the peer made no progress for four times peer_timeout");
@@ -621,8 +742,11 @@ void primary_tick(struct repl *r)
 	}
 	if (!outstanding)
 		r->progress_ns = r->now_ns;
-	sample_received(r);
-	if (!r->cycle_on && !r->cycle_io_busy && r->now_ns >= r->cycle_next_ns)
+	if (r->link == LINK_SYNCED)
+		sample_received(r);
+	pause_check(r);
+	primary_catch_up(r);
+	if (!r->behind && !r->cycle_on && r->now_ns >= r->cycle_next_ns)
 		(void)cycle_start(r);
 	primary_stop_check(r);
 	primary_resync_pump(r);
@@ -661,14 +785,31 @@ static bool resync_next(struct repl *r, uint32_t *vol, struct range *run)
 	return false;
 }
 
+static bool resyncing(const struct repl *r)
+{
+	return primary_forwarding(r) && r->link == LINK_RESYNC && r->rs_ready && !r->rs_done_sent;
+}
+
 static bool resync_may_go(struct repl *r)
 {
-	if (r->link != LINK_RESYNC || !r->is_source || !r->rs_ready || r->closing || r->rs_done_sent)
+	if (!resyncing(r))
 		return false;
 	if (r->queue_bytes > RESYNC_QUEUE_MAX || r->seq - r->applied > RESYNC_WINDOW_MAX / RESYNC_READ_MAX * 4)
 		return false;
 	uint64_t rate = r->meta->settings.resync_rate;
 	return rate == 0 || r->now_ns >= r->rs_allow_ns;
+}
+
+static void resync_end(struct repl *r)
+{
+	struct wbuf w = {.data = r->scratch, .size = sizeof(r->scratch)};
+	wire_lineage_encode(&r->meta->lineage, &w);
+	session_send(r, WIRE_RESYNC_DONE, ++r->seq, 0, 0, 0, w.data, (uint32_t)w.len);
+	r->last_was_flush = false;
+	r->rs_done_sent = r->rs_whole = true;
+	r->rs_done_seq = r->sample_seq = r->seq;
+	r->rs_done_generation = r->meta->lineage.current;
+	r->sample_ns = r->now_ns;
 }
 
 void primary_resync_pump(struct repl *r)
@@ -689,7 +830,7 @@ void primary_resync_pump(struct repl *r)
 		io->volume = vol;
 		io->off = run.off;
 		io->len = min_u64(run.len, data ? RESYNC_READ_MAX : RESYNC_SCAN_MAX);
-		io->session = r->session;
+		io->arg = r->rs_run;
 		repl_claim_blocks(io);
 		r->rs_busy[i] = true;
 		/* A scan decides where to go on: nothing else is started before it has ended. */
@@ -700,7 +841,7 @@ void primary_resync_pump(struct repl *r)
 		if (scan)
 			break;
 	}
-	if (r->link != LINK_RESYNC || !r->is_source || !r->rs_ready || r->rs_done_sent || r->closing)
+	if (!resyncing(r))
 		return;
 	for (unsigned i = 0; i < RESYNC_READS_MAX; i++)
 		if (r->rs_busy[i])
@@ -712,16 +853,12 @@ void primary_resync_pump(struct repl *r)
 				r->rs_vol = 0, r->rs_off = 0;
 			return;
 		}
-	r->rs_done_sent = true;
-	struct wbuf w = {.data = r->scratch, .size = sizeof(r->scratch)};
-	wire_lineage_encode(&r->meta->lineage, &w);
-	session_send(r, WIRE_RESYNC_DONE, ++r->seq, 0, 0, 0, w.data, (uint32_t)w.len);
-	r->last_was_flush = false;
+	resync_end(r);
 }
 
 void primary_resync_granted(struct repl *r, struct repl_io *io)
 {
-	if (io->session != r->session || !primary_live(r)) {
+	if (io->arg != r->rs_run || !primary_live(r)) {
 		r->rs_busy[io - r->rs] = false;
 		repl_release_claim(r, io);
 		return;
@@ -769,8 +906,9 @@ static void scan_done(struct repl *r, struct repl_io *io)
 void primary_resync_io_done(struct repl *r, struct repl_io *io, int error)
 {
 	r->rs_busy[io - r->rs] = false;
-	if (io->session != r->session || !primary_live(r)) {
+	if (io->arg != r->rs_run || !primary_live(r)) { /* of a resync that has ended: the next reads it again */
 		repl_release_claim(r, io);
+		primary_resync_pump(r);
 		return;
 	}
 	if (error) {

@@ -7,6 +7,8 @@
  *   FLUSH          disks synced → flushed = its number [FLACK]
  *   CHECKPOINT     disks synced (in `power`) [CKFLUSH] → one metadata write switches the epoch of all volumes (I7)
  *                  [CKATOMIC] → acknowledged [CKACKAFTER]
+ *   RESYNC_BEGIN   disks synced (in `power`) [PREFLUSH] → one metadata write: local checkpoint of a consistent copy
+ *                  [PREKEEP, PREONCE], inconsistent, synced from that generation [RESYNCFLAG] → RESYNC_READY
  *   RESYNC_DONE    disks synced [RDFLUSH] → one metadata write adopts the source's generations and drops the mark
  *                  [ADOPTEND] → acknowledged
  *
@@ -27,7 +29,14 @@
 
 static bool is_barrier(const struct repl_io *io)
 {
-	return io->kind == REPL_FLUSH || io->kind == REPL_CHECKPOINT || io->kind == REPL_RESYNC_DONE;
+	return io->kind == REPL_FLUSH || io->kind == REPL_CHECKPOINT || io->kind == REPL_RESYNC_BEGIN ||
+	       io->kind == REPL_RESYNC_DONE;
+}
+
+/* Of the session that stands; what an ended one delivered is applied and answered to nobody. */
+static bool current(const struct repl *r, const struct repl_io *io)
+{
+	return r->is_target && io->session == r->session;
 }
 
 bool secondary_quiet(const struct repl *r)
@@ -42,6 +51,34 @@ static uint64_t active_id_next(const struct repl_meta *m)
 
 /* ---- the stream ---- */
 
+/* What may come now (docs/protocol.md, "Resync"): NULL, or what is wrong with it. */
+static const char *out_of_order(const struct repl *r, const struct repl_io *io)
+{
+	if (io->kind == REPL_RESYNC_BEGIN)
+		return NULL;
+	if (io->kind == REPL_RESYNC_DONE) /* without a BEGIN it ends at once a resync that has nothing to do */
+		return r->in_phase == STREAM_RESYNC || (r->in_phase == STREAM_CLOSED && r->in_whole)
+			   ? NULL
+			   : "RESYNC_DONE out of order";
+	if (io->resync)
+		return r->in_phase == STREAM_RESYNC ? NULL : "resync data outside a resync";
+	return r->in_phase == STREAM_CLOSED ? "data before RESYNC_BEGIN" : NULL;
+}
+
+/* The primary forwards nothing more: what comes next begins a resync. */
+void secondary_behind(struct repl *r, const struct wire_frame *f)
+{
+	if (r->in_phase == STREAM_CLOSED) {
+		session_protocol_error(r, "BEHIND out of order");
+		return;
+	}
+	repl_log(r, 1, "%s: this copy falls behind",
+		 f->offset == WIRE_BEHIND_PAUSED ? "replication was paused on the primary"
+						 : "the primary's queue is full");
+	r->in_phase = STREAM_CLOSED;
+	r->link = LINK_RESYNC;
+}
+
 void secondary_stream(struct repl *r, struct repl_io *io)
 {
 	if (io->seq != r->in_seq + 1) {
@@ -50,12 +87,10 @@ void secondary_stream(struct repl *r, struct repl_io *io)
 		repl_complete(r, io, -ERR_CANCELED);
 		return;
 	}
-	bool done = io->kind == REPL_RESYNC_DONE;
-	/* The first of a session comes after RESYNC_BEGIN, or ends at once a resync that has nothing to do. */
-	bool begun = r->keeping || r->meta->inconsistent;
-	if (r->in_seq == 0 && !begun && !(done && r->decision == LINEAGE_EQUAL)) {
+	const char *why = out_of_order(r, io);
+	if (why) {
 		repl_complete(r, io, -ERR_CANCELED);
-		session_protocol_error(r, "data before RESYNC_BEGIN");
+		session_protocol_error(r, "%s", why);
 		return;
 	}
 	/* Numbers only grow (I17); one that was used already is never taken again. */
@@ -68,10 +103,14 @@ void secondary_stream(struct repl *r, struct repl_io *io)
 		}
 		r->ckpt_used = io->arg;
 	}
-	if ((done || io->resync) && r->link != LINK_RESYNC) {
-		repl_complete(r, io, -ERR_CANCELED);
-		session_protocol_error(r, "resync data outside a resync");
-		return;
+	if (io->kind == REPL_RESYNC_BEGIN) {
+		r->in_phase = STREAM_RESYNC;
+		r->in_whole = false;
+		r->link = LINK_RESYNC;
+	} else if (io->kind == REPL_RESYNC_DONE) {
+		r->in_phase = STREAM_OPEN;
+		r->in_whole = true;
+		r->in_done_seq = io->seq;
 	}
 	r->in_seq = io->seq;
 	io->phase = PHASE_HELD;
@@ -85,7 +124,7 @@ static void barrier_start(struct repl *r, struct repl_io *io)
 	r->barrier = io;
 	io->phase = PHASE_BARRIER;
 	if (io->kind != REPL_CHECKPOINT) {
-		repl_submit(r, io, TARGET_DISK);
+		repl_submit(r, io, io->kind == REPL_RESYNC_BEGIN ? TARGET_CKPT : TARGET_DISK);
 		return;
 	}
 	/* Whether active is empty is decided at the switch: writes to the view wait, those under way end first. */
@@ -111,7 +150,7 @@ void secondary_settle(struct repl *r)
 
 void secondary_run(struct repl *r)
 {
-	while (r->held.head && !r->barrier && !r->keeping && (!r->unsure_holds || r->apply_stopped)) {
+	while (r->held.head && !r->barrier && (!r->unsure_holds || r->apply_stopped)) {
 		struct repl_io *io = r->held.head;
 		if (r->apply_stopped) {
 			list_remove(io);
@@ -194,9 +233,9 @@ void secondary_apply_end(struct repl *r, struct repl_io *io, int error)
 	repl_release_claim(r, io);
 	if (error)
 		stop_applying(r, io, error, io->save_failed ? "saving the old content" : "writing a block");
-	bool current = io->session == r->session && !r->apply_stopped;
+	bool counts = current(r, io) && !r->apply_stopped;
 	repl_complete(r, io, error);
-	if (current)
+	if (counts)
 		applied_up_to(r, last);
 	secondary_run(r);
 }
@@ -217,7 +256,7 @@ void secondary_apply_done(struct repl *r, struct repl_io *io, int error)
 static void barrier_end(struct repl *r, struct repl_io *io)
 {
 	r->barrier = NULL;
-	if (io->session == r->session)
+	if (current(r, io))
 		r->in_applied = max_u64(r->in_applied, io->seq);
 	repl_complete(r, io, 0);
 	secondary_run(r);
@@ -225,7 +264,7 @@ static void barrier_end(struct repl *r, struct repl_io *io)
 
 static void flushed_up_to(struct repl *r, const struct repl_io *io)
 {
-	if (io->session != r->session)
+	if (!current(r, io))
 		return;
 	r->in_applied = max_u64(r->in_applied, io->seq);
 	r->in_flushed = max_u64(r->in_flushed, io->seq);
@@ -234,7 +273,7 @@ static void flushed_up_to(struct repl *r, const struct repl_io *io)
 
 static void checkpoint_void(struct repl *r, struct repl_io *io, enum wire_void why)
 {
-	if (io->session == r->session)
+	if (current(r, io))
 		session_send(r, WIRE_CHECKPOINT_ACK, 0, io->arg, why, 0, NULL, 0);
 	if (io->flags & WIRE_CKPT_STOP) {
 		struct repl_command *c = r->stop;
@@ -280,7 +319,16 @@ static void barrier_done(struct repl *r, struct repl_io *io, int error)
 			return;
 		}
 	}
-	struct tx *t = repl_tx(r, io->kind == REPL_CHECKPOINT ? TX_SWITCH : TX_ADOPT);
+	if (io->kind == REPL_RESYNC_BEGIN && !current(r, io)) {
+		/* Cut before it began: this copy stays as it is (what stood behind it is gone already). */
+		r->barrier = NULL;
+		repl_complete(r, io, -ERR_CANCELED);
+		secondary_run(r);
+		return;
+	}
+	struct tx *t = repl_tx(r, io->kind == REPL_CHECKPOINT	  ? TX_SWITCH
+				  : io->kind == REPL_RESYNC_BEGIN ? TX_KEEP
+								  : TX_ADOPT);
 	t->io = io;
 	t->number = io->arg;
 	t->flags = io->flags;
@@ -310,12 +358,17 @@ void secondary_ack(struct repl *r, bool now)
 
 void secondary_session_lost(struct repl *r)
 {
-	struct repl_io *io;
-	/* Before the kept checkpoint is durable nothing may be applied: what waits for it goes. */
-	while (r->keeping && (io = list_pop(&r->held)) != NULL)
+	/* What was received is still applied: protocol B promised it (I2). But not a resync that has not begun, nor
+	 * what stands behind it: the primary has promised nothing since, and this copy stays consistent. */
+	bool drop = r->barrier && r->barrier->kind == REPL_RESYNC_BEGIN && !repl_tx_pending(r, TX_KEEP);
+	for (struct repl_io *io = r->held.head, *next; io; io = next) {
+		next = io->next;
+		drop = drop || io->kind == REPL_RESYNC_BEGIN;
+		if (!drop)
+			continue;
+		list_remove(io);
 		repl_complete(r, io, -ERR_CANCELED);
-	r->keeping = false;
-	/* Otherwise what was received is still applied: protocol B promised it (I2). */
+	}
 	secondary_run(r);
 }
 
@@ -331,25 +384,6 @@ void secondary_tick(struct repl *r)
 }
 
 /* ---- resync as target ---- */
-
-void secondary_begin(struct repl *r, const struct wire_frame *f)
-{
-	if (f->offset == 0) {
-		session_protocol_error(r, "RESYNC_BEGIN without a generation");
-		return;
-	}
-	/* A consistent target syncs its disk and takes a local checkpoint before the first resync write [PREKEEP,
-	 * PREFLUSH]; one already inconsistent takes none [PREONCE]. */
-	if (r->keeping || r->sync_busy) {
-		session_protocol_error(r, "a second RESYNC_BEGIN");
-		return;
-	}
-	r->keeping = r->sync_busy = true;
-	r->sync_io.kind = REPL_FLUSH;
-	r->sync_io.arg = f->offset;
-	r->sync_io.session = r->session;
-	repl_submit(r, &r->sync_io, TARGET_CKPT);
-}
 
 static bool any_dirty(const struct repl *r)
 {
@@ -383,9 +417,19 @@ static void pin(struct repl_meta *m, uint64_t number, bool on)
 		m->ckpts[i].flags &= (uint8_t)~CKPT_PINNED;
 }
 
+/* The checkpoint before the last resync: pinned until that has taken its own, for good where it holds more. */
+static void release_kept(struct repl_meta *m)
+{
+	if (m->kept && !m->own_dirty)
+		pin(m, m->kept, false);
+	m->kept = 0;
+	m->own_dirty = false;
+}
+
 static void prepare_keep(struct repl *r, struct tx *t, struct repl_meta *m)
 {
 	if (!m->inconsistent && m->n_ckpts < GROUP_CKPTS_MAX) {
+		release_kept(m);
 		t->opened = m->ckpt_max + 1;
 		add_ckpt(r, m, t->opened, CKPT_LOCAL, CKPT_PINNED);
 		m->kept = t->opened;
@@ -412,10 +456,7 @@ static void prepare_adopt(struct tx *t, struct repl_meta *m)
 			m->ckpts[i].flags |= CKPT_FOREIGN;
 		m->last_stream = 0;
 	}
-	if (m->kept && !m->own_dirty)
-		pin(m, m->kept, false);
-	m->kept = 0;
-	m->own_dirty = m->inconsistent = m->alone = m->shut_out = m->split_brain = false;
+	m->inconsistent = m->alone = m->shut_out = m->split_brain = false;
 	m->sync_from = 0;
 	m->has_peer = true;
 }
@@ -532,6 +573,7 @@ void secondary_prepare(struct repl *r, struct tx *t, struct repl_meta *m)
 		t->opened = t->number;
 		add_ckpt(r, m, t->number, CKPT_STREAM, t->flags & WIRE_CKPT_PIN ? CKPT_PINNED : 0);
 		m->base = m->last_stream = t->number;
+		release_kept(m);
 		m->fresh = m->broken = false;
 		if (t->arg || m->active_id == 0) {
 			t->active_id = active_id_next(m);
@@ -585,9 +627,8 @@ static void switched(struct repl *r, struct tx *t, int error)
 	r->counters.checkpoints++;
 	r->error.code = 0;
 	r->ckpt_owed = false;
-	if (io->session == r->session) {
+	if (current(r, io))
 		session_send(r, WIRE_CHECKPOINT_ACK, t->arg, t->number, WIRE_VOID_NONE, 0, NULL, 0);
-	}
 	if (r->want_ckpt && (t->flags & WIRE_CKPT_COMMAND)) {
 		r->want_ckpt->result = t->number;
 		repl_command_done(r, r->want_ckpt, 0, " ");
@@ -600,20 +641,37 @@ static void switched(struct repl *r, struct tx *t, int error)
 			c->result2 = t->arg;
 			repl_command_done(r, c, 0, " ");
 		}
-		if (io->session == r->session)
+		if (current(r, io))
 			session_close(r, true);
 	}
 	barrier_end(r, io);
+}
+
+/* The record could not be saved: nothing behind this barrier is applied. */
+static void barrier_unsaved(struct repl *r, struct repl_io *io, int error)
+{
+	stop_applying(r, io, error, "the group's record");
+	r->barrier = NULL;
+	repl_complete(r, io, error);
+	secondary_run(r);
+}
+
+static void kept(struct repl *r, struct tx *t, int error)
+{
+	if (error) {
+		barrier_unsaved(r, t->io, error);
+		return;
+	}
+	if (current(r, t->io))
+		session_send(r, WIRE_RESYNC_READY, t->io->seq, r->ckpt_used, 0, 0, NULL, 0);
+	barrier_end(r, t->io);
 }
 
 static void adopted(struct repl *r, struct tx *t, int error)
 {
 	struct repl_io *io = t->io;
 	if (error) {
-		stop_applying(r, io, error, "the group's record");
-		r->barrier = NULL;
-		repl_complete(r, io, error);
-		secondary_run(r);
+		barrier_unsaved(r, io, error);
 		return;
 	}
 	for (uint32_t i = 0; i < r->meta->n_volumes;
@@ -621,8 +679,10 @@ static void adopted(struct repl *r, struct tx *t, int error)
 		bitmap_clear_all(&r->vol[i].dirty);
 		bitmap_clear_all(&r->vol[i].touched);
 	}
-	if (io->session == r->session) {
-		r->link = LINK_SYNCED;
+	if (current(r, io)) {
+		r->theirs.lineage = t->lineage;
+		if (r->in_phase == STREAM_OPEN && io->seq == r->in_done_seq)
+			r->link = LINK_SYNCED;
 		r->error.code = 0;
 		r->ckpt_owed = true;
 		r->in_applied = r->in_flushed = max_u64(r->in_flushed, io->seq);
@@ -667,15 +727,7 @@ void secondary_tx_done(struct repl *r, struct tx *t, int error)
 {
 	switch (t->kind) {
 	case TX_KEEP:
-		if (t->session != r->session || r->closing)
-			return;
-		if (error) {
-			session_refuse(r, ERR_IO, "the target could not save the start of the resync");
-			return;
-		}
-		r->keeping = false;
-		session_send(r, WIRE_RESYNC_READY, 0, r->ckpt_used, 0, 0, NULL, 0);
-		secondary_run(r);
+		kept(r, t, error);
 		return;
 	case TX_ADOPT:
 		adopted(r, t, error);
@@ -1064,14 +1116,6 @@ static void synced(struct repl *r, int error)
 		secondary_commit_pump(r);
 		return;
 	}
-	if (r->sync_io.session != r->session || r->closing || !r->is_target)
-		return;
-	if (error) {
-		session_refuse(r, ERR_IO, "the target could not flush its disk before the resync");
-		return;
-	}
-	struct tx *t = repl_tx(r, TX_KEEP);
-	t->number = r->sync_io.arg;
 }
 
 static void merged(struct repl *r, int error)

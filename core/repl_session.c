@@ -286,8 +286,7 @@ static void listener_answer(struct repl *r)
 /* Both JOINs can be looked at: the old session's work has ended. */
 void session_join_ready(struct repl *r)
 {
-	if (!r->join_waits || !secondary_quiet(r) || r->saving || r->tx_count || r->failing_over ||
-	    (r->sync_busy && r->meta->role == ROLE_SECONDARY))
+	if (!r->join_waits || !secondary_quiet(r) || r->saving || r->tx_count || r->failing_over)
 		return;
 	r->join_waits = false;
 	char why[WIRE_TEXT_MAX];
@@ -386,7 +385,9 @@ static void decide(struct repl *r)
 		}
 		r->is_target = true;
 		r->link = LINK_RESYNC;
-		r->in_seq = r->in_applied = r->in_flushed = 0;
+		r->in_seq = r->in_applied = r->in_flushed = r->in_done_seq = 0;
+		r->in_phase = STREAM_CLOSED;
+		r->in_whole = d == LINEAGE_EQUAL && !r->meta->inconsistent;
 		r->acked = (struct wire_ack){0};
 		r->apply_stopped = false;
 		r->was_connected = true;
@@ -630,13 +631,6 @@ void session_frame(struct repl *r, const struct repl_event *ev)
 		r->dirty_ended = true;
 		union_start(r);
 		return;
-	case WIRE_RESYNC_BEGIN:
-		if (!r->is_target || r->link != LINK_RESYNC || r->in_seq != 0) {
-			session_protocol_error(r, "RESYNC_BEGIN out of order");
-			return;
-		}
-		secondary_begin(r, f);
-		return;
 	default:
 		break;
 	}
@@ -644,6 +638,8 @@ void session_frame(struct repl *r, const struct repl_event *ev)
 		primary_frame(r, ev);
 	else if (r->is_target && ev->io)
 		secondary_stream(r, ev->io);
+	else if (r->is_target && f->type == WIRE_BEHIND)
+		secondary_behind(r, f);
 	else if (r->is_target && f->type == WIRE_SETTINGS) {
 		struct settings s = r->meta->settings;
 		struct rbuf b = {.data = ev->payload, .size = f->length_payload};

@@ -106,7 +106,7 @@ static const struct type_rule rules[] = {
     [WIRE_RESYNC_DONE] = {SEQUENCED, PAYLOAD(LINEAGE_SIZE, LINEAGE_SIZE)},
     [WIRE_DIRTY] = {PLAIN, PAYLOAD(0, WIRE_PAYLOAD_MAX), .payload_entry = DIRTY_ENTRY_SIZE},
     [WIRE_DIRTY_END] = {PLAIN},
-    [WIRE_RESYNC_BEGIN] = {PLAIN},
+    [WIRE_RESYNC_BEGIN] = {SEQUENCED, .offset_min = 1},
     [WIRE_RESYNC_READY] = {PLAIN, .offset_max = WIRE_CKPT_NUMBER_MAX},
     [WIRE_ACK] = {PLAIN, PAYLOAD(ACK_SIZE, ACK_SIZE)},
     [WIRE_CHECKPOINT_ACK] = {PLAIN, .offset_min = 1, .offset_max = WIRE_CKPT_NUMBER_MAX, .length_max = WIRE_VOID_ERROR},
@@ -116,6 +116,7 @@ static const struct type_rule rules[] = {
     [WIRE_SETTINGS] = {PLAIN, PAYLOAD(2, WIRE_SETTINGS_MAX)},
     [WIRE_SETTINGS_ACK] = {PLAIN},
     [WIRE_STOP_WANT] = {PLAIN},
+    [WIRE_BEHIND] = {PLAIN, .offset_max = WIRE_BEHIND_CONGESTED},
 };
 
 const char *wire_type_name(unsigned type)

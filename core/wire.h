@@ -49,8 +49,8 @@ enum wire_features {
 	X(RESYNC_DONE, 23)  /* seq; payload: wire_lineage of the source. A barrier */                                  \
 	X(DIRTY, 24) /* volume; payload: (u64 offset, u64 length)*: dirty ranges of a target, or of a split brain */   \
 	X(DIRTY_END, 25) /* no more of them; offset: ns since 1970 when the sender's copy began to differ, 0: none */  \
-	X(RESYNC_BEGIN, 26) /* source → target; offset: source's generation; length: bytes to do */                  \
-	X(RESYNC_READY, 27) /* target → source: marked inconsistent, durable; offset: target's ckpt_max */           \
+	X(RESYNC_BEGIN, 26) /* seq; offset: source's generation; length: bytes to do. A barrier */                     \
+	X(RESYNC_READY, 27) /* seq: of BEGIN; marked inconsistent, durable; offset: target's ckpt_max */               \
 	X(ACK, 32)	    /* payload: wire_ack */                                                                    \
 	X(CHECKPOINT_ACK,                                                                                              \
 	  33)		  /* offset: number; length: enum wire_void; seq: bytes of active that taking it emptied */    \
@@ -59,7 +59,8 @@ enum wire_features {
 	X(CHECKPOINT_WANT, 36) /* secondary → primary: take one now; offset: enum wire_ckpt_flags, no STOP */        \
 	X(SETTINGS, 37)	       /* payload: settings_encode; seq: token */                                              \
 	X(SETTINGS_ACK, 38)    /* seq: token */                                                                        \
-	X(STOP_WANT, 39)       /* secondary → primary: stop the group cleanly */
+	X(STOP_WANT, 39)       /* secondary → primary: stop the group cleanly */                                     \
+	X(BEHIND, 44)	       /* source → target: nothing more is forwarded; offset: enum wire_behind */
 
 enum wire_type {
 #define WIRE_ENUM(name, value) WIRE_##name = (value),
@@ -73,6 +74,7 @@ enum wire_ckpt_flags {
 	WIRE_CKPT_STOP = 1 << 2, /* the clean stop's last one: the secondary moves to DONE with it */
 };
 enum wire_void { WIRE_VOID_NONE, WIRE_VOID_ACTIVE = 1, WIRE_VOID_ERROR = 2 };
+enum wire_behind { WIRE_BEHIND_PAUSED, WIRE_BEHIND_CONGESTED };
 enum wire_goodbye { WIRE_BYE_SHUTDOWN, WIRE_BYE_STOP, WIRE_BYE_FAILOVER };
 
 struct wire_frame {

@@ -326,7 +326,7 @@ int repl_exec_io(struct repl_exec *x, struct repl_io *io, const void *buf, uint6
 
 bool repl_exec_is_stream(unsigned type)
 {
-	return type >= WIRE_WRITE && type <= WIRE_RESYNC_DONE;
+	return (type >= WIRE_WRITE && type <= WIRE_RESYNC_DONE) || type == WIRE_RESYNC_BEGIN;
 }
 
 static enum repl_kind stream_kind(unsigned type)
@@ -342,6 +342,8 @@ static enum repl_kind stream_kind(unsigned type)
 		return REPL_DISCARD;
 	case WIRE_CHECKPOINT:
 		return REPL_CHECKPOINT;
+	case WIRE_RESYNC_BEGIN:
+		return REPL_RESYNC_BEGIN;
 	case WIRE_RESYNC_DONE:
 		return REPL_RESYNC_DONE;
 	default:
@@ -378,6 +380,10 @@ const char *repl_exec_stream_io(struct repl_exec *x, const struct wire_frame *f,
 		io->flags = f->flags;
 		if (f->offset == 0)
 			why = "a checkpoint without a number";
+	} else if (io->kind == REPL_RESYNC_BEGIN) {
+		io->arg = f->offset;
+		if (f->offset == 0)
+			why = "RESYNC_BEGIN without a generation";
 	} else if (io->kind == REPL_RESYNC_DONE) {
 		struct rbuf b = {.data = payload, .size = f->length_payload};
 		wire_lineage_decode(&io->lineage, &b);

@@ -591,8 +591,6 @@ static int change_settings(const struct call *c, struct group *g, const json_t *
 			break;
 	}
 	/* Policies that come in a later release are refused, not accepted without effect. */
-	if (!err && sc->c.settings.on_congestion != ON_CONGESTION_BLOCK)
-		err = err_set(c->e, ERR_NOTSUP, "on_congestion=ahead comes in a later release; block is what there is");
 	const struct settings *n = &sc->c.settings;
 	if (!err && (n->keep_minutely || n->keep_hourly || n->keep_daily || n->history_max_bytes))
 		err = err_set(c->e, ERR_NOTSUP,
@@ -686,6 +684,16 @@ static int do_start(const struct call *c)
 static int do_stop(const struct call *c)
 {
 	return simple(c, CMD_STOP);
+}
+
+static int do_pause(const struct call *c)
+{
+	return simple(c, CMD_PAUSE);
+}
+
+static int do_resume(const struct call *c)
+{
+	return simple(c, CMD_RESUME);
 }
 
 static int do_discard(const struct call *c)
@@ -1018,7 +1026,7 @@ int daemon_command(struct daemon *d, struct ctl_conn *ctl, const char *verb, con
 	    {"failover", do_failover}, {"error", do_error},	{"status", do_status},
 	    {"wait", do_wait},	       {"discard", do_discard}, {"checkpoints", do_checkpoints},
 	    {"extents", do_extents},   {"set", do_set},		{"get", do_get},
-	    {"shutdown", do_shutdown},
+	    {"shutdown", do_shutdown}, {"pause", do_pause},	{"resume", do_resume},
 	};
 	for (size_t i = 0; i < sizeof(table) / sizeof(table[0]); i++) {
 		if (strcmp(table[i].verb, verb) != 0)

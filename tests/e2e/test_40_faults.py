@@ -333,7 +333,6 @@ def test_congestion():
     p.checkpoint()
     p.same()
     # a policy that is not there yet is refused, not accepted without effect
-    p.a.repctl("set", "vm1", "on_congestion=ahead", code=1).says("later release")
     p.a.repctl("set", "vm1", "keep_daily=7", code=1).says("later release")
 
 

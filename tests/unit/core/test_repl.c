@@ -39,8 +39,8 @@ static void note(struct host *h, const char *fmt, ...)
 
 static const char *name_of(const struct repl_io *io)
 {
-	static const char *const kinds[] = {"write", "zero", "discard", "sync",	  "ckpt",    "rdone", "scan",
-					    "read",  "mark", "commit",	"iclear", "intents", "merge"};
+	static const char *const kinds[] = {"write", "zero", "discard", "sync",	  "ckpt",   "rbegin",  "rdone",
+					    "scan",  "read", "mark",	"commit", "iclear", "intents", "merge"};
 	static char letter[2];
 	if (io->internal)
 		return kinds[io->kind];
@@ -184,7 +184,7 @@ static void stream(struct host *h, char name, unsigned type, enum repl_kind kind
 	struct repl_io *io = &h->io[(unsigned char)name];
 	*io = (struct repl_io){.kind = kind, .off = off, .len = len, .seq = seq, .owner = (uint8_t)name};
 	io->resync = type == WIRE_RESYNC_WRITE || type == WIRE_RESYNC_ZERO;
-	if (kind == REPL_CHECKPOINT)
+	if (kind == REPL_CHECKPOINT || kind == REPL_RESYNC_BEGIN)
 		io->arg = off;
 	io->lineage.current = 100;
 	struct wire_frame f = {.type = (uint16_t)type, .seq = seq, .offset = off, .length = len};
@@ -839,17 +839,17 @@ Test(repl, a_resync_read_and_a_write_exclude_each_other)
 	fin(h, "a");
 	forget(h);
 	connect(h, &peer_meta);
-	EXPECT(h, "send:RESYNC_BEGIN");
-	frame(h, WIRE_RESYNC_READY, 0, 2, 0, NULL, 0);
+	EXPECT(h, "send:RESYNC_BEGIN#1");
+	frame(h, WIRE_RESYNC_READY, 1, 2, 0, NULL, 0);
 	EXPECT(h, "do:scan/own");
 	fin_full(h, "scan", 0, false, 65536, false);
 	EXPECT(h, "do:read/own");
 	guest(h, 'b', REPL_WRITE, 4096, 4096);
 	EXPECT(h, ""); /* waits for the read */
 	fin(h, "read");
-	EXPECT(h, "send:RESYNC_WRITE#1 do:b/disk send:RESYNC_DONE#2");
+	EXPECT(h, "send:RESYNC_WRITE#2 do:b/disk send:RESYNC_DONE#3");
 	fin(h, "b");
-	EXPECT(h, "send:WRITE#3 done:b"); /* forwarded: its region is done */
+	EXPECT(h, "send:WRITE#4 done:b"); /* forwarded: its region is done */
 	host_free(h);
 }
 
@@ -863,13 +863,13 @@ Test(repl, a_write_to_a_region_still_to_be_sent_is_not_forwarded)
 	fin(h, "a");
 	forget(h);
 	connect(h, &peer_meta);
-	EXPECT(h, "send:RESYNC_BEGIN");
+	EXPECT(h, "send:RESYNC_BEGIN#1");
 	guest(h, 'b', REPL_WRITE, 4096, 4096);
 	fin(h, "b");
 	EXPECT(h, "do:b/disk done:b");
 	guest(h, 'c', REPL_WRITE, 65536, 4096);
 	fin(h, "c");
-	EXPECT(h, "do:c/disk send:WRITE#1 done:c");
+	EXPECT(h, "do:c/disk send:WRITE#2 done:c");
 	host_free(h);
 }
 
@@ -887,6 +887,343 @@ Test(repl, a_peer_that_never_gets_ready_is_given_up)
 	for (int i = 0; i < 7; i++)
 		tick(h, 4 * SEC);
 	EXPECT(h, "close dial");
+	host_free(h);
+}
+
+/* ---- behind ---- */
+
+static void pause_now(struct host *h)
+{
+	command(h, CMD_PAUSE, 0);
+	EXPECT(h, "save:primary/RUNNING");
+	cr_assert(h->saved.paused);
+	saved(h);
+}
+
+static enum link_state link_of(struct host *h)
+{
+	struct repl_status s;
+	repl_status(h->r, h->now, &s);
+	return s.link;
+}
+
+/* From the pause on nothing is forwarded, and nothing completes before a generation is durable [BUMPFIRST]. */
+Test(repl, a_pause_is_durable_then_writes_are_alone_and_the_resume_resyncs_them)
+{
+	struct host *h = primary(PROTOCOL_F);
+	warm(h);
+	pause_now(h);
+	EXPECT(h, "send:FLUSH#4 do:sync/disk send:BEHIND cmd"); /* what was sent may still become clean */
+	cr_assert_eq(link_of(h), LINK_RESYNC);
+	fin(h, "sync");
+	ack(h, 4, 4, 4);
+	cr_assert_not(dirty(h, 0));
+	guest(h, 'a', REPL_WRITE, 65536, 4096);
+	EXPECT(h, "save:primary/RUNNING");
+	cr_assert(h->saved.alone);
+	cr_assert_eq(h->saved.lineage.bitmap, 100);
+	saved(h);
+	fin(h, "a");
+	EXPECT(h, "do:a/disk done:a");
+	guest(h, 'f', REPL_FLUSH, 0, 0);
+	fin(h, "f");
+	EXPECT(h, "do:f/disk done:f");
+	tick(h, 2 * SEC);
+	EXPECT(h, "");
+	cr_assert(dirty(h, 65536));
+	repl_check(h->r);
+
+	command(h, CMD_RESUME, 0);
+	EXPECT(h, "save:primary/RUNNING");
+	cr_assert_not(h->saved.paused);
+	saved(h);
+	EXPECT(h, "cmd save:primary/RUNNING"); /* alone no longer, before anything is told to the peer [BUMPAGAIN] */
+	cr_assert_not(h->saved.alone);
+	guest(h, 'b', REPL_WRITE, 131072, 4096);
+	EXPECT(h, ""); /* waits for the save: what is in the resync and what is forwarded are cut at one point */
+	saved(h);
+	EXPECT(h, "send:RESYNC_BEGIN#5 do:b/disk");
+	cr_assert_eq(link_of(h), LINK_RESYNC);
+	fin(h, "b");
+	EXPECT(h, "send:WRITE#6 done:b");
+	frame(h, WIRE_RESYNC_READY, 5, 4, 0, NULL, 0);
+	EXPECT(h, "do:scan/own");
+	fin_full(h, "scan", 0, false, 65536, false);
+	fin(h, "read");
+	EXPECT(h, "do:read/own send:RESYNC_WRITE#7 send:RESYNC_DONE#8");
+	cr_assert_eq(link_of(h), LINK_RESYNC);
+	frame(h, WIRE_RESYNC_ACK, 8, 0, 0, NULL, 0);
+	EXPECT(h, "send:FLUSH#9 do:sync/disk send:CHECKPOINT#10 save:primary/RUNNING");
+	cr_assert_eq(link_of(h), LINK_SYNCED);
+	cr_assert_eq(h->saved.lineage.bitmap, 0);
+	host_free(h);
+}
+
+Test(repl, what_waits_for_the_peer_when_it_is_paused_begins_a_generation)
+{
+	struct host *h = primary(PROTOCOL_C);
+	warm(h);
+	guest(h, 'a', REPL_WRITE, 0, 4096);
+	fin(h, "a");
+	guest(h, 'f', REPL_FLUSH, 0, 0);
+	fin(h, "f");
+	EXPECT(h, "do:a/disk send:WRITE#4 send:FLUSH#5 do:f/disk");
+	pause_now(h);
+	EXPECT(h, "do:sync/disk send:BEHIND save:primary/RUNNING cmd");
+	cr_assert(h->saved.alone);
+	ack(h, 5, 5, 5); /* late, and one save too late to complete them */
+	EXPECT(h, "");
+	saved(h);
+	EXPECT(h, "done:a done:f");
+	host_free(h);
+}
+
+Test(repl, a_paused_primary_stays_so_over_a_restart_and_a_new_session)
+{
+	static struct repl_meta m;
+	meta_of(&m, ROLE_PRIMARY, STATE_RUNNING);
+	meta_of(&peer_meta, ROLE_SECONDARY, STATE_RUNNING);
+	m.paused = true;
+	struct host *h = host_new(&m);
+	connect(h, &peer_meta);
+	EXPECT(h, "");
+	cr_assert_eq(link_of(h), LINK_RESYNC);
+	guest(h, 'a', REPL_WRITE, 0, 4096);
+	EXPECT(h, "save:primary/RUNNING");
+	saved(h);
+	fin(h, "a");
+	fin(h, "a");
+	EXPECT(h, "do:a/intent do:a/disk done:a");
+	command(h, CMD_CHECKPOINT, 0);
+	EXPECT(h, "cmd=ERR_STATE");
+	command(h, CMD_STOP, 0);
+	EXPECT(h, "cmd=ERR_STATE");
+	command(h, CMD_RESUME, 0);
+	saved(h);
+	saved(h);
+	EXPECT(h, "save:primary/RUNNING cmd save:primary/RUNNING send:RESYNC_BEGIN#1");
+	host_free(h);
+}
+
+/* A resync that is paused: what was read for it is not sent, and the next one begins with all that is still dirty. */
+Test(repl, a_resync_can_be_paused_and_its_reads_are_not_sent)
+{
+	struct host *h = primary(PROTOCOL_F);
+	link_down(h);
+	guest(h, 'a', REPL_WRITE, 0, 4096);
+	saved(h);
+	fin(h, "a");
+	fin(h, "a");
+	forget(h);
+	connect(h, &peer_meta);
+	frame(h, WIRE_RESYNC_READY, 1, 2, 0, NULL, 0);
+	fin_full(h, "scan", 0, false, 65536, false);
+	EXPECT(h, "send:RESYNC_BEGIN#1 do:scan/own do:read/own");
+	pause_now(h);
+	EXPECT(h, "send:BEHIND cmd");
+	fin(h, "read");
+	EXPECT(h, "");
+	cr_assert(dirty(h, 0));
+	command(h, CMD_RESUME, 0);
+	saved(h);
+	EXPECT(h, "save:primary/RUNNING cmd send:RESYNC_BEGIN#2"); /* nothing was written alone: nothing to save */
+	frame(h, WIRE_RESYNC_READY, 1, 2, 0, NULL, 0);		   /* the first one's: late */
+	EXPECT(h, "");
+	frame(h, WIRE_RESYNC_READY, 2, 2, 0, NULL, 0);
+	EXPECT(h, "do:scan/own");
+	host_free(h);
+}
+
+/* The target adopted, and says so when the source has fallen behind again and begun a generation: that is no sync, but
+ * what is dirty counts from the adopted generation, or the next handshake would find it in the past: a full sync. */
+Test(repl, an_end_of_a_resync_that_is_heard_too_late_moves_the_bitmap_generation)
+{
+	struct host *h = primary(PROTOCOL_F);
+	link_down(h);
+	guest(h, 'a', REPL_WRITE, 0, 4096);
+	saved(h);
+	fin(h, "a");
+	fin(h, "a");
+	uint64_t told = repl_meta(h->r)->lineage.current;
+	forget(h);
+	connect(h, &peer_meta);
+	frame(h, WIRE_RESYNC_READY, 1, 2, 0, NULL, 0);
+	fin_full(h, "scan", 0, true, 65536, false);
+	EXPECT(h, "send:RESYNC_BEGIN#1 do:scan/own send:RESYNC_ZERO#2 send:RESYNC_DONE#3");
+	pause_now(h);
+	guest(h, 'b', REPL_WRITE, 0, 4096);
+	EXPECT(h, "send:FLUSH#4 do:sync/disk send:BEHIND cmd save:primary/RUNNING");
+	saved(h);
+	fin(h, "b");
+	EXPECT(h, "do:b/disk done:b");
+	frame(h, WIRE_RESYNC_ACK, 3, 0, 0, NULL, 0);
+	EXPECT(h, "save:primary/RUNNING");
+	saved(h);
+	cr_assert_eq(link_of(h), LINK_RESYNC);
+	const struct lineage *l = &repl_meta(h->r)->lineage;
+	cr_assert_eq(l->bitmap, told);
+	cr_assert_neq(l->current, told);
+	cr_assert_eq(l->history[0], 100);
+	frame(h, WIRE_RESYNC_ACK, 3, 0, 0, NULL, 0);
+	EXPECT(h, "send:REFUSE close");
+	host_free(h);
+}
+
+static void set_now(struct host *h, struct settings s)
+{
+	h->cmd = (struct repl_command){.cmd = CMD_SETTINGS, .settings = s};
+	step(h, (struct repl_event){.type = EV_COMMAND, .command = &h->cmd});
+	saved(h);
+}
+
+Test(repl, a_full_queue_delays_or_falls_behind_until_it_has_drained)
+{
+	for (int ahead = 0; ahead < 2; ahead++) {
+		struct host *h = primary(PROTOCOL_F);
+		warm(h);
+		struct settings s = repl_meta(h->r)->settings;
+		s.queue_max_bytes = 4 << 20;
+		s.on_congestion = ahead ? ON_CONGESTION_AHEAD : ON_CONGESTION_BLOCK;
+		set_now(h, s);
+		step(h, (struct repl_event){.type = EV_SENT, .session = h->session, .bytes = 1 << 20});
+		forget(h);
+		for (int i = 0; i < 4; i++) {
+			forget(h);
+			guest(h, 'a', REPL_WRITE, 0, 1 << 20);
+			fin(h, "a");
+		}
+		EXPECT(h, ahead ? "do:a/disk send:WRITE#7 done:a send:FLUSH#8 do:sync/disk send:BEHIND"
+				: "do:a/disk send:WRITE#7 done:a");
+		guest(h, 'b', REPL_WRITE, 65536, 4096);
+		if (!ahead) {
+			EXPECT(h, "");
+			step(h, (struct repl_event){.type = EV_SENT, .session = h->session, .bytes = 1000});
+			EXPECT(h, "do:b/disk");
+			host_free(h);
+			continue;
+		}
+		EXPECT(h, "save:primary/RUNNING"); /* the generation; it waits for nothing else */
+		cr_assert_eq(link_of(h), LINK_RESYNC);
+		saved(h);
+		fin(h, "b");
+		EXPECT(h, "do:b/disk done:b");
+		step(h, (struct repl_event){.type = EV_SENT, .session = h->session, .bytes = 1000});
+		EXPECT(h, ""); /* not drained */
+		step(h, (struct repl_event){.type = EV_SENT, .session = h->session, .bytes = 8 << 20});
+		EXPECT(h, ""); /* what of it arrived is not known yet */
+		fin(h, "sync");
+		ack(h, 8, 8, 8);
+		tick(h, 1);
+		EXPECT(h, "save:primary/RUNNING");
+		cr_assert(dirty(h, 65536));
+		cr_assert_not(dirty(h, 0), "it arrived: only what was not sent is resynced");
+		saved(h);
+		EXPECT(h, "send:RESYNC_BEGIN#9");
+		host_free(h);
+	}
+}
+
+/* ---- the known suspects of completion ---- */
+
+Test(repl, a_flush_begun_in_a_resync_waits_if_it_ends_in_sync)
+{
+	struct host *h = primary(PROTOCOL_F);
+	link_down(h);
+	connect(h, &peer_meta);
+	EXPECT(h, "send:RESYNC_DONE#1");
+	guest(h, 'f', REPL_FLUSH, 0, 0);
+	EXPECT(h, "send:FLUSH#2 do:f/disk");
+	frame(h, WIRE_RESYNC_ACK, 1, 0, 0, NULL, 0);
+	forget(h);
+	fin(h, "f");
+	EXPECT(h, "");
+	ack(h, 2, 2, 1);
+	EXPECT(h, "");
+	ack(h, 2, 2, 2);
+	EXPECT(h, "done:f");
+	host_free(h);
+}
+
+Test(repl, a_flush_begun_in_a_resync_that_ends_in_it_is_a_barrier_and_does_not_wait)
+{
+	struct host *h = primary(PROTOCOL_C);
+	link_down(h);
+	connect(h, &peer_meta);
+	forget(h);
+	guest(h, 'f', REPL_FLUSH, 0, 0);
+	fin(h, "f");
+	EXPECT(h, "send:FLUSH#2 do:f/disk done:f");
+	cr_assert_not(repl_meta(h->r)->alone);
+	host_free(h);
+}
+
+Test(repl, requests_that_wait_follow_a_change_of_the_protocol)
+{
+	struct host *h = primary(PROTOCOL_C);
+	warm(h);
+	guest(h, 'a', REPL_WRITE, 0, 4096);
+	fin(h, "a");
+	guest(h, 'f', REPL_FLUSH, 0, 0);
+	fin(h, "f");
+	forget(h);
+	struct settings s = repl_meta(h->r)->settings;
+	s.protocol = PROTOCOL_F; /* its writes wait for nobody, its flushes do */
+	set_now(h, s);
+	EXPECT(h, "save:primary/RUNNING send:SETTINGS#1 done:a");
+	frame(h, WIRE_SETTINGS_ACK, 1, 0, 0, NULL, 0);
+	s.protocol = PROTOCOL_B;
+	set_now(h, s);
+	forget(h);
+	ack(h, 5, 3, 1);
+	EXPECT(h, "done:f");
+	frame(h, WIRE_SETTINGS_ACK, 2, 0, 0, NULL, 0);
+	guest(h, 'b', REPL_WRITE, 0, 4096);
+	fin(h, "b");
+	s.protocol = PROTOCOL_C; /* a stronger one: what waits waits for more */
+	set_now(h, s);
+	forget(h);
+	ack(h, 6, 5, 1);
+	EXPECT(h, "");
+	ack(h, 6, 6, 1);
+	EXPECT(h, "done:b");
+	host_free(h);
+}
+
+/* From the moment on which the session is being closed nothing is known of the peer. */
+Test(repl, a_session_that_is_being_closed_freezes_and_is_not_in_sync)
+{
+	struct host *h = primary(PROTOCOL_F);
+	warm(h);
+	struct settings s = repl_meta(h->r)->settings;
+	s.on_disconnect = ON_DISCONNECT_FREEZE;
+	set_now(h, s);
+	guest(h, 'a', REPL_WRITE, 0, 4096);
+	forget(h);
+	frame(h, WIRE_GOODBYE, 0, 0, 0, NULL, 0);
+	EXPECT(h, "close");
+	cr_assert_eq(link_of(h), LINK_DOWN);
+	fin(h, "a");
+	guest(h, 'b', REPL_WRITE, 4096, 4096);
+	EXPECT(h, "");
+	link_down(h);
+	EXPECT(h, "cmd");
+	s.on_disconnect = ON_DISCONNECT_CONTINUE;
+	set_now(h, s);
+	EXPECT(h, "save:primary/RUNNING cmd save:primary/RUNNING"); /* the setting; the generation */
+	tick(h, 1);
+	saved(h);
+	forget(h);
+	fin(h, "b");
+	EXPECT(h, "done:b");
+	host_free(h);
+}
+
+Test(repl, a_peer_that_is_silent_is_not_in_sync)
+{
+	struct host *h = primary(PROTOCOL_F);
+	cr_assert_eq(link_of(h), LINK_SYNCED);
+	h->now += 5 * SEC + 1; /* no tick has seen it yet */
+	cr_assert_eq(link_of(h), LINK_DOWN);
 	host_free(h);
 }
 
@@ -1247,20 +1584,23 @@ Test(repl, a_resync_that_is_cut_while_the_disk_syncs_is_begun_again)
 	link_down(h);
 	link_up(h, false);
 	join_frame(h, &peer_meta, 0);
-	frame(h, WIRE_RESYNC_BEGIN, 0, 100, 0, NULL, 0);
-	EXPECT(h, "send:JOIN send:DIRTY_END do:sync/ckpt");
+	stream(h, 'r', WIRE_RESYNC_BEGIN, REPL_RESYNC_BEGIN, 1, 100, 0);
+	stream(h, 'w', WIRE_WRITE, REPL_WRITE, 2, 0, 4096);
+	EXPECT(h, "send:JOIN send:DIRTY_END do:r/ckpt");
 	link_down(h);
+	EXPECT(h, "done:w=ERR_CANCELED");
 	link_up(h, false);
 	join_frame(h, &peer_meta, 0);
 	EXPECT(h, ""); /* the old session's work first */
-	fin(h, "sync");
-	EXPECT(h, "send:JOIN send:DIRTY_END");
-	frame(h, WIRE_RESYNC_BEGIN, 0, 100, 0, NULL, 0);
-	fin(h, "sync");
-	EXPECT(h, "do:sync/ckpt save:secondary/RUNNING +2");
+	fin(h, "r");
+	EXPECT(h, "done:r=ERR_CANCELED send:JOIN send:DIRTY_END");
+	stream(h, 'r', WIRE_RESYNC_BEGIN, REPL_RESYNC_BEGIN, 1, 100, 0);
+	stream(h, 'w', WIRE_WRITE, REPL_WRITE, 2, 0, 4096);
+	fin(h, "r");
+	EXPECT(h, "do:r/ckpt save:secondary/RUNNING +2");
 	cr_assert(h->saved.inconsistent);
 	saved(h);
-	EXPECT(h, "send:RESYNC_READY");
+	EXPECT(h, "send:RESYNC_READY#1 done:r do:w/disk");
 	host_free(h);
 }
 
@@ -1524,6 +1864,104 @@ Test(repl, a_failover_from_a_broken_secondary_needs_latest)
 	cr_assert_not(h->saved.broken);
 	saved(h);
 	EXPECT(h, "cmd");
+	host_free(h);
+}
+
+/* ---- resync as target ---- */
+
+Test(repl, a_resync_begins_behind_what_was_in_sync_and_may_begin_again)
+{
+	struct host *h = secondary();
+	stream(h, 'a', WIRE_WRITE, REPL_WRITE, 2, 0, 4096);
+	frame(h, WIRE_BEHIND, 0, WIRE_BEHIND_PAUSED, 0, NULL, 0);
+	cr_assert_eq(link_of(h), LINK_RESYNC);
+	stream(h, 'r', WIRE_RESYNC_BEGIN, REPL_RESYNC_BEGIN, 3, 200, 0);
+	stream(h, 'b', WIRE_RESYNC_WRITE, REPL_WRITE, 4, 65536, 4096);
+	EXPECT(h, "do:a/disk");
+	fin(h, "a");
+	EXPECT(h, "done:a do:r/ckpt");
+	fin(h, "r");
+	EXPECT(h, "save:secondary/RUNNING +2"); /* what it had, with a in it [PREKEEP] */
+	cr_assert(h->saved.inconsistent);
+	cr_assert_not(h->saved.own_dirty);
+	cr_assert_eq(h->saved.sync_from, 200);
+	cr_assert_eq(h->saved.last_stream, 1);
+	saved(h);
+	EXPECT(h, "send:RESYNC_READY#3 done:r do:b/disk");
+	fin(h, "b");
+	frame(h, WIRE_BEHIND, 0, WIRE_BEHIND_CONGESTED, 0, NULL, 0);
+	stream(h, 'r', WIRE_RESYNC_BEGIN, REPL_RESYNC_BEGIN, 5, 300, 0);
+	fin(h, "r");
+	EXPECT(h, "done:b do:r/ckpt save:secondary/RUNNING"); /* no second checkpoint [PREONCE] */
+	cr_assert_eq(h->saved.sync_from, 300);
+	saved(h);
+	stream(h, 'd', WIRE_RESYNC_DONE, REPL_RESYNC_DONE, 6, 0, 0);
+	fin(h, "d");
+	EXPECT(h, "send:RESYNC_READY#5 done:r do:d/disk save:secondary/RUNNING");
+	cr_assert_not(h->saved.inconsistent);
+	cr_assert_eq(h->saved.last_stream, 1, "the last good one until the resync has taken its own");
+	cr_assert_eq(h->saved.kept, 2);
+	saved(h);
+	cr_assert_eq(link_of(h), LINK_SYNCED);
+	forget(h);
+	stream(h, 'c', WIRE_CHECKPOINT, REPL_CHECKPOINT, 7, 3, 0);
+	fin(h, "c");
+	cr_assert_eq(h->saved.last_stream, 3);
+	cr_assert_eq(h->saved.kept, 0);
+	cr_assert_eq(h->saved.ckpts[1].flags, 0, "pinned until then");
+	host_free(h);
+}
+
+Test(repl, what_a_stream_may_not_hold)
+{
+	static const struct {
+		unsigned type;
+		enum repl_kind kind;
+		bool behind;
+	} bad[] = {{WIRE_RESYNC_WRITE, REPL_WRITE, false},
+		   {WIRE_RESYNC_DONE, REPL_RESYNC_DONE, false},
+		   {WIRE_WRITE, REPL_WRITE, true},
+		   {WIRE_FLUSH, REPL_FLUSH, true},
+		   {WIRE_RESYNC_WRITE, REPL_WRITE, true}};
+	for (unsigned i = 0; i < sizeof(bad) / sizeof(bad[0]); i++) {
+		struct host *h = secondary();
+		if (bad[i].behind)
+			frame(h, WIRE_BEHIND, 0, 0, 0, NULL, 0);
+		stream(h, 'x', bad[i].type, bad[i].kind, 2, 0, 4096);
+		EXPECT(h, "done:x=ERR_CANCELED send:REFUSE close");
+		host_free(h);
+	}
+	struct host *h = secondary();
+	frame(h, WIRE_BEHIND, 0, 0, 0, NULL, 0);
+	frame(h, WIRE_BEHIND, 0, 0, 0, NULL, 0);
+	EXPECT(h, "send:REFUSE close");
+	host_free(h);
+}
+
+/* What was received is applied when the link goes, but an end of a resync that nobody heard makes nothing in sync. */
+Test(repl, an_adoption_after_the_link_has_gone_is_not_in_sync)
+{
+	struct host *h = secondary();
+	frame(h, WIRE_BEHIND, 0, 0, 0, NULL, 0);
+	stream(h, 'd', WIRE_RESYNC_DONE, REPL_RESYNC_DONE, 2, 0, 0);
+	EXPECT(h, "do:d/disk");
+	link_down(h);
+	fin(h, "d");
+	saved(h);
+	EXPECT(h, "save:secondary/RUNNING done:d");
+	cr_assert_eq(link_of(h), LINK_DOWN);
+	host_free(h);
+}
+
+Test(repl, an_end_of_a_resync_that_is_behind_again_is_not_in_sync)
+{
+	struct host *h = secondary();
+	frame(h, WIRE_BEHIND, 0, 0, 0, NULL, 0);
+	stream(h, 'd', WIRE_RESYNC_DONE, REPL_RESYNC_DONE, 2, 0, 0);
+	frame(h, WIRE_BEHIND, 0, 0, 0, NULL, 0);
+	fin(h, "d");
+	saved(h);
+	cr_assert_eq(link_of(h), LINK_RESYNC);
 	host_free(h);
 }
 

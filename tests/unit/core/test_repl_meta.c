@@ -128,10 +128,11 @@ Test(repl_meta, round_trip)
 
 	assert_decodes_to(m, encode(m));
 	/* each boolean by itself: none may stand for another */
-	bool *flags[] = {&m->has_peer,	  &m->alone,	&m->inconsistent, &m->fresh,
-			 &m->split_brain, &m->shut_out, &m->broken,	  &m->own_dirty};
-	for (unsigned i = 0; i < 8; i++) {
-		for (unsigned k = 0; k < 8; k++)
+	bool *flags[] = {&m->has_peer, &m->alone,  &m->inconsistent, &m->fresh, &m->split_brain,
+			 &m->shut_out, &m->broken, &m->own_dirty,    &m->paused};
+	const unsigned n = sizeof(flags) / sizeof(flags[0]);
+	for (unsigned i = 0; i < n; i++) {
+		for (unsigned k = 0; k < n; k++)
 			*flags[k] = i == k;
 		assert_decodes_to(m, encode(m));
 	}
@@ -297,6 +298,9 @@ Test(repl_meta, version_1_is_read)
 	m->diverged_ns = 0;
 	cr_assert_eq(memcmp(back, m, sizeof(*m)), 0);
 	cr_assert_eq(repl_meta_decode(back, enc, (size_t)len - 8, REPL_META_VERSION, NULL), -ERR_CORRUPT);
+	enc[2 + strlen(m->group) + 16 + 1 + 1 + 1] |= 1 << 4; /* `paused`: bit 12 of the flags, which came later */
+	cr_assert_eq(repl_meta_decode(back, enc, (size_t)len - 8, 1, &e), -ERR_CORRUPT);
+	cr_assert(strstr(e.text, "field flags:") != NULL, "%s", e.text);
 	free(back);
 	free(m);
 }

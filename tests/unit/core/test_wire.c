@@ -94,6 +94,7 @@ static struct wire_frame frame_min(unsigned type)
 		break;
 	case WIRE_CHECKPOINT:
 	case WIRE_CHECKPOINT_ACK:
+	case WIRE_RESYNC_BEGIN:
 		f.offset = 1;
 		break;
 	case WIRE_RESYNC_DONE:
@@ -238,7 +239,7 @@ Test(wire_header, flags_seq_and_reserved)
 		}
 		struct wire_frame f = frame_min(t);
 		f.seq = 0;
-		if (t >= WIRE_WRITE && t <= WIRE_RESYNC_DONE)
+		if ((t >= WIRE_WRITE && t <= WIRE_RESYNC_DONE) || t == WIRE_RESYNC_BEGIN)
 			assert_refused(f, "seq");
 		else
 			assert_taken(f);
@@ -315,7 +316,8 @@ Test(wire_header, values_in_offset_and_length)
 	    {WIRE_CHECKPOINT, 1, WIRE_CKPT_NUMBER_MAX, UINT64_MAX},
 	    {WIRE_CHECKPOINT_ACK, 1, WIRE_CKPT_NUMBER_MAX, WIRE_VOID_ERROR},
 	    {WIRE_CHECKPOINT_WANT, 0, 3, UINT64_MAX},
-	    {WIRE_RESYNC_BEGIN, 0, UINT64_MAX, UINT64_MAX},
+	    {WIRE_RESYNC_BEGIN, 1, UINT64_MAX, UINT64_MAX},
+	    {WIRE_BEHIND, 0, WIRE_BEHIND_CONGESTED, UINT64_MAX},
 	    {WIRE_RESYNC_READY, 0, WIRE_CKPT_NUMBER_MAX, UINT64_MAX},
 	};
 
