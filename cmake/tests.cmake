@@ -140,3 +140,9 @@ if(CLANG_FORMAT)
 	add_test(NAME format COMMAND ${PROJECT_SOURCE_DIR}/tests/check_format.sh ${CLANG_FORMAT})
 	set_tests_properties(format PROPERTIES LABELS lint TIMEOUT 120)
 endif()
+
+# Bad disks for the e2e tests: preloaded into a daemon. Not with sanitizers, whose runtime has to come first.
+if(NOT REPFS_SANITIZE)
+	add_library(badio MODULE tests/preload/badio.c)
+	target_link_libraries(badio PRIVATE ${CMAKE_DL_LIBS})
+endif()

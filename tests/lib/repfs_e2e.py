@@ -288,7 +288,7 @@ class Host:
     """One daemon with its store and mount."""
 
     def __init__(self, name="a", listen=True, durability="process", netns=None, addr="127.0.0.1", insecure=False,
-                 store=None, options=(), folder=None):
+                 store=None, options=(), folder=None, env=None):
         self.name = name
         self.dir = folder or tmp()
         self.store = store or os.path.join(self.dir, name)
@@ -298,6 +298,7 @@ class Host:
         self.netns, self.addr, self.durability, self.insecure = netns, addr, durability, insecure
         self.port = free_port() if listen else None
         self.options = list(options)
+        self.env = dict(os.environ, **(env or {}))
         self.proc = None
         self.expect_dead = True
         self.errors = []
@@ -330,7 +331,7 @@ class Host:
         # In the test's own thread the daemon dies with it, even if it is killed.
         pre = ["setpriv", "--pdeathsig", "KILL"] if threading.current_thread() is threading.main_thread() else []
         self.proc = subprocess.Popen(pre + self.command("-f"), stdin=subprocess.DEVNULL, stdout=self.logf,
-                                     stderr=self.logf, cwd="/")
+                                     stderr=self.logf, cwd="/", env=self.env)
         self.expect_dead = False
         if wait:
             self.wait_ready(timeout)
@@ -566,6 +567,58 @@ class Tmpfs:
     def close(self):
         for m in mounts_below(self.path):
             run(["umount", "-l", m], code=None)
+
+
+class LoopFs:
+    """A small ext4 of its own; freeze(): whoever writes to it waits, in the kernel, until thaw()."""
+
+    def __init__(self, size):
+        need_root()
+        need("mkfs.ext4", "fsfreeze", "losetup")
+        d = tmp()
+        self.path = os.path.join(d, "fs")
+        os.mkdir(self.path)
+        image = os.path.join(d, "image")
+        with open(image, "wb") as f:
+            f.truncate(size)
+        run(["mkfs.ext4", "-q", "-F", image])
+        if run(["mount", "-o", "loop", image, self.path], code=None).returncode != 0:
+            raise Skip("loop devices cannot be had here")
+        self.frozen = False
+        track(self)
+
+    def freeze(self):
+        run(["fsfreeze", "-f", self.path])
+        self.frozen = True
+
+    def thaw(self):
+        if self.frozen:
+            run(["fsfreeze", "-u", self.path])
+            self.frozen = False
+
+    def close(self):
+        self.thaw()
+        run(["umount", "-l", self.path], code=None)
+
+
+class BadIo:
+    """Makes file operations of the daemons that get its env fail (tests/preload/badio.c)."""
+
+    def __init__(self):
+        lib = os.path.join(bin_dir(), "libbadio.so")
+        if not os.path.exists(lib):
+            raise Skip("libbadio.so is not built (sanitizers)")
+        self.rules = os.path.join(tmp(), "rules")
+        self.env = {"LD_PRELOAD": lib, "REPFS_BADIO": self.rules}
+
+    def fail(self, ops, pattern, code=errno.EIO):
+        with open(self.rules + ".new", "w") as f:
+            f.write("%s %d %s\n" % (ops, code, pattern))
+        os.rename(self.rules + ".new", self.rules)
+
+    def mend(self):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.rules)
 
 
 # ---- a proxy with faults ---------------------------------------------------------------------------------------------
