@@ -1111,6 +1111,7 @@ static void cmd_drop(struct repl *r, struct repl_command *c)
 		r->dropping = c;
 		r->merge_busy = true;
 		r->merge_io.kind = REPL_MERGE;
+		r->merge_io.flags = 0;
 		r->merge_io.arg = c->number;
 		repl_submit(r, &r->merge_io, TARGET_OWN);
 	}

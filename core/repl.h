@@ -52,8 +52,11 @@ enum repl_kind {
 	REPL_COMMIT,	  /* volume_commit over [off, off + len) */
 	REPL_INTENT_CLEAR, /* clear the intent bits in the volumes' `clearing` maps */
 	REPL_INTENT_ALL,   /* set the intent bits in the volumes' `marking` maps, durably (union, full sync) */
-	REPL_MERGE,	   /* volume_merge_into_older(arg) on all volumes */
+	REPL_MERGE,	   /* volume_merge_into_older(arg) on all volumes; flags REPL_MERGE_FOR_ROOM: -ERR_NOSPC, with
+			    * nothing done, unless that frees room and there is room for what it copies */
 };
+
+#define REPL_MERGE_FOR_ROOM 1U
 
 /* What ACT_SUBMIT asks for. */
 enum repl_target {
@@ -76,7 +79,7 @@ struct repl_io {
 	bool internal;		 /* the core's own object */
 	uint64_t seq;		 /* of the peer's stream: the frame's. Of a primary: the core's, when it was sent */
 	uint64_t arg;		 /* CHECKPOINT, MERGE: number. RESYNC_BEGIN: the source's generation */
-	uint32_t flags;		 /* CHECKPOINT: enum wire_ckpt_flags */
+	uint32_t flags;		 /* CHECKPOINT: enum wire_ckpt_flags. MERGE: REPL_MERGE_FOR_ROOM */
 	struct lineage lineage;	 /* RESYNC_DONE: the source's. */
 	enum repl_target target; /* with ACT_SUBMIT */
 	uint64_t mark_first, mark_units; /* TARGET_INTENT */

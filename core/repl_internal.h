@@ -84,7 +84,7 @@ enum tx_kind {
 	TX_DISCARD,
 	TX_SETTINGS,
 	TX_DROP,
-	TX_ROOM, /* arg: enum room_policy; number: the error's code */
+	TX_ROOM, /* arg: enum room_policy; number: what goes, 0: all */
 };
 
 struct tx {
@@ -121,7 +121,11 @@ struct repl {
 	/* requests */
 	struct reqset claims;
 	struct repl_list gated, bumping, clear_wait, acks, frozen, held, window;
-	struct repl_list room; /* guests' writes in PHASE_ROOM */
+	struct repl_list room;	      /* guests' writes in PHASE_ROOM */
+	enum room_policy room_policy; /* of the room being made; ROOM_NONE: none is */
+	int room_error;
+	uint32_t room_tried; /* so many that may go could not help */
+	bool room_merging;
 	struct repl_volume_state vol[GROUP_VOLUMES_MAX];
 	uint64_t writes_in_flight; /* guests' writes past the gate and not locally done */
 	bool power;
@@ -324,6 +328,7 @@ bool repl_ckpt_protected(const struct repl_meta *m, uint64_t number);
 bool repl_ckpt_needed(const struct repl_meta *m, uint32_t i); /* that, or the live one, or the last of the stream */
 /* True: the io, which failed with `error`, waits for room to be made; it is submitted again, or fails for good. */
 bool room_wait(struct repl *r, struct repl_io *io, int error);
+void room_merge_done(struct repl *r, int error); /* a merge has ended, and what followed of it */
 bool room_prepare(struct tx *tx, struct repl_meta *m);
 void room_tx_done(struct repl *r, struct tx *tx, int error);
 

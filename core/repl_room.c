@@ -57,54 +57,118 @@ static enum room_policy policy(const struct repl *r, const struct repl_io *io, i
 	return ROOM_NONE;
 }
 
-/* The checkpoint to drop, 0: none. Only the oldest one's blocks go with it; one in the middle would have to be merged
- * into its older neighbour, which takes room first. */
-static uint64_t choose(const struct repl_meta *m, enum room_policy p)
+/* How dear a checkpoint is; those of one rank go oldest first. */
+enum { RANK_UNPINNED, RANK_PINNED, RANK_PROTECTED, RANKS };
+
+static unsigned rank_of(const struct repl_meta *m, uint32_t i)
 {
-	if (m->n_ckpts == 0)
-		return 0;
-	if (p == ROOM_UNNEEDED && (repl_ckpt_needed(m, 0) || (m->ckpts[0].flags & CKPT_PINNED)))
-		return 0;
-	return m->ckpts[0].number;
+	if (repl_ckpt_protected(m, m->ckpts[i].number))
+		return RANK_PROTECTED;
+	return m->ckpts[i].flags & CKPT_PINNED ? RANK_PINNED : RANK_UNPINNED;
+}
+
+/* The nth checkpoint that may go, in the order in which they go; 0: there is none. The live epoch's overlay can go only
+ * when it is the last. */
+static uint64_t candidate(const struct repl_meta *m, enum room_policy p, uint32_t nth)
+{
+	unsigned ranks = p == ROOM_ANY ? RANKS : RANK_UNPINNED + 1;
+	for (unsigned rank = 0; rank < ranks; rank++)
+		for (uint32_t i = 0; i < m->n_ckpts; i++) {
+			bool free = p == ROOM_ANY ? i + 1 < m->n_ckpts || i == 0 : !repl_ckpt_needed(m, i);
+			if (free && rank_of(m, i) == rank && nth-- == 0)
+				return m->ckpts[i].number;
+		}
+	return 0;
+}
+
+static void room_end(struct repl *r, bool made);
+
+static void save_room(struct repl *r, uint64_t number)
+{
+	struct tx *t = repl_tx(r, TX_ROOM);
+	t->arg = r->room_policy;
+	t->number = number;
+}
+
+/* Goes on with the next that may go. The oldest one's blocks go with it; one in the middle is merged into its older
+ * neighbour first, where that frees some and there is room for the copies, else its turn has passed. */
+static void room_next(struct repl *r)
+{
+	if (r->room_policy == ROOM_ALL || r->room_policy == ROOM_BREAK) {
+		save_room(r, 0);
+		return;
+	}
+	uint64_t number = candidate(r->meta, r->room_policy, r->room_tried);
+	if (number == 0) {
+		room_end(r, false);
+	} else if (number == r->meta->ckpts[0].number) {
+		save_room(r, number);
+	} else if (!r->merge_busy && !r->dropping) { /* else when that has ended */
+		r->merge_busy = r->room_merging = true;
+		r->merge_io.kind = REPL_MERGE;
+		r->merge_io.arg = number;
+		r->merge_io.flags = REPL_MERGE_FOR_ROOM;
+		repl_submit(r, &r->merge_io, TARGET_OWN);
+	}
 }
 
 bool room_wait(struct repl *r, struct repl_io *io, int error)
 {
 	enum room_policy p = policy(r, io, error);
-	if (p == ROOM_NONE)
+	if (p == ROOM_NONE || ((p == ROOM_ANY || p == ROOM_UNNEEDED) && candidate(r->meta, p, 0) == 0))
 		return false;
-	if (!repl_tx_pending(r, TX_ROOM)) {
-		if ((p == ROOM_ANY || p == ROOM_UNNEEDED) && choose(r->meta, p) == 0)
-			return false;
-		struct tx *t = repl_tx(r, TX_ROOM);
-		t->arg = p;
-		t->number = error == -ERR_NOSPC ? ERR_NOSPC : ERR_IO;
-	}
 	io->error = error;
 	io->phase = PHASE_ROOM;
 	/* One of the stream stays in the window, whose order and barriers count it as not applied; a commit's is known
 	 * by its slot. */
 	if (io->list == NULL && !io->internal)
 		list_push(&r->room, io);
+	if (r->room_policy == ROOM_NONE) {
+		r->room_policy = p;
+		r->room_error = error;
+		r->room_tried = 0;
+		room_next(r);
+	}
 	return true;
+}
+
+void room_merge_done(struct repl *r, int error)
+{
+	if (r->room_policy == ROOM_NONE)
+		return;
+	if (!r->room_merging) { /* another's has ended */
+		if (!repl_tx_pending(r, TX_ROOM))
+			room_next(r);
+		return;
+	}
+	if (error == 0) { /* no other merge before it is dropped: it would bring new blocks into it */
+		save_room(r, r->merge_io.arg);
+		return;
+	}
+	r->merge_busy = r->room_merging = false;
+	r->room_tried++;
+	room_next(r);
 }
 
 bool room_prepare(struct tx *t, struct repl_meta *m)
 {
-	enum room_policy p = (enum room_policy)t->arg;
-	if (m->n_ckpts == 0)
-		return false; /* gone meanwhile */
-	if (p == ROOM_ANY || p == ROOM_UNNEEDED) {
-		t->dropped_through = choose(m, p);
-		if (t->dropped_through == 0)
-			return false;
-		repl_ckpt_remove(m, t->dropped_through);
+	if (t->number) {
+		int i = repl_meta_find_ckpt(m, t->number);
+		if (i < 0)
+			return false; /* gone meanwhile */
+		if (i == 0)
+			t->dropped_through = t->number;
+		else
+			t->dropped = t->number; /* merged */
+		repl_ckpt_remove(m, t->number);
 		return true;
 	}
+	if (m->n_ckpts == 0)
+		return false;
 	t->dropped_through = UINT64_MAX;
 	while (m->n_ckpts)
 		repl_ckpt_remove(m, m->ckpts[m->n_ckpts - 1].number);
-	m->broken = p == ROOM_BREAK;
+	m->broken = t->arg == ROOM_BREAK;
 	return true;
 }
 
@@ -122,6 +186,7 @@ static void resubmit(struct repl *r, struct repl_io *io)
 /* The record says what is given up, or could not be saved: all that waits goes on, or fails as it had. */
 static void room_end(struct repl *r, bool made)
 {
+	r->room_policy = ROOM_NONE;
 	for (uint64_t n = r->room.count; n; n--) {
 		struct repl_io *io = list_pop(&r->room);
 		if (made) {
@@ -165,7 +230,7 @@ static void room_log(struct repl *r, const struct tx *t)
 		    matter);
 	else
 		repl_log(r, 0, "%s: no room: checkpoint %llu was dropped so that %s", r->meta->group,
-			 (unsigned long long)t->dropped_through,
+			 (unsigned long long)t->number,
 			 t->arg == ROOM_ANY ? "guests' writes succeed" : "mirroring goes on");
 }
 
@@ -173,6 +238,8 @@ void room_tx_done(struct repl *r, struct tx *t, int error)
 {
 	if (error == 0)
 		room_log(r, t);
+	if (r->room_merging)
+		r->merge_busy = r->room_merging = false;
 	/* Canceled: what it was to drop has gone already. */
 	room_end(r, error == 0 || error == -ERR_CANCELED);
 }

@@ -483,6 +483,7 @@ void secondary_retention(struct repl *r)
 		return;
 	r->merge_busy = true;
 	r->merge_io.kind = REPL_MERGE;
+	r->merge_io.flags = 0;
 	r->merge_io.arg = m->ckpts[oldest].number;
 	repl_submit(r, &r->merge_io, TARGET_OWN);
 }
@@ -768,6 +769,7 @@ void secondary_tx_done(struct repl *r, struct tx *t, int error)
 			r->dropping = NULL;
 		r->merge_busy = false;
 		repl_command_done(r, t->command, error, "the group's record could not be saved: %s", err_short(error));
+		room_merge_done(r, error);
 		return;
 	default:
 		UNREACHABLE();
@@ -1120,6 +1122,10 @@ static void synced(struct repl *r, int error)
 
 static void merged(struct repl *r, int error)
 {
+	if (r->room_merging) {
+		room_merge_done(r, error);
+		return;
+	}
 	if (error) {
 		repl_log(r, 0, "merging checkpoint %llu failed: %s", (unsigned long long)r->merge_io.arg,
 			 err_short(error));
@@ -1127,6 +1133,7 @@ static void merged(struct repl *r, int error)
 		repl_command_done(r, r->dropping, error, "its blocks could not be merged into the older one: %s",
 				  err_short(error));
 		r->dropping = NULL;
+		room_merge_done(r, error);
 		return;
 	}
 	struct tx *t = repl_tx(r, TX_DROP);

@@ -270,9 +270,27 @@ static int commit(struct repl_exec *x, struct repl_io *io)
 	return volume_commit(x->vols[io->volume], base, io->off, io->len, &written);
 }
 
+/* Whether merging checkpoint `number` away frees room, and what it copies before it frees any fits. */
+static int merge_helps(struct repl_exec *x, uint64_t number)
+{
+	uint64_t copies = 0, frees = 0, room = 0, total;
+	for (uint32_t i = 0; i < x->n_vols; i++) {
+		uint64_t c, f;
+		volume_merge_cost(x->vols[i], number, &c, &f);
+		copies += c;
+		frees += f;
+	}
+	if (copies) {
+		int err = storage_free_bytes(store_storage(x->store), &room, &total);
+		if (err)
+			return err;
+	}
+	return frees && copies <= room / 2 ? 0 : -ERR_NOSPC; /* the rest for the maps, and for others */
+}
+
 static int merge(struct repl_exec *x, struct repl_io *io)
 {
-	int err = 0;
+	int err = io->flags & REPL_MERGE_FOR_ROOM ? merge_helps(x, io->arg) : 0;
 	for (uint32_t i = 0; i < x->n_vols && !err; i++)
 		err = volume_merge_into_older(x->vols[i], io->arg);
 	return err;

@@ -272,6 +272,33 @@ static int merge_find(struct volume *v, uint64_t ckpt, struct layer **ret_from, 
 	return rc;
 }
 
+void volume_merge_cost(struct volume *v, uint64_t ckpt, uint64_t *ret_copies, uint64_t *ret_frees)
+{
+	struct layer *from = NULL, *to = NULL;
+	uint64_t both = 0;
+
+	*ret_copies = *ret_frees = 0;
+	if (merge_find(v, ckpt, &from, &to) == 0 && from) {
+		uint64_t blocks = min_u64(from->held->nbits, to->held->nbits);
+
+		for (uint64_t at = bits_next_set(from->held, 0, blocks), end; at < blocks;
+		     at = bits_next_set(from->held, end, blocks)) {
+			end = bits_next_clear(from->held, at, blocks);
+			for (uint64_t b = bits_next_set(to->held, at, end); b < end;
+			     b = bits_next_set(to->held, b, end)) {
+				uint64_t stop = bits_next_clear(to->held, b, end);
+
+				both += stop - b;
+				b = stop;
+			}
+		}
+		*ret_frees = both << BLOCK_SHIFT;
+		*ret_copies = (overlay_count(from->o) - min_u64(both, overlay_count(from->o))) << BLOCK_SHIFT;
+	}
+	layer_unref(from);
+	layer_unref(to);
+}
+
 int volume_merge_into_older(struct volume *v, uint64_t ckpt)
 {
 	struct layer *from = NULL, *to = NULL;

@@ -106,6 +106,8 @@ void volume_unprepare(struct volume *v);
  * volume_drop's PRE: k is the oldest, or was merged since this volume was opened, or holds no block; a k that is not
  * in the chain is fine. */
 int volume_merge_into_older(struct volume *v, uint64_t ckpt);
+/* What that would copy, and what dropping k then frees beyond it, in bytes. Both 0 for one that needs no merge. */
+void volume_merge_cost(struct volume *v, uint64_t ckpt, uint64_t *ret_copies, uint64_t *ret_frees);
 void volume_drop(struct volume *v, uint64_t ckpt);
 /* Drops k and all older ones, whatever they hold: no image older than what is left can be had any more. */
 void volume_drop_through(struct volume *v, uint64_t ckpt);

@@ -1467,15 +1467,19 @@ Test(repl, a_clean_stop_clears_then_checkpoints_then_ends)
 	host_free(h);
 }
 
-Test(repl, writes_without_room_share_one_drop)
+/* A survivor with checkpoints 1 (pinned), 2, 3 (what its failover went back to), 4 and 5 (live), out of room. */
+static struct host *survivor_out_of_room(void)
 {
 	static struct repl_meta m;
 	meta_of(&m, ROLE_STANDALONE, STATE_DONE);
 	m.alone = true;
-	m.n_ckpts = 2;
-	m.ckpts[0] = (struct repl_ckpt){.number = 1, .generation = 100, .flags = CKPT_PINNED};
-	m.ckpts[1] = (struct repl_ckpt){.number = 2, .generation = 100};
-	m.ckpt_max = 2;
+	m.n_ckpts = 5;
+	m.ckpt_max = 5;
+	for (unsigned i = 0; i < 5; i++)
+		m.ckpts[i] = (struct repl_ckpt){.number = i + 1, .generation = 100};
+	m.ckpts[0].flags = CKPT_PINNED;
+	m.target = 3;
+	m.settings.keep_last = 100;
 	struct host *h = host_new(&m);
 	char name[2] = "";
 	for (int i = 0; i < 60; i++) {
@@ -1488,12 +1492,73 @@ Test(repl, writes_without_room_share_one_drop)
 		name[0] = (char)('A' + i);
 		fin_full(h, name, -ERR_NOSPC, false, 0, true);
 	}
-	EXPECT(h, "save:standalone/DONE <2"); /* one in the middle could not go unmerged */
+	EXPECT(h, "do:merge/own"); /* one for all of them */
+	return h;
+}
+
+Test(repl, writes_without_room_share_one_drop)
+{
+	struct host *h = survivor_out_of_room();
+	fin(h, "merge");
+	EXPECT(h, "save:standalone/DONE -2"); /* unpinned ones go first */
 	saved(h);
 	cr_assert_eq(h->n_submitted, 60);
 	forget(h);
 	fin(h, "A");
 	EXPECT(h, "done:A");
+	host_free(h);
+}
+
+Test(repl, the_dearest_checkpoint_goes_last_and_one_that_frees_nothing_is_passed_over)
+{
+	struct host *h = survivor_out_of_room();
+	fin_full(h, "merge", -ERR_NOSPC, false, 0, false); /* 2: its room would not come free */
+	EXPECT(h, "do:merge/own");
+	fin_full(h, "merge", -ERR_NOSPC, false, 0, false); /* 4: nor this one's */
+	EXPECT(h, "save:standalone/DONE <2");		   /* 1, pinned, is the oldest: its blocks go with it */
+	saved(h);
+	cr_assert_eq(h->n_submitted, 60);
+	forget(h);
+	const char *const next[] = {"save:standalone/DONE <3", "do:merge/own", "save:standalone/DONE -4",
+				    "save:standalone/DONE <4", "save:standalone/DONE <6"};
+	for (unsigned i = 0; i < sizeof(next) / sizeof(next[0]); i++) { /* 2, 4 by a merge, the target, the live one */
+		if (i != 2)
+			fin_full(h, "A", -ERR_NOSPC, false, 0, true);
+		EXPECT(h, next[i]);
+		if (i == 1) {
+			fin(h, "merge");
+			continue;
+		}
+		saved(h);
+		EXPECT(h, "do:A/disk");
+	}
+	fin_full(h, "A", -ERR_NOSPC, false, 0, false);
+	EXPECT(h, "done:A=ERR_NOSPC");
+	host_free(h);
+}
+
+Test(repl, a_write_without_room_waits_for_retentions_merge)
+{
+	struct host *h = survivor_out_of_room();
+	fin(h, "merge");
+	saved(h);
+	forget(h);
+	command(h, CMD_DROP, 4);
+	EXPECT(h, "do:merge/own");
+	for (char c = 'A'; c < 'A' + 60; c++) {
+		char name[2] = {c, 0};
+		if (c != 'B')
+			fin(h, name);
+	}
+	forget(h);
+	fin_full(h, "B", -ERR_NOSPC, false, 0, true);
+	EXPECT(h, ""); /* 4 is being merged; then it looks again */
+	fin(h, "merge");
+	EXPECT(h, "save:standalone/DONE -4");
+	saved(h);
+	EXPECT(h, "cmd save:standalone/DONE <2");
+	saved(h);
+	EXPECT(h, "do:B/disk");
 	host_free(h);
 }
 
@@ -1775,6 +1840,8 @@ Test(repl, on_cow_error_drop_history_leaves_pinned_ones_and_keeps_all_when_it_ca
 {
 	struct host *h = secondary_with(ON_COW_ERROR_DROP_HISTORY, 3, 1);
 	fin_full(h, "a", -ERR_NOSPC, false, 0, true);
+	EXPECT(h, "do:merge/own"); /* 2, above the pinned one */
+	fin_full(h, "merge", -ERR_NOSPC, false, 0, false);
 	EXPECT(h, "send:IO_ERROR#2 close done:a=ERR_NOSPC done:f=ERR_CANCELED");
 	host_free(h);
 	h = secondary_with(ON_COW_ERROR_DROP_HISTORY, 3, 0);

@@ -350,6 +350,38 @@ Test(volume_one, merges_can_be_repeated_and_the_older_wins)
 	model_check(&model);
 }
 
+Test(volume_one, what_a_merge_costs_and_a_drop_of_all_older_ones)
+{
+	uint64_t copies = 77, frees = 77;
+
+	model_checkpoint(&model, false);
+	write_at(&model, VOLUME_WRITE, 0, 3 * 4096, 1); /* blocks 0 1 2 */
+	model_checkpoint(&model, false);
+	write_at(&model, VOLUME_WRITE, 4096, 4 * 4096, 2); /* 1 2 3 4 */
+	model_checkpoint(&model, false);
+	write_at(&model, VOLUME_WRITE, 0, 4096, 3);
+	volume_merge_cost(model.v, model.ckpts[1].number, &copies, &frees);
+	cr_assert_eq(copies, 2 * 4096);
+	cr_assert_eq(frees, 2 * 4096);
+	volume_merge_cost(model.v, model.ckpts[0].number, &copies, &frees); /* the oldest needs none */
+	cr_assert_eq(copies + frees, 0);
+	volume_merge_cost(model.v, 999, &copies, &frees);
+	cr_assert_eq(copies + frees, 0);
+	volume_drop_through(model.v, 0);
+	model_check(&model);
+	volume_drop_through(model.v, model.ckpts[1].number);
+	model_did_drop(&model, 0);
+	model_did_drop(&model, 0);
+	model_check(&model);
+	volume_drop_through(model.v, UINT64_MAX);
+	model_did_drop(&model, 0);
+	volume_reap(model.v);
+	cr_assert_eq(volume_live(model.v), 0);
+	write_at(&model, VOLUME_WRITE, 0, 100, 9); /* nothing is saved any more */
+	model_reopen(&model);
+	model_check(&model);
+}
+
 /* Merged once, but then given more by another merge: what it holds is not all in the older one any more. */
 Test(volume_one, dropping_what_is_not_merged_traps)
 {
