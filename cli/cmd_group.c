@@ -1,5 +1,5 @@
-/* The manager's operations and settings of a group: protect, start, stop, checkpoint, failover, discard, wait, set,
- * get. Each is one request; the daemon decides, this prints.
+/* The manager's operations, roles and settings of a group: protect, start, stop, checkpoint, failover, failback,
+ * unprotect, diverged, resolve, discard, wait, set, get. Each is one request; the daemon decides, this prints.
  */
 #include "cli/cli.h"
 
@@ -215,6 +215,120 @@ int cmd_failover(struct cli *c)
 	}
 	json_decref(r);
 	return rc;
+}
+
+int cmd_failback(struct cli *c)
+{
+	const char *peer = cli_value(c, "peer");
+	if (!peer)
+		return cli_fail(c, ERR_USAGE, "the old primary is missing; give it with --peer HOST:PORT");
+	bool wait = cli_has(c, "wait");
+	json_t *args = json_pack("{s:s, s:s}", "name", c->args[0], "peer", peer), *r;
+	if (!args || !put_flag(args, "wait", wait))
+		return no_memory(c, args);
+	int rc = cli_call_print(c, "failback", args, true, &r);
+	if (r && wait)
+		cli_note(c, "%s: in sync with %s", c->args[0], js_str(r, "peer", peer));
+	else if (r)
+		cli_note(c, "%s: this host is primary now and replicates to %s; repctl wait %s --for=in-sync waits",
+			 c->args[0], js_str(r, "peer", peer), c->args[0]);
+	json_decref(r);
+	return rc;
+}
+
+int cmd_unprotect(struct cli *c)
+{
+	json_t *r;
+	int rc = cli_call_print(c, "unprotect", cli_name_args(c->args[0]), true, &r);
+	if (r)
+		cli_note(c, "%s: standalone; its checkpoints stay", c->args[0]);
+	json_decref(r);
+	return rc;
+}
+
+int cmd_resolve(struct cli *c)
+{
+	const char *discard = cli_value(c, "discard");
+	if (!discard)
+		return cli_fail(c, ERR_USAGE,
+				"whose copy is given up is missing: --discard local or --discard peer; repctl diverged "
+				"%s shows what differs",
+				c->args[0]);
+	bool local = strcmp(discard, "local") == 0;
+	if (!cli_confirm(c,
+			 "resolve %s: %s copy is given up; its VM must not run any more. It stays as a pinned "
+			 "checkpoint there.",
+			 c->args[0], local ? "this host's" : "the peer's"))
+		return 1;
+	json_t *args = json_pack("{s:s, s:s}", "name", c->args[0], "discard", discard), *r;
+	if (!args)
+		return no_memory(c, args);
+	int rc = cli_call_print(c, "resolve", args, true, &r);
+	uint64_t kept;
+	if (r && js_u64(r, "checkpoint", &kept))
+		(void)printf("%s: this host's copy follows the peer's; what it held is checkpoint %llu\n",
+			     js_str(r, "group", "-"), (unsigned long long)kept);
+	else if (r)
+		(void)printf("%s: %s\n", js_str(r, "group", "-"),
+			     local ? "this host's copy follows the peer's"
+				   : "the peer's copy follows this host's; what it held is a pinned checkpoint there");
+	json_decref(r);
+	return rc;
+}
+
+static void diverged_rows(struct table *t, const json_t *side, const char *who)
+{
+	size_t i, k;
+	json_t *v, *x;
+	json_array_foreach(json_object_get(side, "volumes"), i, v)
+	{
+		json_array_foreach(json_object_get(v, "extents"), k, x)
+		{
+			char off[FORMAT_SIZE] = "-", len[FORMAT_SIZE] = "-";
+			uint64_t n;
+			if (js_u64(x, "offset", &n))
+				(void)snprintf(off, sizeof(off), "%llu", (unsigned long long)n);
+			if (js_u64(x, "length", &n))
+				(void)snprintf(len, sizeof(len), "%llu", (unsigned long long)n);
+			const char *cells[] = {who, js_str(v, "name", NULL), off, len};
+			table_row(t, cells);
+		}
+	}
+}
+
+static void diverged_sum(const json_t *side, const char *who)
+{
+	char text[FORMAT_SIZE];
+	uint64_t bytes = 0;
+	if (!json_is_object(side)) {
+		(void)printf("  %s: not known: it has not been reached since this daemon's start\n", who);
+		return;
+	}
+	(void)js_u64(side, "bytes", &bytes);
+	format_bytes(bytes, text);
+	(void)printf("  %s: %s", who, text);
+	const char *since = js_str(side, "since", NULL);
+	(void)printf("%s%s\n", since ? " since " : "", since ? since : "");
+}
+
+int cmd_diverged(struct cli *c)
+{
+	static const struct table_column columns[] = {
+	    {"SIDE", TABLE_LEFT}, {"VOLUME", TABLE_LEFT}, {"OFFSET", TABLE_RIGHT}, {"LENGTH", TABLE_RIGHT}};
+	json_t *r;
+	int rc = cli_call_print(c, "diverged", cli_name_args(c->args[0]), false, &r);
+	if (!r)
+		return rc;
+	const json_t *local = json_object_get(r, "local"), *peer = json_object_get(r, "peer");
+	(void)printf("%s  %s\n", js_str(r, "group", c->args[0]),
+		     js_bool(r, "split_brain") ? "split brain" : "no split brain");
+	diverged_sum(local, "this host");
+	diverged_sum(peer, "the peer");
+	struct table *t = table_new(columns, 4, c->out.color);
+	diverged_rows(t, local, "local");
+	diverged_rows(t, peer, "peer");
+	json_decref(r);
+	return table_finish(t, stdout) < 0 ? cli_fail(c, ERR_NOMEM, "out of memory") : 0;
 }
 
 int cmd_wait(struct cli *c)

@@ -255,13 +255,14 @@ int cmd_error(struct cli *c)
 	if (rc)
 		return rc;
 	bool clean = js_bool(r, "clean");
+	int standing = err_exit(js_bool(r, "split_brain") ? ERR_SPLIT : ERR_DEGRADED);
 	if (c->json) {
 		rc = cli_finish(c, r);
-		return rc ? rc : clean ? 0 : err_exit(ERR_DEGRADED);
+		return rc ? rc : clean ? 0 : standing;
 	}
 	(void)printf("%s  %s\n", js_str(r, "group", c->args[0]), clean ? "clean" : "not clean");
 	reason_lines(stdout, r, "reason");
 	error_line(stdout, json_object_get(r, "error"));
 	json_decref(r);
-	return clean ? 0 : err_exit(ERR_DEGRADED);
+	return clean ? 0 : standing;
 }

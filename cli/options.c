@@ -72,6 +72,19 @@ static const struct cli_opt failover_opts[] = {
     {.name = "wait", .help = "return when the commit in the background has ended"},
     {.name = NULL},
 };
+static const struct cli_opt failback_opts[] = {
+    {.name = "peer", .arg = "HOST:PORT", .needed = true, .help = "the old primary; this host dials it"},
+    {.name = "wait", .help = "return when in sync"},
+    {.name = NULL},
+};
+static const struct cli_opt resolve_opts[] = {
+    {.name = "discard",
+     .arg = "local|peer",
+     .choices = "local|peer",
+     .needed = true,
+     .help = "whose copy is given up; it stays as a pinned checkpoint"},
+    {.name = NULL},
+};
 static const struct cli_opt status_opts[] = {
     {.name = "watch", .help = "again every second until interrupted"},
     {.name = "exit-code", .help = "exit 7 if a group is degraded, 8 on split brain"},
@@ -105,6 +118,13 @@ const struct cli_verb cli_verbs[] = {
     {"resume", "GROUP", 1, 1, "go on shipping after pause; wait --for=in-sync waits for the rest", NULL, cmd_resume},
     {"checkpoint", "GROUP", 1, 1, "take a checkpoint; prints its number", checkpoint_opts, cmd_checkpoint},
     {"failover", "GROUP", 1, 1, "on the secondary: make its copy the live disk", failover_opts, cmd_failover},
+    {"failback", "GROUP", 1, 1, "after a failover: make this host primary and the old primary its secondary",
+     failback_opts, cmd_failback},
+    {"unprotect", "GROUP", 1, 1, "end the protection on this host for good; its disk and checkpoints stay", NULL,
+     cmd_unprotect},
+    {"diverged", "GROUP", 1, 1, "what each side of a split brain holds that the other does not", NULL, cmd_diverged},
+    {"resolve", "GROUP", 1, 1, "end a split brain: the copy that is given up follows the other", resolve_opts,
+     cmd_resolve},
     {"discard", "GROUP", 1, 1, "drop what the secondary side wrote itself", NULL, cmd_discard},
     {"error", "GROUP", 1, 1, "the error that stands; exit 7 if one does or the peer is not in sync", NULL, cmd_error},
     {"status", "[GROUP]", 0, 1, "how replication is doing", status_opts, cmd_status},
@@ -122,10 +142,6 @@ const struct cli_verb cli_verbs[] = {
     {"help", "[VERB]", 0, 1, "this text, or that of a verb", NULL, cmd_help},
 
     {"switchover", "GROUP", 0, 0, "swap the roles, nothing lost", NULL, NULL},
-    {"failback", "GROUP", 0, 0, "make the survivor primary of the old primary", NULL, NULL},
-    {"unprotect", "GROUP", 0, 0, "end the protection for good", NULL, NULL},
-    {"resolve", "GROUP", 0, 0, "end a split brain", NULL, NULL},
-    {"diverged", "GROUP", 0, 0, "what differs in a split brain", NULL, NULL},
     {"resync", "GROUP", 0, 0, "sync again", NULL, NULL},
     {"verify", "GROUP", 0, 0, "compare both disks", NULL, NULL},
     {"resize", "NAME SIZE", 0, 0, "grow a volume", NULL, NULL},

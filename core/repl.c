@@ -216,10 +216,52 @@ bool repl_tx_pending(const struct repl *r, enum tx_kind kind)
 	return false;
 }
 
-static void begin_generation(struct repl *r, struct repl_meta *m)
+void repl_begin_generation(struct repl *r, struct repl_meta *m)
 {
+	if (m->lineage.bitmap == 0)
+		m->diverged_ns = r->wall_ns;
 	lineage_begin(&m->lineage, repl_random(r));
 	m->alone = true;
+}
+
+static void prepare_activate(struct repl *r, struct repl_meta *m)
+{
+	if (m->role != ROLE_PRIMARY) {
+		/* A survivor, or the winner of a resolve. Its checkpoints are its own history, not the peer's. */
+		m->role = ROLE_PRIMARY;
+		m->base = m->last_stream = 0;
+		m->target = m->received = m->received_bytes = m->failover_generation = 0;
+	}
+	if (m->state == STATE_DONE)
+		repl_state_move(m, STATE_NONE);
+	repl_state_move(m, STATE_RUNNING);
+	if (m->lineage.current == 0)
+		repl_begin_generation(r, m);
+	if (r->protect || r->start || m->split_brain)
+		m->paused = false;
+	m->alone = m->split_brain = false;
+	m->has_peer = true;
+	if (r->protect) {
+		(void)snprintf(m->peer, sizeof(m->peer), "%s", r->dial_addr);
+		memset(m->peer_store, 0, sizeof(m->peer_store));
+	}
+}
+
+/* The peer is forgotten: from here on nothing is recorded as dirty, so the generation that begins ends all partial
+ * syncs with what was its peer. */
+static void prepare_unprotect(struct repl *r, struct repl_meta *m)
+{
+	m->role = ROLE_STANDALONE;
+	repl_state_move(m, STATE_DONE);
+	if (m->lineage.current)
+		lineage_part(&m->lineage, repl_random(r));
+	m->alone = m->lineage.current != 0;
+	m->has_peer = m->split_brain = m->shut_out = m->broken = false;
+	secondary_release_kept(m);
+	m->base = m->last_stream = 0;
+	m->target = m->received = m->received_bytes = m->failover_generation = m->diverged_ns = 0;
+	m->peer[0] = 0;
+	memset(m->peer_store, 0, sizeof(m->peer_store));
 }
 
 /* Edits `m`, a copy of the record. False: it no longer applies, nothing is saved. */
@@ -232,35 +274,24 @@ static bool tx_prepare(struct repl *r, struct tx *t, struct repl_meta *m)
 		 * no more. */
 		if (m->alone || primary_forwarding(r) || repl_serving(m, false) == SERVING_EIO)
 			return false;
-		begin_generation(r, m);
+		repl_begin_generation(r, m);
 		return true;
 	case TX_ACTIVATE:
 		if (t->session != r->session || r->link != LINK_HANDSHAKE || r->closing)
 			return false;
-		if (m->role != ROLE_PRIMARY) {
-			m->role = ROLE_PRIMARY;
-			if (m->state == STATE_DONE)
-				repl_state_move(m, STATE_NONE);
-		}
-		if (m->state == STATE_DONE)
-			repl_state_move(m, STATE_NONE);
-		repl_state_move(m, STATE_RUNNING);
-		if (m->lineage.current == 0)
-			begin_generation(r, m);
-		m->alone = false;
-		m->has_peer = true;
-		if (r->protect || r->start)
-			m->paused = false;
-		if (r->protect) {
-			(void)snprintf(m->peer, sizeof(m->peer), "%s", r->dial_addr);
-			memset(m->peer_store, 0, sizeof(m->peer_store));
-			m->target = m->received = m->received_bytes = m->failover_generation = 0;
-		}
+		prepare_activate(r, m);
+		return true;
+	case TX_UNPROTECT:
+		if (m->state != STATE_NONE && m->state != STATE_DONE)
+			return false;
+		prepare_unprotect(r, m);
 		return true;
 	case TX_IN_SYNC:
 		if (t->session != r->session)
 			return false;
 		lineage_followed(&m->lineage, t->number);
+		if (m->lineage.bitmap == 0)
+			m->diverged_ns = 0;
 		return true;
 	case TX_PAUSE:
 		if (m->role != ROLE_PRIMARY || m->state != STATE_RUNNING)
@@ -361,6 +392,7 @@ static void tx_done(struct repl *r, struct tx *t, int error)
 	case TX_RESTART:
 	case TX_SHUT_OUT:
 	case TX_SPLIT:
+	case TX_UNPROTECT:
 		session_tx_done(r, t, error);
 		break;
 	case TX_IN_SYNC:
@@ -473,7 +505,7 @@ bool repl_frozen(const struct repl *r)
 
 static bool gate_open(const struct repl *r, const struct repl_io *io)
 {
-	if (r->holding || r->activating || r->stopping || r->failing_over || r->finalising)
+	if (r->holding || r->activating || r->stopping || r->failing_over || r->finalising || r->yielding)
 		return false;
 	if (r->unsure_holds && r->saving)
 		return false;
@@ -936,8 +968,16 @@ void repl_step(struct repl *r, const struct repl_event *ev)
 		ev_shutdown(r);
 		break;
 	}
+	session_yielded(r);
 	secondary_settle(r);
 	repl_tx_run(r);
+}
+
+void repl_stepped_down(struct repl *r)
+{
+	r->holding = false;
+	fail_list(r, &r->frozen, -ERR_IO);
+	repl_emit(r, &(struct repl_action){.type = ACT_SERVING, .meta = r->meta});
 }
 
 /* ---- commands ---- */
@@ -952,6 +992,23 @@ static const char *peer_text(const struct repl *r)
 	return r->meta->peer[0] ? r->meta->peer : "the peer";
 }
 
+#define SPLIT_TEXT "split brain: both hosts wrote alone; see `diverged`, then `resolve`"
+
+/* A command that the peer has to connect for, or that gets several tries, gives up then. */
+static uint64_t wait_until(const struct repl *r)
+{
+	return r->now_ns + r->meta->settings.peer_timeout_ms * UINT64_C(1000000) + DIALLED_WAIT_NS;
+}
+
+static void dial_for(struct repl *r, struct repl_command *c)
+{
+	if (r->link != LINK_DOWN) /* the old primary dials */
+		session_drop(r, "this host dials itself");
+	r->protect = c;
+	(void)snprintf(r->dial_addr, sizeof(r->dial_addr), "%s", c->text);
+	session_dial(r);
+}
+
 static void cmd_protect(struct repl *r, struct repl_command *c)
 {
 	const struct repl_meta *m = r->meta;
@@ -961,14 +1018,95 @@ static void cmd_protect(struct repl *r, struct repl_command *c)
 	else if (m->state == STATE_FAILOVER || m->state == STATE_FAILOVER_FAILED)
 		repl_command_done(r, c, -ERR_STATE, "a failover is being committed (%s); wait with `wait --for=done`",
 				  state_name(m->state));
-	else if (r->protect || r->link != LINK_DOWN)
+	else if (m->split_brain)
+		repl_command_done(r, c, -ERR_SPLIT, SPLIT_TEXT "; `unprotect` forgets the other copy");
+	else if (r->protect || r->link > LINK_HANDSHAKE)
 		repl_command_done(r, c, -ERR_BUSY, "another protect is under way");
 	else if (m->n_volumes == 0)
 		repl_command_done(r, c, -ERR_STATE, "the group has no volumes; `create` one first");
-	else {
-		r->protect = c;
-		(void)snprintf(r->dial_addr, sizeof(r->dial_addr), "%s", c->text);
-		session_dial(r);
+	else
+		dial_for(r, c);
+}
+
+static void cmd_failback(struct repl *r, struct repl_command *c)
+{
+	const struct repl_meta *m = r->meta;
+	if (m->split_brain)
+		repl_command_done(r, c, -ERR_SPLIT, SPLIT_TEXT);
+	else if (m->role == ROLE_PRIMARY && m->state == STATE_RUNNING && strcmp(m->peer, c->text) == 0)
+		repl_command_done(r, c, 0, " "); /* the same again */
+	else if (m->role == ROLE_PRIMARY)
+		repl_command_done(r, c, -ERR_STATE, "this host is primary for it already; see `status`");
+	else if (m->role == ROLE_SECONDARY)
+		repl_command_done(r, c, -ERR_STATE,
+				  "this host is secondary for it; run it on the one that failed over");
+	else if (m->failover_generation == 0)
+		repl_command_done(r, c, -ERR_STATE, "it has not failed over here; `protect` begins a protection");
+	else if (m->state != STATE_DONE)
+		repl_command_done(r, c, -ERR_STATE, "a failover is being committed (%s); wait with `wait --for=done`",
+				  state_name(m->state));
+	else if (r->protect || r->link > LINK_HANDSHAKE)
+		repl_command_done(r, c, -ERR_BUSY, "another failback is under way");
+	else
+		dial_for(r, c);
+}
+
+/* A command that would undo what another one under way is about to do. */
+static bool role_changing(const struct repl *r)
+{
+	return r->protect || r->start || r->start_waits || r->resolve || r->failing_over || r->adopting;
+}
+
+static void cmd_stop(struct repl *r, struct repl_command *c);
+
+static void cmd_unprotect(struct repl *r, struct repl_command *c)
+{
+	const struct repl_meta *m = r->meta;
+	if (m->role == ROLE_STANDALONE && !m->has_peer)
+		repl_command_done(r, c, -ERR_STATE, "it is standalone already: it has no peer to forget");
+	else if (m->state == STATE_FAILOVER || m->state == STATE_FAILOVER_FAILED)
+		repl_command_done(r, c, -ERR_STATE, "a failover is being committed (%s); wait with `wait --for=done`",
+				  state_name(m->state));
+	else if (m->inconsistent)
+		repl_command_done(
+		    r, c, -ERR_STATE,
+		    "the sync of this copy has not ended: its disk is incomplete. `failover --force` goes "
+		    "back to what it held before");
+	else if (role_changing(r) || repl_tx_pending(r, TX_UNPROTECT))
+		repl_command_done(r, c, -ERR_BUSY, "another command is changing its role");
+	else if (m->state == STATE_RUNNING)
+		cmd_stop(r, c); /* by its rules; then repl_stopped */
+	else
+		repl_tx(r, TX_UNPROTECT)->command = c;
+}
+
+void repl_stopped(struct repl *r, struct repl_command *c)
+{
+	if (c && c->cmd == CMD_UNPROTECT)
+		repl_tx(r, TX_UNPROTECT)->command = c;
+	else
+		repl_command_done(r, c, 0, " ");
+}
+
+static void cmd_resolve(struct repl *r, struct repl_command *c)
+{
+	const struct repl_meta *m = r->meta;
+	bool local = c->number == DISCARD_LOCAL;
+	if (!m->split_brain && m->role == (local ? ROLE_SECONDARY : ROLE_PRIMARY)) {
+		c->result = m->kept;
+		repl_command_done(r, c, 0, " "); /* the same again: so it is already */
+	} else if (!m->split_brain) {
+		repl_command_done(r, c, -ERR_STATE, "there is no split brain here (%s, %s)", role_name(m->role),
+				  state_name(m->state));
+	} else if (m->state == STATE_FAILOVER || m->state == STATE_FAILOVER_FAILED) {
+		repl_command_done(r, c, -ERR_STATE, "a failover is being committed (%s); wait with `wait --for=done`",
+				  state_name(m->state));
+	} else if (r->resolve || role_changing(r)) {
+		repl_command_done(r, c, -ERR_BUSY, "another command is changing its role");
+	} else {
+		r->resolve = c;
+		r->resolve_until_ns = wait_until(r);
+		r->redial_ns = r->now_ns;
 	}
 }
 
@@ -978,15 +1116,20 @@ static void cmd_start(struct repl *r, struct repl_command *c)
 	if (m->role == ROLE_STANDALONE)
 		repl_command_done(r, c, -ERR_STATE, "it has no peer; `protect` it first");
 	else if (m->split_brain)
-		repl_command_done(r, c, -ERR_SPLIT,
-				  "split brain: both hosts wrote alone; see `diverged`, then `resolve`");
+		repl_command_done(r, c, -ERR_SPLIT, SPLIT_TEXT);
 	else if (m->state == STATE_RUNNING)
 		repl_command_done(r, c, -ERR_STATE, "it runs already");
 	else if (m->role == ROLE_SECONDARY)
 		repl_command_done(r, c, -ERR_STATE, "this host is secondary for it; run it on the primary");
-	else if (r->start || r->start_waits || (r->link != LINK_DOWN && !r->closing))
+	else if (r->start || r->start_waits || (m->peer[0] && r->link != LINK_DOWN && !r->closing))
 		repl_command_done(r, c, -ERR_BUSY, "another start is under way");
-	else if (r->link != LINK_DOWN)
+	else if (m->peer[0] == 0) {
+		/* The peer dials, and goes on doing so while replication is stopped. */
+		if (r->link != LINK_DOWN)
+			session_drop(r, "a start came after its JOIN");
+		r->start = c;
+		r->start_until_ns = wait_until(r);
+	} else if (r->link != LINK_DOWN)
 		r->start_waits = c;
 	else {
 		r->start = c;
@@ -1010,7 +1153,7 @@ static void cmd_stop(struct repl *r, struct repl_command *c)
 	}
 	if (repl_tx_pending(r, TX_STOPPED)) {
 		repl_command_done(r, c, -ERR_BUSY, "another stop is under way");
-	} else if (is_primary(r) && r->link == LINK_DOWN) {
+	} else if (is_primary(r) && (r->link == LINK_DOWN || m->split_brain)) {
 		struct tx *t = repl_tx(r, TX_STOPPED);
 		t->command = c;
 	} else if (r->link != LINK_SYNCED) {
@@ -1138,6 +1281,15 @@ static void command(struct repl *r, struct repl_command *c)
 	case CMD_PROTECT:
 		cmd_protect(r, c);
 		break;
+	case CMD_FAILBACK:
+		cmd_failback(r, c);
+		break;
+	case CMD_UNPROTECT:
+		cmd_unprotect(r, c);
+		break;
+	case CMD_RESOLVE:
+		cmd_resolve(r, c);
+		break;
 	case CMD_START:
 		cmd_start(r, c);
 		break;
@@ -1175,14 +1327,14 @@ size_t repl_size(void)
 
 size_t repl_volume_bytes(uint64_t size)
 {
-	return 4 * bitmap_bytes(units_of(size, REGION_SHIFT)) + 4 * bitmap_bytes(units_of(size, INTENT_SHIFT));
+	return 5 * bitmap_bytes(units_of(size, REGION_SHIFT)) + 4 * bitmap_bytes(units_of(size, INTENT_SHIFT));
 }
 
 static void volume_maps_init(struct repl_volume_state *v, uint64_t size, void *mem)
 {
 	uint64_t regions = units_of(size, REGION_SHIFT), intents = units_of(size, INTENT_SHIFT);
 	uint8_t *p = mem;
-	struct bitmap *fine[] = {&v->dirty, &v->touched, &v->cycle, &v->todo};
+	struct bitmap *fine[] = {&v->dirty, &v->touched, &v->cycle, &v->todo, &v->theirs};
 	struct bitmap *coarse[] = {&v->intent, &v->marking, &v->hot, &v->clearing};
 	for (unsigned i = 0; i < ARRAY_LEN(fine); i++, p += bitmap_bytes(regions))
 		bitmap_init(fine[i], regions, p);
@@ -1302,11 +1454,11 @@ static void reason(struct repl_status *s, const char *fmt, ...)
 }
 
 /* What may be said of the link: nothing is known of a peer that has been silent for peer_timeout (the next tick ends
- * the session), or whose session this host is closing. */
+ * the session), or whose session this host is closing; and a halted pair only looks whether it is still one. */
 static enum link_state repl_link(const struct repl *r, uint64_t now_ns)
 {
 	bool silent = now_ns - min_u64(now_ns, r->heard_ns) > r->meta->settings.peer_timeout_ms * UINT64_C(1000000);
-	return r->closing || silent ? LINK_DOWN : r->link;
+	return r->closing || silent || r->meta->split_brain ? LINK_DOWN : r->link;
 }
 
 void repl_status(const struct repl *r, uint64_t now_ns, struct repl_status *s)
@@ -1370,4 +1522,11 @@ void repl_status(const struct repl *r, uint64_t now_ns, struct repl_status *s)
 		reason(s, "%s", r->error.text);
 	if (m->role == ROLE_PRIMARY && m->state == STATE_DONE)
 		s->degraded = r->error.code != 0 || m->split_brain || s->link != LINK_SYNCED;
+}
+
+void repl_diverged(const struct repl *r, struct repl_diverged *d)
+{
+	d->since_ns = r->meta->has_peer ? r->meta->diverged_ns : 0;
+	d->peer_known = r->theirs_known;
+	d->peer_since_ns = r->theirs_since_ns;
 }

@@ -110,7 +110,10 @@ enum link_state { LINK_DOWN, LINK_HANDSHAKE, LINK_RESYNC, LINK_SYNCED };
 const char *link_state_name(unsigned s);
 
 enum repl_cmd {
-	CMD_PROTECT, /* text: peer; flags: WIRE_JOIN_ADOPT; ids set in the record by the shell before */
+	CMD_PROTECT,  /* text: peer; flags: WIRE_JOIN_ADOPT; ids set in the record by the shell before */
+	CMD_FAILBACK, /* text: peer */
+	CMD_UNPROTECT,
+	CMD_RESOLVE, /* number: enum repl_discard; result: the loser's kept checkpoint, where this host is the loser */
 	CMD_START,
 	CMD_STOP,
 	CMD_CHECKPOINT, /* flags: WIRE_CKPT_PIN; result number */
@@ -123,6 +126,7 @@ enum repl_cmd {
 };
 #define FAILOVER_DEFAULT 0
 #define FAILOVER_LATEST UINT64_MAX
+enum repl_discard { DISCARD_LOCAL, DISCARD_PEER };
 enum repl_failover_flags { FAILOVER_FORCE = 1, FAILOVER_DISCARD_ACTIVE = 2 };
 
 /* A command under way; owned by the shell until ACT_CMD_DONE. */
@@ -217,6 +221,7 @@ struct repl_volume_state {
 	struct bitmap touched;	/* written since the running clear cycle began */
 	struct bitmap cycle;	/* touched before it: cleared when both hosts have it durable */
 	struct bitmap todo;	/* resync: to be sent. FAILOVER: to be committed */
+	struct bitmap theirs;	/* the peer's dirty set, as this or the last handshake told it */
 	struct bitmap intent;	/* as durable in the intent map: set here only after it is set there */
 	struct bitmap marking;	/* being set by REPL_INTENT_ALL or REPL_MARK */
 	struct bitmap hot;	/* intent regions used since the last look */
@@ -265,6 +270,9 @@ const struct repl_meta *repl_meta(const struct repl *r);
 struct repl_volume_state *repl_volume_state(struct repl *r, uint32_t volume);
 bool repl_holding(const struct repl *r);
 bool repl_forwarding(const struct repl *r); /* a primary on a live session, not behind: payload will be sent */
+/* Whether a connection that has just come up is this group's from now on: asked by the shell before EV_LINK_UP, under
+ * the same exclusion. Two that cross each other (a failback, while the old primary dials) must not end both. */
+bool repl_takes_link(const struct repl *r, bool dialer);
 /* Builds the JOIN of this host into *j. */
 void repl_join(const struct repl *r, struct wire_join *j);
 
@@ -286,5 +294,13 @@ struct repl_status {
 	unsigned n_reasons;
 };
 void repl_status(const struct repl *r, uint64_t now_ns, struct repl_status *ret);
+
+/* What the two copies hold that the other was never told: `dirty` and, where peer_known, `theirs` of the volumes. */
+struct repl_diverged {
+	uint64_t since_ns; /* wall clock; 0: this copy holds nothing of the kind */
+	bool peer_known;   /* the peer has told its part since this daemon's start */
+	uint64_t peer_since_ns;
+};
+void repl_diverged(const struct repl *r, struct repl_diverged *ret);
 
 #endif

@@ -31,7 +31,8 @@
 #define ACK_LAZY_NS UINT64_C(100000000)
 #define REDIAL_MIN_NS UINT64_C(50000000)
 #define REDIAL_MAX_NS UINT64_C(2000000000)
-#define REFUSED_REDIAL_NS UINT64_C(2000000000)
+#define REFUSED_REDIAL_NS UINT64_C(2000000000) /* also between two handshakes of a halted pair */
+#define DIALLED_WAIT_NS UINT64_C(5000000000)   /* a command waits so long, and peer_timeout, for the peer to dial */
 #define CATCH_UP_RETRY_NS UINT64_C(1000000000)
 /* Of what a peer may name: room above it for this host's own, so that no number outgrows the wire's limit. */
 #define CKPT_PEER_MAX (WIRE_CKPT_NUMBER_MAX / 2)
@@ -65,12 +66,14 @@ enum room_policy {
 enum tx_kind {
 	TX_BUMP,      /* begin a generation: writing without the peer */
 	TX_SECONDARY, /* a standalone group becomes a fresh recovery copy (or, arg 1, an adopted one) */
+	TX_UNPROTECT, /* standalone again, its peer forgotten */
 	TX_RESTART,   /* a stopped secondary: DONE → NONE */
 	TX_ACTIVATE,  /* source: the session begins; role primary, RUNNING */
 	TX_IN_SYNC,   /* source: the target adopted generation `number` */
 	TX_PAUSE,     /* primary: arg 1 paused, 0 resumed */
 	TX_CATCH_UP,  /* primary that was behind: it is alone no longer */
-	TX_SHUT_OUT,  /* a primary steps down: its peer failed over */
+	TX_SHUT_OUT,  /* a primary steps down: its peer failed over. arg 1: for a failback, whose JOIN is answered after
+		       */
 	TX_SPLIT,     /* both wrote alone */
 	TX_KEEP,      /* target: local checkpoint, inconsistent, sync_from */
 	TX_ADOPT,     /* target: resync done */
@@ -146,8 +149,16 @@ struct repl {
 	enum lineage_decision decision;
 	uint64_t link_since_ns, heard_ns, pinged_ns, redial_ns, redial_wait_ns, progress_ns;
 	bool was_connected;
-	uint8_t scratch[64 << 10]; /* payloads being encoded */
-	struct repl_command *protect, *start, *stop;
+	uint8_t scratch[64 << 10];		     /* payloads being encoded */
+	struct repl_command *protect, *start, *stop; /* protect: a failback too */
+	struct repl_command *resolve;
+	uint64_t resolve_until_ns, start_until_ns; /* they wait so long for a connection */
+	bool yielding;	 /* no request starts: this host is about to give up its disk to a sync */
+	bool adopting;	 /* it does so for a `protect --adopt` whose JOIN is answered after */
+	bool dirty_sent; /* what this side holds is on its way */
+	bool theirs_known;
+	uint64_t theirs_since_ns;
+	bool told;			  /* a survivor that dials: its old primary knows of the failover */
 	struct repl_command *start_waits; /* for the connection of a stop just done to end */
 	char dial_addr[ADDR_SIZE];
 
@@ -252,6 +263,9 @@ void repl_release_claim(struct repl *r, struct repl_io *io);
 void repl_alone(struct repl *r, struct repl_io *io); /* complete it without the peer's word */
 void repl_ready_claims(struct repl *r, struct reqset_claim *ready);
 void repl_mark_written(struct repl *r, const struct repl_io *io);
+void repl_stopped(struct repl *r, struct repl_command *c); /* its stop is durable; an `unprotect` goes on */
+void repl_stepped_down(struct repl *r); /* nothing of this host's guests is served any more: what waits gets EIO */
+void repl_begin_generation(struct repl *r, struct repl_meta *m);
 bool repl_frozen(const struct repl *r); /* nothing may complete without the peer: on_disconnect=freeze */
 void repl_guest_failed(struct repl *r, struct repl_io *io, int error); /* its local write, at last */
 void repl_intent(struct repl *r, struct repl_io *io);		       /* its intent bits, then its local write */
@@ -263,7 +277,10 @@ void repl_state_move(struct repl_meta *m, unsigned to);
 void session_link_up(struct repl *r, const struct repl_event *ev);
 void session_link_down(struct repl *r, int code, const char *text);
 void session_close(struct repl *r, bool drain);
+void session_drop(struct repl *r, const char *why); /* at once; what still comes of it is fenced */
 void session_refuse(struct repl *r, int code, const char *text);
+void session_yielded(struct repl *r); /* at the end of each step: what waits for the last guest's write */
+void session_resolved(struct repl *r);
 void session_frame(struct repl *r, const struct repl_event *ev);
 void session_tick(struct repl *r);
 void session_join_ready(struct repl *r);
@@ -316,10 +333,12 @@ void secondary_retention(struct repl *r);
 void secondary_session_lost(struct repl *r);
 void secondary_settle(struct repl *r); /* at the end of each step: what waits for quiet */
 bool secondary_switching(const struct repl *r);
+void secondary_adopt_sync(struct repl *r); /* the disk, before TX_SECONDARY of an adoption */
 void secondary_prepare(struct repl *r, struct tx *tx, struct repl_meta *m);
 void secondary_apply_end(struct repl *r, struct repl_io *io, int error);
 void secondary_commit_end(struct repl *r, struct repl_io *io, int error);
 void secondary_unsure(struct repl *r); /* the record could not be saved again */
+void secondary_release_kept(struct repl_meta *m);
 void repl_ckpt_remove(struct repl_meta *m, uint64_t number);
 
 /* repl_room.c */

@@ -319,6 +319,7 @@ void primary_frame(struct repl *r, const struct repl_event *ev)
 		r->ckpt_used = max_u64(r->ckpt_used, f->offset); /* [NUMMAX] */
 		r->rs_ready = r->rs_ready || f->seq == r->rs_begin_seq;
 		r->progress_ns = r->now_ns;
+		session_resolved(r); /* the loser has it durably */
 		primary_resync_pump(r);
 		break;
 	case WIRE_RESYNC_ACK:
@@ -437,7 +438,10 @@ void primary_tx_done(struct repl *r, struct tx *t, int error)
 		}
 		if (!error)
 			r->error.code = 0;
-		repl_command_done(r, t->command, error, "the stop could not be saved: %s", err_short(error));
+		if (error)
+			repl_command_done(r, t->command, error, "the stop could not be saved: %s", err_short(error));
+		else
+			repl_stopped(r, t->command);
 		return;
 	default:
 		UNREACHABLE();
@@ -735,9 +739,7 @@ void primary_tick(struct repl *r)
 	if (outstanding && r->now_ns - r->progress_ns > 4 * s->peer_timeout_ms * UINT64_C(1000000)) {
 		repl_set_error(r, ERR_TIMEOUT, "peer", -1, 0, 0,
 			       "the peer made no progress for four times peer_timeout");
-		session_close(r, false);
-		session_link_down(r, -ERR_PEER, "the peer made no progress");
-		r->session = 0;
+		session_drop(r, "the peer made no progress");
 		return;
 	}
 	if (!outstanding)

@@ -385,12 +385,20 @@ void secondary_tick(struct repl *r)
 
 /* ---- resync as target ---- */
 
-static bool any_dirty(const struct repl *r)
+void secondary_adopt_sync(struct repl *r)
 {
+	r->sync_busy = true;
+	r->sync_io.kind = REPL_FLUSH;
+	r->sync_io.session = r->session;
+	repl_submit(r, &r->sync_io, TARGET_CKPT);
+}
+
+static uint64_t dirty_bytes(const struct repl *r)
+{
+	uint64_t n = 0;
 	for (uint32_t i = 0; i < r->meta->n_volumes; i++)
-		if (r->vol[i].dirty.count)
-			return true;
-	return false;
+		n += min_u64(r->vol[i].dirty.count << REGION_SHIFT, r->meta->volumes[i].size);
+	return n;
 }
 
 /* Appends a checkpoint to the record. */
@@ -418,7 +426,7 @@ static void pin(struct repl_meta *m, uint64_t number, bool on)
 }
 
 /* The checkpoint before the last resync: pinned until that has taken its own, for good where it holds more. */
-static void release_kept(struct repl_meta *m)
+void secondary_release_kept(struct repl_meta *m)
 {
 	if (m->kept && !m->own_dirty)
 		pin(m, m->kept, false);
@@ -426,18 +434,50 @@ static void release_kept(struct repl_meta *m)
 	m->own_dirty = false;
 }
 
+/* Retention may be behind: then the oldest goes now; it needs no merge. */
+static void make_room(struct tx *t, struct repl_meta *m)
+{
+	if (m->n_ckpts < GROUP_CKPTS_MAX)
+		return;
+	t->dropped_through = m->ckpts[0].number;
+	repl_ckpt_remove(m, t->dropped_through);
+}
+
+/* The disk as it is becomes a checkpoint that is pinned, for now. */
+static void keep_disk(struct repl *r, struct tx *t, struct repl_meta *m)
+{
+	make_room(t, m);
+	t->opened = m->ckpt_max + 1;
+	add_ckpt(r, m, t->opened, CKPT_LOCAL, CKPT_PINNED);
+	m->kept = t->opened;
+}
+
+/* A copy that was its host's own follows from now on. What it had checkpoints of is no default target [LASTLIN]. */
+static void give_up_disk(struct repl_meta *m)
+{
+	m->role = ROLE_SECONDARY;
+	if (m->state != STATE_NONE)
+		repl_state_move(m, STATE_NONE);
+	m->base = m->last_stream = 0;
+	m->target = m->received = m->received_bytes = m->failover_generation = 0;
+}
+
 static void prepare_keep(struct repl *r, struct tx *t, struct repl_meta *m)
 {
-	if (!m->inconsistent && m->n_ckpts < GROUP_CKPTS_MAX) {
-		release_kept(m);
-		t->opened = m->ckpt_max + 1;
-		add_ckpt(r, m, t->opened, CKPT_LOCAL, CKPT_PINNED);
-		m->kept = t->opened;
+	if (m->role != ROLE_SECONDARY || m->state == STATE_DONE) /* the loser of a resolve */
+		give_up_disk(m);
+	m->split_brain = false;
+	m->settings = r->theirs.settings;
+	if (!r->dialer)
+		m->peer[0] = 0; /* one of the two dials */
+	if (!m->inconsistent) {
+		secondary_release_kept(m);
+		keep_disk(r, t, m);
 		/* Kept for good where it holds what the source never had. */
 		uint64_t cur = m->lineage.current;
 		const struct lineage *s = &r->theirs.lineage;
 		bool related = cur == 0 || cur == s->current || cur == s->bitmap || lineage_has(s, cur);
-		m->own_dirty = any_dirty(r) || !related;
+		m->own_dirty = dirty_bytes(r) != 0 || !related;
 	}
 	m->inconsistent = true;
 	m->sync_from = t->number;
@@ -456,6 +496,7 @@ static void prepare_adopt(struct tx *t, struct repl_meta *m)
 			m->ckpts[i].flags |= CKPT_FOREIGN;
 		m->last_stream = 0;
 	}
+	m->diverged_ns = 0;
 	m->inconsistent = m->alone = m->shut_out = m->split_brain = false;
 	m->sync_from = 0;
 	m->has_peer = true;
@@ -470,17 +511,25 @@ void secondary_retention(struct repl *r)
 	if (r->merge_busy || r->dropping || r->saving || r->failing_over || m->state == STATE_FAILOVER ||
 	    m->state == STATE_FAILOVER_FAILED)
 		return;
+	/* A primary's are from when it followed: they go once the new secondary has one of its own. */
+	bool now_primary = m->role == ROLE_PRIMARY && m->last_stream;
 	uint64_t unpinned = 0;
 	uint32_t oldest = UINT32_MAX;
 	for (uint32_t i = 0; i < m->n_ckpts; i++) {
 		if (m->ckpts[i].flags & CKPT_PINNED)
 			continue;
 		unpinned++;
-		if (oldest == UINT32_MAX && !repl_ckpt_needed(m, i))
+		bool alone = now_primary && m->n_ckpts == 1; /* the live epoch's goes as the last one of the chain */
+		if (oldest == UINT32_MAX && (alone || !repl_ckpt_needed(m, i)))
 			oldest = i;
 	}
-	if (unpinned <= m->settings.keep_last || oldest == UINT32_MAX)
+	if (unpinned <= (now_primary ? 0 : m->settings.keep_last) || oldest == UINT32_MAX)
 		return;
+	if (m->n_ckpts == 1) {
+		if (!repl_tx_pending(r, TX_DROP))
+			repl_tx(r, TX_DROP)->number = m->ckpts[0].number;
+		return;
+	}
 	r->merge_busy = true;
 	r->merge_io.kind = REPL_MERGE;
 	r->merge_io.flags = 0;
@@ -527,29 +576,31 @@ static void prepare_failover(struct repl *r, struct tx *t, struct repl_meta *m)
 	} else {
 		m->target = m->base = to;
 	}
-	if (latest || (r->failover && (r->failover->flags & FAILOVER_DISCARD_ACTIVE))) {
+	/* A former primary has no active overlay yet. */
+	if (latest || m->active_id == 0 || (r->failover && (r->failover->flags & FAILOVER_DISCARD_ACTIVE))) {
 		t->active_id = active_id_next(m);
 		m->active_id = t->active_id;
 	}
-	lineage_begin(&m->lineage, repl_random(r));
+	repl_begin_generation(r, m);
 	m->failover_generation = m->lineage.current;
-	m->alone = true;
 	m->has_peer = true;
 	m->inconsistent = m->fresh = m->shut_out = m->broken = m->own_dirty = false;
 	m->sync_from = 0;
 	m->kept = 0;
-	m->peer[0] = 0;
 }
 
 void secondary_prepare(struct repl *r, struct tx *t, struct repl_meta *m)
 {
 	switch (t->kind) {
 	case TX_SECONDARY:
-		m->role = ROLE_SECONDARY;
-		if (m->state == STATE_DONE)
-			repl_state_move(m, STATE_NONE);
-		if (!t->arg) {
-			m->inconsistent = m->fresh = true;
+		give_up_disk(m);
+		m->inconsistent = m->has_peer = true;
+		m->sync_from = 0;
+		if (t->arg) { /* for good: nobody but its owner can know what was in it */
+			keep_disk(r, t, m);
+			m->own_dirty = true;
+		} else {
+			m->fresh = true;
 			m->lineage = (struct lineage){0};
 		}
 		for (uint32_t i = 0; i < m->n_volumes; i++) /* the hub's ids rule */
@@ -557,7 +608,6 @@ void secondary_prepare(struct repl *r, struct tx *t, struct repl_meta *m)
 				if (strcmp(m->volumes[i].name, r->theirs.volumes[k].name) == 0)
 					m->volumes[i].id = r->theirs.volumes[k].id;
 		m->peer[0] = 0;
-		m->failover_generation = m->target = m->received = m->received_bytes = 0;
 		return;
 	case TX_RESTART:
 		repl_state_move(m, STATE_NONE);
@@ -569,12 +619,11 @@ void secondary_prepare(struct repl *r, struct tx *t, struct repl_meta *m)
 		prepare_adopt(t, m);
 		return;
 	case TX_SWITCH:
-		if (m->n_ckpts == GROUP_CKPTS_MAX) /* retention is behind: the oldest goes now; it needs no merge */
-			t->dropped_through = m->ckpts[0].number, repl_ckpt_remove(m, t->dropped_through);
+		make_room(t, m);
 		t->opened = t->number;
 		add_ckpt(r, m, t->number, CKPT_STREAM, t->flags & WIRE_CKPT_PIN ? CKPT_PINNED : 0);
 		m->base = m->last_stream = t->number;
-		release_kept(m);
+		secondary_release_kept(m);
 		m->fresh = m->broken = false;
 		if (t->arg || m->active_id == 0) {
 			t->active_id = active_id_next(m);
@@ -640,7 +689,7 @@ static void switched(struct repl *r, struct tx *t, int error)
 		r->stop = NULL;
 		if (c) {
 			c->result2 = t->arg;
-			repl_command_done(r, c, 0, " ");
+			repl_stopped(r, c);
 		}
 		if (current(r, io))
 			session_close(r, true);
@@ -659,10 +708,16 @@ static void barrier_unsaved(struct repl *r, struct repl_io *io, int error)
 
 static void kept(struct repl *r, struct tx *t, int error)
 {
+	r->yielding = false;
 	if (error) {
 		barrier_unsaved(r, t->io, error);
 		return;
 	}
+	session_resolved(r); /* it goes on from here without a new decision */
+	repl_stepped_down(r);
+	if (r->meta->own_dirty && r->meta->kept)
+		repl_log(r, 1, "what this host held and the peer may not have, %llu bytes, stays as checkpoint %llu",
+			 (unsigned long long)dirty_bytes(r), (unsigned long long)r->meta->kept);
 	if (current(r, t->io))
 		session_send(r, WIRE_RESYNC_READY, t->io->seq, r->ckpt_used, 0, 0, NULL, 0);
 	barrier_end(r, t->io);
@@ -697,7 +752,7 @@ static void failed_over(struct repl *r, struct tx *t, int error)
 {
 	struct repl_command *c = r->failover;
 	r->failover = NULL;
-	r->failing_over = false;
+	r->failing_over = r->told = false;
 	r->marked = !error;
 	if (error) {
 		repl_command_done(r, c, error, "the failover could not be saved: %s; nothing was changed",
@@ -793,6 +848,14 @@ static int outcome(struct repl *r, struct repl_command *c, uint64_t *ret)
 		to = FAILOVER_LATEST;
 	if (to == FAILOVER_DEFAULT) {
 		to = m->last_stream;
+		if (to == 0 && !force && m->inconsistent && m->kept) {
+			repl_command_done(
+			    r, c, -ERR_STATE,
+			    "this copy has no checkpoint of the data that it follows now; `--force` goes back "
+			    "to what this host held itself before that, checkpoint %llu",
+			    (unsigned long long)m->kept);
+			return -ERR_STATE;
+		}
 		if (to == 0 && !force) {
 			repl_command_done(r, c, -ERR_STATE,
 					  "there is no checkpoint from the stream to go back to%s; `--to latest` takes "
@@ -1118,6 +1181,12 @@ static void synced(struct repl *r, int error)
 		secondary_commit_pump(r);
 		return;
 	}
+	if (!r->adopting || r->sync_io.session != r->session || r->closing)
+		return;
+	if (error)
+		session_refuse(r, ERR_IO, "that host could not flush its disk before the sync");
+	else
+		repl_tx(r, TX_SECONDARY)->arg = 1;
 }
 
 static void merged(struct repl *r, int error)

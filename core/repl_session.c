@@ -4,6 +4,15 @@
  *     target: sends its dirty ranges (DIRTY*, DIRTY_END)
  *     source: adds them to its own, durably [UNION, UNIONDUR] → saves the start of the session (TX_ACTIVATE) →
  *             RESYNC_BEGIN ... or, with nothing dirty and an equal, whole target, RESYNC_DONE at once
+ *     split brain: each records it (TX_SPLIT), tells its dirty ranges, closes. The one that dials goes on dialling, so
+ *             that a host that was killed before it recorded it learns of it too, and a `resolve` given on either
+ *             reaches the other.
+ *
+ * Who dials is the record's `peer`, whatever the role: the loser of a resolve goes on dialling as a secondary.
+ *
+ * A host that serves its own disk and is to be a target (the loser of a resolve, an adopted volume) yields first: no
+ * request starts, those under way end, and only then does it say what is dirty. If the connection ends before its role
+ * has changed durably (TX_KEEP), requests go on as if nothing had been.
  *
  * Fencing: a session number is given by the shell with EV_LINK_UP; frames of another are dropped. What an old session
  * delivered is still applied (protocol B promised it), but the answer to a new JOIN waits until that has ended, so
@@ -43,6 +52,29 @@ static void fail_pending(struct repl *r, struct repl_command **c, int code, cons
 	*c = NULL;
 	if (x)
 		repl_command_done(r, x, code, "%s", text);
+}
+
+void session_drop(struct repl *r, const char *why)
+{
+	session_close(r, false);
+	session_link_down(r, -ERR_PEER, why);
+	r->session = 0;
+}
+
+/* The peer dials and has not: a command that waits for it goes on waiting, to its own limit. */
+static bool start_waits_for_dial(const struct repl *r)
+{
+	return r->start && r->meta->peer[0] == 0;
+}
+
+void session_resolved(struct repl *r)
+{
+	struct repl_command *c = r->resolve;
+	r->resolve = NULL;
+	if (c == NULL)
+		return;
+	c->result = c->number == DISCARD_LOCAL ? r->meta->kept : 0;
+	repl_command_done(r, c, 0, " ");
 }
 
 void session_refuse(struct repl *r, int code, const char *text)
@@ -92,7 +124,11 @@ void repl_join(const struct repl *r, struct wire_join *j)
 	memcpy(j->volumes, m->volumes, m->n_volumes * sizeof(m->volumes[0]));
 	j->flags = (m->alone ? WIRE_JOIN_ALONE : 0U) | (m->inconsistent ? WIRE_JOIN_INCONSISTENT : 0U) |
 		   (m->split_brain ? WIRE_JOIN_SPLIT : 0U) | (r->holding ? WIRE_JOIN_HOLDING : 0U) |
-		   (r->start ? WIRE_JOIN_START : 0U) | (r->protect ? WIRE_JOIN_PROTECT : 0U);
+		   (r->start ? WIRE_JOIN_START : 0U);
+	if (r->protect)
+		j->flags |= r->protect->cmd == CMD_FAILBACK ? WIRE_JOIN_FAILBACK : WIRE_JOIN_PROTECT;
+	if (r->resolve)
+		j->flags |= r->resolve->number == DISCARD_LOCAL ? WIRE_JOIN_DISCARD_MINE : WIRE_JOIN_DISCARD_YOURS;
 	if (r->protect && (r->protect->flags & WIRE_JOIN_ADOPT))
 		j->flags |= WIRE_JOIN_ADOPT;
 	if (m->fresh || (m->role == ROLE_SECONDARY && m->lineage.current == 0 && m->sync_from == 0))
@@ -111,18 +147,46 @@ static void send_join(struct repl *r)
 static void session_reset(struct repl *r)
 {
 	r->join_sent = r->join_got = r->join_waits = r->closing = r->refused = false;
-	r->is_source = r->is_target = r->dirty_ended = r->union_started = false;
+	r->is_source = r->is_target = r->dirty_ended = r->union_started = r->dirty_sent = false;
 	r->decision = LINEAGE_NO_SOURCE;
 	r->seq = r->received = r->applied = r->flushed = 0;
 	r->last_was_flush = false;
 	r->queue_bytes = 0;
 }
 
-/* A stop, or stepping down, may have come while a dial was under way. */
+/* Whether this host, as the one that dials, has anything to say: asked before a dial, and again when it has come up, as
+ * a stop or stepping down may have come meanwhile. */
 static bool dial_wanted(const struct repl *r)
 {
-	return r->protect || r->start ||
-	       (r->meta->role == ROLE_PRIMARY && r->meta->state == STATE_RUNNING && !r->meta->split_brain);
+	const struct repl_meta *m = r->meta;
+	if (r->protect)
+		return true;
+	/* No handshake before a commit has ended [FODEFER]; who was shut out waits for the failback. */
+	if (m->peer[0] == 0 || r->failing_over || m->state == STATE_FAILOVER || m->state == STATE_FAILOVER_FAILED ||
+	    m->shut_out)
+		return false;
+	if (r->start || m->split_brain)
+		return true;
+	if (m->role == ROLE_SECONDARY) /* stopped too: a start is given on the primary, which does not dial */
+		return true;
+	if (m->role == ROLE_STANDALONE) /* a survivor: the old primary has to hear of the failover */
+		return m->state == STATE_DONE && m->failover_generation && !r->told;
+	return m->state == STATE_RUNNING;
+}
+
+/* While a command dials, what the peer dials itself is not taken; and what a peer's command has brought about is not
+ * given up for this host's own dial. */
+bool repl_takes_link(const struct repl *r, bool dialer)
+{
+	return dialer ? r->link == LINK_DOWN || r->dialer || r->protect : r->protect == NULL;
+}
+
+static void theirs_forget(struct repl *r)
+{
+	for (uint32_t i = 0; i < r->meta->n_volumes; i++)
+		bitmap_clear_all(&r->vol[i].theirs);
+	r->theirs_known = false;
+	r->theirs_since_ns = 0;
 }
 
 void session_link_up(struct repl *r, const struct repl_event *ev)
@@ -136,8 +200,10 @@ void session_link_up(struct repl *r, const struct repl_event *ev)
 	r->dialing = false;
 	r->link = LINK_HANDSHAKE;
 	r->link_since_ns = r->heard_ns = r->pinged_ns = r->progress_ns = r->now_ns;
-	if (r->was_connected)
+	if (r->was_connected && !r->meta->split_brain)
 		r->counters.reconnects++;
+	if (!r->meta->split_brain) /* of a halted pair they only grow */
+		theirs_forget(r);
 	if (r->shutdown || (r->dialer && !dial_wanted(r)))
 		session_close(r, false);
 	else if (r->dialer)
@@ -159,19 +225,23 @@ void session_link_down(struct repl *r, int code, const char *text)
 	int fail = code == 0 || code == -ERR_IO || code == -ERR_TIMEOUT ? -ERR_PEER : code;
 	char why[ERR_TEXT_MAX];
 	(void)snprintf(why, sizeof(why), "%s", text && text[0] ? text : "the connection to the peer ended");
-	if (r->link != LINK_DOWN || r->dialing)
+	if ((r->link != LINK_DOWN || r->dialing) && !r->meta->split_brain)
 		repl_log(r, had ? 1 : 2, "link down: %s", why);
 	r->link = LINK_DOWN;
 	r->dialing = false;
 	r->join_waits = false;
-	r->activating = false;
+	r->activating = r->adopting = false;
+	r->yielding = repl_tx_pending(r, TX_KEEP) || repl_tx_pending(r, TX_SECONDARY); /* else its end does this */
 	redial_plan(r, had);
 	if (r->refused || code == -ERR_STATE || code == -ERR_SPLIT || code == -ERR_BUSY || code == -ERR_VERSION ||
 	    code == -ERR_PERM)
 		r->redial_ns = max_u64(r->redial_ns, r->now_ns + REFUSED_REDIAL_NS);
+	if (r->meta->split_brain)
+		r->redial_ns = r->now_ns + (r->resolve ? 0 : REFUSED_REDIAL_NS);
 	if (!repl_tx_pending(r, TX_SPLIT)) { /* else its end answers them */
 		fail_pending(r, &r->protect, fail, why);
-		fail_pending(r, &r->start, fail, why);
+		if (!start_waits_for_dial(r))
+			fail_pending(r, &r->start, fail, why);
 	}
 	fail_pending(r, &r->want_ckpt, -ERR_PEER, why);
 	if (r->setting) /* saved here; the peer gets it with the next JOIN */
@@ -237,6 +307,21 @@ static bool stop_unheard(unsigned role, unsigned state, const struct wire_join *
 	return role == ROLE_PRIMARY && state == STATE_RUNNING && j->role == ROLE_SECONDARY && j->state == STATE_DONE;
 }
 
+/* A failback's JOIN at a primary that has not heard of the failover. */
+static bool has_to_step_down(const struct repl *r)
+{
+	struct wire_join mine;
+	int source = 0;
+	repl_join(r, &mine);
+	return r->meta->role == ROLE_PRIMARY && lineage_decide(&r->theirs, &mine, &source) == LINEAGE_SHUT_OUT;
+}
+
+static void complete_stop(struct repl *r)
+{
+	repl_log(r, 1, "the peer has completed a stop whose answer was lost; this side stops too");
+	repl_tx(r, TX_STOPPED)->number = r->theirs.last_stream;
+}
+
 /* The listener's side of a JOIN: what has to change here before the answer. */
 static void listener_answer(struct repl *r)
 {
@@ -248,6 +333,16 @@ static void listener_answer(struct repl *r)
 			       "this host has failed over and is still committing; it answers when that has ended");
 		return;
 	}
+	if (protect && m->split_brain) {
+		session_refuse(r, ERR_SPLIT, "that group is halted by a split brain; `resolve` it first");
+		return;
+	}
+	if (!protect && m->role == ROLE_STANDALONE && !m->has_peer) {
+		session_refuse(r, ERR_STATE,
+			       "that group is not protected there any more; `unprotect` it here too, or `protect "
+			       "--adopt` it afresh");
+		return;
+	}
 	if (protect && m->role == ROLE_STANDALONE) {
 		bool written = m->lineage.current != 0;
 		if (written && !(j->flags & WIRE_JOIN_ADOPT)) {
@@ -257,13 +352,35 @@ static void listener_answer(struct repl *r)
 				       "(its content is kept as a checkpoint)");
 			return;
 		}
-		struct tx *t = repl_tx(r, TX_SECONDARY);
-		t->arg = written;
+		if (written) {
+			r->adopting = r->yielding = true; /* then session_yielded */
+			return;
+		}
+		repl_tx(r, TX_SECONDARY);
+		return;
+	}
+	if ((j->flags & WIRE_JOIN_FAILBACK) && has_to_step_down(r)) {
+		struct tx *t = repl_tx(r, TX_SHUT_OUT);
+		t->lineage = m->lineage;
+		t->arg = 1;
 		return;
 	}
 	if (protect && m->role == ROLE_PRIMARY) {
-		session_refuse(r, ERR_STATE, "the peer is primary for that group itself");
+		session_refuse(
+		    r, ERR_STATE,
+		    "the peer is primary for that group itself; after a failover `failback` makes it follow");
 		return;
+	}
+	if (m->role == ROLE_PRIMARY && j->role == ROLE_SECONDARY && !m->split_brain && !(j->flags & WIRE_JOIN_SPLIT)) {
+		/* The secondary dials. */
+		if (stop_unheard(m->role, m->state, j, false)) {
+			complete_stop(r);
+			return;
+		}
+		if (m->state == STATE_DONE && !r->start) {
+			session_refuse(r, ERR_BUSY, "replication of that group is stopped; `start` it on the primary");
+			return;
+		}
 	}
 	if (stop_unheard(m->role, m->state, j, true)) {
 		send_join(r); /* it stops too */
@@ -299,10 +416,14 @@ void session_join_ready(struct repl *r)
 		session_refuse(r, ERR_STATE, why);
 		return;
 	}
-	if (r->dialer)
-		decide(r);
-	else
+	bool restart = r->theirs.role == ROLE_PRIMARY && (r->theirs.flags & WIRE_JOIN_START) &&
+		       r->meta->role == ROLE_SECONDARY && r->meta->state == STATE_DONE && !r->meta->alone;
+	if (!r->dialer)
 		listener_answer(r);
+	else if (restart)
+		repl_tx(r, TX_RESTART); /* then the decision */
+	else
+		decide(r);
 }
 
 static void on_join(struct repl *r, const struct repl_event *ev)
@@ -355,7 +476,38 @@ static void send_dirty(struct repl *r)
 			}
 		}
 	}
-	session_send(r, WIRE_DIRTY_END, 0, 0, 0, 0, NULL, 0);
+	session_send(r, WIRE_DIRTY_END, 0, r->meta->diverged_ns, 0, 0, NULL, 0);
+}
+
+/* What this host holds that the peer does not, once no guest's write can add to it any more. */
+static void target_begin(struct repl *r)
+{
+	if (r->meta->lineage.current != r->mine.lineage.current) {
+		/* It wrote after its JOIN: what was decided does not hold. */
+		session_close(r, false);
+		return;
+	}
+	send_dirty(r);
+}
+
+void session_yielded(struct repl *r)
+{
+	if (!r->yielding || r->writes_in_flight || r->bumping.head || r->saving || r->tx_count || r->closing ||
+	    r->sync_busy)
+		return;
+	if (r->adopting)
+		secondary_adopt_sync(r);
+	else if (r->is_target && !r->dirty_sent) {
+		r->dirty_sent = true;
+		target_begin(r);
+	}
+}
+
+/* Split brain: each tells the other what it holds, then the connection ends. */
+static void apart_end(struct repl *r)
+{
+	if (r->dirty_sent && r->dirty_ended)
+		session_close(r, true);
 }
 
 static void decide(struct repl *r)
@@ -367,12 +519,17 @@ static void decide(struct repl *r)
 	r->decision = d;
 	r->ckpt_used = max_u64(r->ckpt_used, r->theirs.ckpt_max); /* [NUMMAX]; in the record with the next save */
 	if (r->dialer && !r->start && !r->protect && stop_unheard(r->mine.role, r->mine.state, &r->theirs, false)) {
-		repl_log(r, 1, "the peer has completed a stop whose answer was lost; this side stops too");
-		repl_tx(r, TX_STOPPED)->number = r->theirs.last_stream;
+		complete_stop(r);
 		return;
 	}
-	repl_log(r, 2, "handshake: %s%s", lineage_decision_name(d),
-		 d <= LINEAGE_FULL ? (me ? ", this host is the source" : ", this host is the target") : "");
+	if (d == LINEAGE_NO_SOURCE && (r->mine.role == ROLE_STANDALONE || r->theirs.role == ROLE_STANDALONE)) {
+		r->told = true; /* a survivor and one that knows: both wait for a failback */
+		session_close(r, true);
+		return;
+	}
+	if (d != LINEAGE_SPLIT || !r->meta->split_brain)
+		repl_log(r, 2, "handshake: %s%s", lineage_decision_name(d),
+			 d <= LINEAGE_FULL ? (me ? ", this host is the source" : ", this host is the target") : "");
 	switch (d) {
 	case LINEAGE_EQUAL:
 	case LINEAGE_PARTIAL:
@@ -391,9 +548,13 @@ static void decide(struct repl *r)
 		r->acked = (struct wire_ack){0};
 		r->apply_stopped = false;
 		r->was_connected = true;
+		if (repl_serving(r->meta, false) == SERVING_DISK) {
+			r->yielding = true; /* then session_yielded */
+			return;
+		}
 		if (memcmp(&r->theirs.settings, &r->meta->settings, sizeof(struct settings)) != 0)
 			repl_tx(r, TX_SETTINGS)->settings = r->theirs.settings;
-		send_dirty(r);
+		target_begin(r);
 		return;
 	case LINEAGE_SHUT_OUT:
 		if (!me)
@@ -439,7 +600,7 @@ static void on_dirty(struct repl *r, const struct repl_event *ev)
 			return;
 		}
 		uint64_t first = off >> REGION_SHIFT, last = (off + len - 1) >> REGION_SHIFT;
-		bitmap_set_range(&r->vol[vi].dirty, first, last - first + 1);
+		bitmap_set_range(&r->vol[vi].theirs, first, last - first + 1);
 	}
 }
 
@@ -461,9 +622,12 @@ static void marking_from_dirty(struct repl *r)
 
 static void union_start(struct repl *r)
 {
-	if (r->union_busy || r->union_started || r->clear_busy || !r->dirty_ended || r->join_waits)
+	if (r->union_busy || r->union_started || r->clear_busy || !r->dirty_ended || r->join_waits ||
+	    r->decision > LINEAGE_FULL)
 		return; /* tried again from the tick */
 	r->union_busy = r->union_started = true;
+	for (uint32_t i = 0; i < r->meta->n_volumes; i++)
+		bitmap_or(&r->vol[i].dirty, &r->vol[i].theirs);
 	marking_from_dirty(r);
 	r->union_io.kind = REPL_INTENT_ALL;
 	r->union_io.session = r->session;
@@ -523,6 +687,10 @@ void session_tx_done(struct repl *r, struct tx *t, int error)
 		activated(r, t, error);
 		return;
 	case TX_SECONDARY:
+		r->yielding = r->adopting = false;
+		if (!error)
+			repl_stepped_down(r);
+		/* fall through */
 	case TX_RESTART:
 		if (t->session != r->session || r->link != LINK_HANDSHAKE)
 			return;
@@ -530,7 +698,8 @@ void session_tx_done(struct repl *r, struct tx *t, int error)
 			session_refuse(r, ERR_IO, "the group's record could not be saved there");
 			return;
 		}
-		send_join(r);
+		if (!r->join_sent)
+			send_join(r);
 		decide(r);
 		return;
 	case TX_SHUT_OUT: {
@@ -539,33 +708,50 @@ void session_tx_done(struct repl *r, struct tx *t, int error)
 				session_close(r, false);
 			return;
 		}
-		r->holding = false;
+		repl_stepped_down(r);
+		if (t->arg && t->session == r->session && r->link == LINK_HANDSHAKE) {
+			send_join(r);
+			decide(r);
+			return;
+		}
 		repl_set_error(r, ERR_STATE, "handshake", -1, 0, 0,
 			       "the peer has failed over; this host is no longer primary. `failback` on the peer makes "
 			       "this copy follow");
 		session_close(r, true);
-		struct repl_list waiting = r->frozen;
-		r->frozen = (struct repl_list){0};
-		for (struct repl_io *io = waiting.head, *next; io; io = next) {
-			next = io->next;
-			io->next = io->prev = NULL;
-			io->list = NULL;
-			repl_complete(r, io, -ERR_IO);
-		}
-		repl_emit(r, &(struct repl_action){.type = ACT_SERVING, .meta = r->meta});
 		return;
 	}
+	case TX_UNPROTECT:
+		if (error) {
+			repl_command_done(r, t->command, error, "its record could not be saved: %s", err_short(error));
+			return;
+		}
+		r->error.code = 0;
+		if (r->link != LINK_DOWN)
+			session_close(r, true);
+		repl_stepped_down(r);
+		repl_command_done(r, t->command, 0, " ");
+		return;
 	case TX_SPLIT:
 		r->holding = false;
-		repl_set_error(
-		    r, ERR_SPLIT, "handshake", -1, 0, 0,
-		    "split brain: both hosts wrote %s alone; replication is halted. See `diverged`, then `resolve`",
-		    r->meta->group);
+		if (r->error.code != ERR_SPLIT)
+			repl_set_error(r, ERR_SPLIT, "handshake", -1, 0, 0,
+				       "split brain: both hosts wrote %s alone; replication is halted. See `diverged`, "
+				       "then `resolve`",
+				       r->meta->group);
 		fail_pending(r, &r->protect, -ERR_SPLIT,
 			     "split brain: both hosts wrote alone; see `diverged`, then `resolve`");
 		fail_pending(r, &r->start, -ERR_SPLIT,
 			     "split brain: both hosts wrote alone; see `diverged`, then `resolve`");
-		session_close(r, true);
+		if (t->session == r->session && r->link == LINK_HANDSHAKE && !r->closing) {
+			if (r->mine.flags & (WIRE_JOIN_DISCARD_MINE | WIRE_JOIN_DISCARD_YOURS))
+				fail_pending(
+				    r, &r->resolve, -ERR_STATE,
+				    "the copy to be kept can't be the source: it only follows, or `resolve` was "
+				    "given the other way round on the peer");
+			send_dirty(r);
+			r->dirty_sent = true;
+			apart_end(r);
+		}
 		repl_emit(r, &(struct repl_action){.type = ACT_SERVING, .meta = r->meta});
 		return;
 	default:
@@ -590,6 +776,8 @@ static void on_refuse(struct repl *r, const struct repl_event *ev)
 		repl_set_error(r, code, "handshake", -1, 0, 0, "%s", text);
 	fail_pending(r, &r->protect, code, text);
 	fail_pending(r, &r->start, code, text);
+	if (code != -ERR_BUSY)
+		fail_pending(r, &r->resolve, code, text);
 	r->redial_wait_ns = REDIAL_MAX_NS;
 	r->refused = true;
 	session_close(r, false);
@@ -620,7 +808,7 @@ void session_frame(struct repl *r, const struct repl_event *ev)
 	case WIRE_DIRTY_END:
 		/* The peer may have decided while a save holds this host up: what it says is taken, and used then. */
 		if (r->link != LINK_HANDSHAKE || !r->join_sent || !r->join_got || r->is_target || r->dirty_ended ||
-		    (!r->join_waits && r->decision > LINEAGE_FULL)) {
+		    (!r->join_waits && r->decision > LINEAGE_SPLIT)) {
 			session_protocol_error(r, "%s out of order", wire_type_name(f->type));
 			return;
 		}
@@ -628,8 +816,12 @@ void session_frame(struct repl *r, const struct repl_event *ev)
 			on_dirty(r, ev);
 			return;
 		}
-		r->dirty_ended = true;
-		union_start(r);
+		r->dirty_ended = r->theirs_known = true;
+		r->theirs_since_ns = f->offset;
+		if (r->decision == LINEAGE_SPLIT)
+			apart_end(r);
+		else
+			union_start(r);
 		return;
 	default:
 		break;
@@ -666,9 +858,16 @@ void session_frame(struct repl *r, const struct repl_event *ev)
 
 static bool should_dial(const struct repl *r)
 {
-	const struct repl_meta *m = r->meta;
-	return r->link == LINK_DOWN && !r->dialing && !r->shutdown && !r->protect && !r->start &&
-	       m->role == ROLE_PRIMARY && m->state == STATE_RUNNING && m->peer[0] && !m->split_brain;
+	return r->link == LINK_DOWN && !r->dialing && !r->shutdown && !r->protect && !r->start && dial_wanted(r);
+}
+
+static void commands_expire(struct repl *r)
+{
+	if (start_waits_for_dial(r) && r->now_ns >= r->start_until_ns)
+		fail_pending(r, &r->start, -ERR_PEER, "the peer, which dials, has not connected; is it up?");
+	if (r->resolve && r->now_ns >= r->resolve_until_ns)
+		fail_pending(r, &r->resolve, -ERR_PEER,
+			     "the peer was not reached, or the connection was lost; see `status`, then give it again");
 }
 
 void session_tick(struct repl *r)
@@ -679,6 +878,7 @@ void session_tick(struct repl *r)
 		r->holding = false;
 		repl_emit(r, &(struct repl_action){.type = ACT_SERVING, .meta = r->meta});
 	}
+	commands_expire(r);
 	if (should_dial(r) && r->now_ns >= r->redial_ns) {
 		(void)snprintf(r->dial_addr, sizeof(r->dial_addr), "%s", r->meta->peer);
 		session_dial(r);
@@ -690,9 +890,7 @@ void session_tick(struct repl *r)
 		union_start(r);
 	if (r->now_ns - min_u64(r->now_ns, r->heard_ns) > timeout && !r->closing) {
 		repl_log(r, 1, "the peer was silent for peer_timeout");
-		session_close(r, false);
-		session_link_down(r, -ERR_PEER, "the peer was silent for peer_timeout");
-		r->session = 0; /* what still comes of it is fenced */
+		session_drop(r, "the peer was silent for peer_timeout");
 		return;
 	}
 	if (r->now_ns - r->pinged_ns >= timeout / 5) {

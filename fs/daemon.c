@@ -422,7 +422,7 @@ static struct group *group_for(struct conn *c, const struct wire_join *j)
 }
 
 /* Why the group can't take this connection, in text; 0: it can. */
-static int check_taken(struct group *g, const struct conn *c, char text[WIRE_TEXT_MAX])
+static int check_taken(struct group *g, const struct conn *c, const struct wire_join *j, char text[WIRE_TEXT_MAX])
 {
 	int err = 0;
 	mutex_lock(&g->lock);
@@ -434,7 +434,11 @@ static int check_taken(struct group *g, const struct conn *c, char text[WIRE_TEX
 			       "there");
 		err = ERR_STATE;
 	}
-	bool own = m->role == ROLE_STANDALONE && m->failover_generation == 0;
+	if (!err && !repl_takes_link(g->core, false)) {
+		(void)snprintf(text, WIRE_TEXT_MAX, "that host is dialling itself for that group");
+		err = ERR_BUSY;
+	}
+	bool own = m->role == ROLE_STANDALONE && (j->flags & WIRE_JOIN_PROTECT) != 0;
 	for (uint32_t i = 0; own && !err && i < g->n_vols; i++)
 		if (atomic_load(&g->vols[i]->opens)) {
 			(void)snprintf(text, WIRE_TEXT_MAX, "volume %s is open on that host; close it there first",
@@ -469,9 +473,9 @@ static int first_frame(struct conn *c, const struct wire_frame *f, void *payload
 		return 0;
 	}
 	struct group *g = group_for(c, j);
-	free(j);
 	char text[WIRE_TEXT_MAX];
-	int err = g ? check_taken(g, c, text) : 0;
+	int err = g ? check_taken(g, c, j, text) : 0;
+	free(j);
 	if (err) {
 		refuse(c, err, text);
 		group_unref(g);

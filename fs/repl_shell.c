@@ -745,8 +745,9 @@ void group_attach(struct group *g, struct conn *c, const struct wire_frame *f, v
 	struct outbox o;
 	outbox_init(&o);
 	lock_with(g, &o);
-	if (g->closing) {
+	if (g->closing || !repl_takes_link(g->core, c->dialled)) {
 		unlock_with(g);
+		outbox_run(g, &o);
 		link_close(c->link, 0);
 		free(payload);
 		return;

@@ -602,20 +602,29 @@ static int change_settings(const struct call *c, struct group *g, const json_t *
 	return err;
 }
 
+/* --peer HOST:PORT, checked. The caller prefixes the error. */
+static int need_peer(const struct call *c, const char **ret)
+{
+	const char *peer = arg_str(c, "peer");
+	char host[ADDR_SIZE], port[16];
+	if (peer == NULL)
+		return err_set(c->e, ERR_USAGE, "--peer HOST:PORT is missing");
+	if (addr_split(peer, host, sizeof(host), port, sizeof(port), c->e) < 0 || strlen(peer) >= ADDR_SIZE)
+		return -ERR_USAGE;
+	if (!daemon_addr_allowed(c->d, peer, c->e))
+		return -ERR_PERM;
+	*ret = peer;
+	return 0;
+}
+
 static int do_protect(const struct call *c)
 {
 	struct group *g;
-	const char *peer = arg_str(c, "peer"), *protocol = arg_str(c, "protocol");
-	char host[ADDR_SIZE], port[16];
+	const char *peer = NULL, *protocol = arg_str(c, "protocol");
 	int err = need_group(c, &g);
 	if (err)
 		return err;
-	if (peer == NULL)
-		err = err_set(c->e, ERR_USAGE, "--peer HOST:PORT is missing");
-	else if (addr_split(peer, host, sizeof(host), port, sizeof(port), c->e) < 0 || strlen(peer) >= ADDR_SIZE)
-		err = -ERR_USAGE;
-	else if (!daemon_addr_allowed(c->d, peer, c->e))
-		err = -ERR_PERM;
+	err = need_peer(c, &peer);
 	if (!err && json_object_get(c->args, "ids")) {
 		char group[NAME_SIZE];
 		memcpy(group, g->name, sizeof(group));
@@ -658,6 +667,110 @@ static int do_protect(const struct call *c)
 	return err;
 }
 
+static int do_failback(const struct call *c)
+{
+	struct group *g;
+	const char *peer = NULL;
+	int err = need_group(c, &g);
+	if (err)
+		return err;
+	err = prefixed(c, g->name, need_peer(c, &peer));
+	if (!err) {
+		struct shell_command *sc = shell_command_new(CMD_FAILBACK);
+		if (sc)
+			(void)snprintf(sc->c.text, sizeof(sc->c.text), "%s", peer);
+		err = command(c, g, sc);
+		shell_command_unref(sc);
+	}
+	if (!err && arg_bool(c, "wait", false))
+		err = wait_for(c, g, WAIT_IN_SYNC);
+	if (!err)
+		result(c, json_pack("{s:s, s:s}", "group", g->name, "peer", peer));
+	group_unref(g);
+	return err;
+}
+
+static int do_resolve(const struct call *c)
+{
+	struct group *g;
+	const char *discard = arg_str(c, "discard");
+	int err = need_group(c, &g);
+	if (err)
+		return err;
+	bool local = discard && strcmp(discard, "local") == 0;
+	if (!local && (discard == NULL || strcmp(discard, "peer") != 0)) {
+		err = prefixed(c, g->name, err_set(c->e, ERR_USAGE, "--discard takes local or peer"));
+		group_unref(g);
+		return err;
+	}
+	struct shell_command *sc = shell_command_new(CMD_RESOLVE);
+	if (sc)
+		sc->c.number = local ? DISCARD_LOCAL : DISCARD_PEER;
+	err = command(c, g, sc);
+	if (!err)
+		result(c, json_pack("{s:s, s:s, s:o}", "group", g->name, "discarded", discard, "checkpoint",
+				    sc->c.result ? json_integer((json_int_t)sc->c.result) : json_null()));
+	shell_command_unref(sc);
+	group_unref(g);
+	return err;
+}
+
+static json_t *since_json(uint64_t ns)
+{
+	char t[40];
+	if (ns == 0)
+		return json_null();
+	clock_format(ns, t, sizeof(t));
+	return json_string(t);
+}
+
+/* One side's part: the runs of set bits of each volume. */
+static json_t *diverged_side(struct group *g, bool peer, uint64_t since_ns)
+{
+	const struct repl_meta *m = repl_meta(g->core);
+	json_t *volumes = json_array();
+	uint64_t bytes = 0;
+	for (uint32_t i = 0; i < m->n_volumes; i++) {
+		const struct repl_volume_state *v = repl_volume_state(g->core, i);
+		const struct bitmap *b = peer ? &v->theirs : &v->dirty;
+		uint64_t size = m->volumes[i].size, sum = 0;
+		json_t *extents = json_array();
+		for (uint64_t at = m->has_peer ? bitmap_next_set(b, 0) : BITMAP_NONE; at != BITMAP_NONE;) {
+			uint64_t end = bitmap_next_clear(b, at);
+			end = end == BITMAP_NONE ? b->nbits : end;
+			uint64_t off = at << REGION_SHIFT, len = min_u64(end << REGION_SHIFT, size) - off;
+			json_array_append_new(
+			    extents, json_pack("{s:I, s:I}", "offset", (json_int_t)off, "length", (json_int_t)len));
+			sum += len;
+			at = end < b->nbits ? bitmap_next_set(b, end) : BITMAP_NONE;
+		}
+		bytes += sum;
+		json_array_append_new(volumes, json_pack("{s:s, s:I, s:o}", "name", m->volumes[i].name, "bytes",
+							 (json_int_t)sum, "extents", extents));
+	}
+	return json_pack("{s:I, s:o, s:o}", "bytes", (json_int_t)bytes, "since", since_json(since_ns), "volumes",
+			 volumes);
+}
+
+static int do_diverged(const struct call *c)
+{
+	struct group *g;
+	struct repl_diverged d;
+	int err = need_group(c, &g);
+	if (err)
+		return err;
+	mutex_lock(&g->lock);
+	const struct repl_meta *m = repl_meta(g->core);
+	repl_diverged(g->core, &d);
+	json_t *local = diverged_side(g, false, d.since_ns);
+	json_t *peer = d.peer_known ? diverged_side(g, true, d.peer_since_ns) : json_null();
+	result(c, json_pack("{s:s, s:b, s:o, s:o}", "group", g->name, "split_brain", (int)m->split_brain, "local",
+			    local, "peer", peer));
+	mutex_unlock(&g->lock);
+	group_unref(g);
+	return 0;
+}
+
 static int simple(const struct call *c, enum repl_cmd cmd)
 {
 	struct group *g;
@@ -668,7 +781,7 @@ static int simple(const struct call *c, enum repl_cmd cmd)
 	err = command(c, g, sc);
 	if (!err) {
 		result(c, json_pack("{s:s}", "group", g->name));
-		if (cmd == CMD_STOP || cmd == CMD_DISCARD)
+		if (cmd == CMD_STOP || cmd == CMD_DISCARD || cmd == CMD_UNPROTECT)
 			json_object_set_new(*c->ret, "discarded_bytes", json_integer((json_int_t)sc->c.result2));
 	}
 	shell_command_unref(sc);
@@ -694,6 +807,11 @@ static int do_pause(const struct call *c)
 static int do_resume(const struct call *c)
 {
 	return simple(c, CMD_RESUME);
+}
+
+static int do_unprotect(const struct call *c)
+{
+	return simple(c, CMD_UNPROTECT);
 }
 
 static int do_discard(const struct call *c)
@@ -791,8 +909,9 @@ static int do_error(const struct call *c)
 		json_t *reasons = json_incref(json_object_get(s, "reasons"));
 		if (!clean && json_array_size(reasons) == 0)
 			json_array_append_new(reasons, json_sprintf("not in sync: the link is %s", link));
-		result(c, json_pack("{s:s, s:b, s:o, s:O}", "group", g->name, "clean", (int)clean, "reasons", reasons,
-				    "error", json_object_get(s, "error")));
+		result(c, json_pack("{s:s, s:b, s:b, s:o, s:O}", "group", g->name, "clean", (int)clean, "split_brain",
+				    (int)json_is_true(json_object_get(s, "split_brain")), "reasons", reasons, "error",
+				    json_object_get(s, "error")));
 	}
 	json_decref(s);
 	group_unref(g);
@@ -1019,14 +1138,20 @@ int daemon_command(struct daemon *d, struct ctl_conn *ctl, const char *verb, con
 		const char *verb;
 		int (*fn)(const struct call *c);
 	} table[] = {
-	    {"ping", do_ping},	       {"version", do_version}, {"create", do_create},
-	    {"import", do_import},     {"export", do_export},	{"delete", do_delete},
-	    {"list", do_list},	       {"show", do_show},	{"protect", do_protect},
-	    {"start", do_start},       {"stop", do_stop},	{"checkpoint", do_checkpoint},
-	    {"failover", do_failover}, {"error", do_error},	{"status", do_status},
-	    {"wait", do_wait},	       {"discard", do_discard}, {"checkpoints", do_checkpoints},
-	    {"extents", do_extents},   {"set", do_set},		{"get", do_get},
-	    {"shutdown", do_shutdown}, {"pause", do_pause},	{"resume", do_resume},
+	    {"ping", do_ping},	       {"version", do_version},
+	    {"create", do_create},     {"import", do_import},
+	    {"export", do_export},     {"delete", do_delete},
+	    {"list", do_list},	       {"show", do_show},
+	    {"protect", do_protect},   {"start", do_start},
+	    {"stop", do_stop},	       {"checkpoint", do_checkpoint},
+	    {"failover", do_failover}, {"error", do_error},
+	    {"status", do_status},     {"wait", do_wait},
+	    {"discard", do_discard},   {"checkpoints", do_checkpoints},
+	    {"extents", do_extents},   {"set", do_set},
+	    {"get", do_get},	       {"shutdown", do_shutdown},
+	    {"pause", do_pause},       {"resume", do_resume},
+	    {"failback", do_failback}, {"unprotect", do_unprotect},
+	    {"resolve", do_resolve},   {"diverged", do_diverged},
 	};
 	for (size_t i = 0; i < sizeof(table) / sizeof(table[0]); i++) {
 		if (strcmp(table[i].verb, verb) != 0)

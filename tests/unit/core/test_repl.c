@@ -191,6 +191,15 @@ static void stream(struct host *h, char name, unsigned type, enum repl_kind kind
 	step(h, (struct repl_event){.type = EV_FRAME, .session = h->session, .frame = &f, .io = io});
 }
 
+static void dirty_frame(struct host *h, uint64_t off, uint64_t len)
+{
+	uint8_t buf[16];
+	struct wbuf w = {.data = buf, .size = sizeof(buf)};
+	wbuf_u64(&w, off);
+	wbuf_u64(&w, len);
+	frame(h, WIRE_DIRTY, 0, 0, 0, buf, sizeof(buf));
+}
+
 static void ack(struct host *h, uint64_t received, uint64_t applied, uint64_t flushed)
 {
 	uint8_t buf[64];
@@ -1357,7 +1366,7 @@ Test(repl, a_start_into_a_split_brain_says_so_though_the_peer_hangs_up_first)
 	link_down(h);
 	EXPECT(h, "");
 	saved(h);
-	EXPECT(h, "cmd=ERR_SPLIT close");
+	EXPECT(h, "cmd=ERR_SPLIT");
 	host_free(h);
 }
 
@@ -1377,6 +1386,508 @@ Test(repl, a_target_made_for_a_sync_that_never_began_gets_everything)
 	t.flags = WIRE_JOIN_INCONSISTENT;
 	cr_assert_eq(lineage_decide(&t, &p, &source), LINEAGE_FULL);
 	cr_assert_eq(source, 1);
+}
+
+/* ---- roles and lineage ---- */
+
+/* A halted pair: this host a primary that dials, or the survivor that listens; both wrote alone since 100. */
+static struct host *halted(bool dialer)
+{
+	static struct repl_meta m;
+	meta_of(&m, ROLE_PRIMARY, STATE_RUNNING);
+	meta_of(&peer_meta, ROLE_STANDALONE, STATE_DONE);
+	m.lineage = (struct lineage){.current = 200, .bitmap = 100};
+	peer_meta.lineage = (struct lineage){.current = 300, .bitmap = 100};
+	if (!dialer) {
+		struct repl_meta other = m;
+		m = peer_meta;
+		peer_meta = other;
+		m.last_stream = 0;
+		m.failover_generation = 300;
+	}
+	m.alone = peer_meta.alone = m.split_brain = true;
+	m.diverged_ns = 7 * SEC;
+	return host_new(&m);
+}
+
+Test(lineage_core, a_halted_pair_goes_on_telling_each_other)
+{
+	struct host *h = halted(true);
+	struct repl_diverged d;
+	tick(h, 0);
+	EXPECT(h, "dial");
+	link_up(h, true);
+	EXPECT(h, "send:JOIN");
+	join_frame(h, &peer_meta, 0); /* it was killed before it recorded it: the flag of one is enough */
+	EXPECT(h, "send:DIRTY_END");
+	repl_diverged(h->r, &d);
+	cr_assert_not(d.peer_known);
+	cr_assert_eq(d.since_ns, 7 * SEC);
+	dirty_frame(h, 65536, 4096);
+	frame(h, WIRE_DIRTY_END, 0, 9 * SEC, 0, NULL, 0);
+	EXPECT(h, "close");
+	repl_diverged(h->r, &d);
+	cr_assert(d.peer_known);
+	cr_assert_eq(d.peer_since_ns, 9 * SEC);
+	cr_assert(bitmap_test(&repl_volume_state(h->r, 0)->theirs, 1));
+	cr_assert_not(dirty(h, 65536), "the peer's part is not this host's");
+	link_down(h);
+	tick(h, SEC);
+	EXPECT(h, "");
+	tick(h, SEC);
+	EXPECT(h, "dial");
+	step(h, (struct repl_event){.type = EV_LINK_DOWN, .error = -ERR_PEER});
+	repl_diverged(h->r, &d);
+	cr_assert(d.peer_known, "what it told stays");
+	guest(h, 'a', REPL_WRITE, 0, 4096); /* and it goes on serving */
+	EXPECT(h, "do:a/intent");
+	host_free(h);
+}
+
+Test(lineage_core, a_split_brain_is_saved_before_it_is_told)
+{
+	static struct repl_meta m;
+	struct host *h = halted(true);
+	m = *repl_meta(h->r);
+	host_free(h);
+	m.split_brain = false;
+	peer_meta.split_brain = true;
+	h = host_new(&m);
+	tick(h, 0);
+	link_up(h, true);
+	join_frame(h, &peer_meta, WIRE_JOIN_SPLIT);
+	EXPECT(h, "dial send:JOIN save:primary/RUNNING");
+	cr_assert(h->saved.split_brain);
+	frame(h, WIRE_DIRTY_END, 0, 0, 0, NULL, 0);
+	EXPECT(h, "");
+	saved(h);
+	EXPECT(h, "send:DIRTY_END close");
+	host_free(h);
+}
+
+Test(lineage_core, the_loser_yields_keeps_and_follows)
+{
+	struct host *h = halted(true);
+	guest(h, 'a', REPL_WRITE, 65536, 4096);
+	fin(h, "a");
+	EXPECT(h, "do:a/intent do:a/disk");
+	command(h, CMD_RESOLVE, DISCARD_LOCAL);
+	tick(h, 0);
+	link_up(h, true);
+	EXPECT(h, "dial send:JOIN");
+	join_frame(h, &peer_meta, WIRE_JOIN_SPLIT);
+	guest(h, 'b', REPL_WRITE, 0, 4096);
+	EXPECT(h, ""); /* a is under way, b is not let in */
+	fin(h, "a");
+	EXPECT(h, "done:a send:DIRTY send:DIRTY_END");
+	stream(h, 'r', WIRE_RESYNC_BEGIN, REPL_RESYNC_BEGIN, 1, 300, 0);
+	EXPECT(h, "do:r/ckpt");
+	fin(h, "r");
+	EXPECT(h, "save:secondary/NONE +2");
+	cr_assert(h->saved.inconsistent && !h->saved.split_brain && h->saved.own_dirty);
+	cr_assert_eq(h->saved.sync_from, 300);
+	cr_assert_eq(h->saved.kept, 2);
+	cr_assert_eq(h->saved.last_stream, 0, "no default target [LASTLIN]");
+	cr_assert(h->saved.ckpts[0].flags & CKPT_PINNED);
+	cr_assert_str_eq(h->saved.peer, "peer:1", "it goes on dialling");
+	cr_assert_eq(h->cmd_count, 0);
+	saved(h);
+	EXPECT(h, "cmd send:RESYNC_READY#1 done:r done:b=ERR_IO");
+	cr_assert_eq(h->cmd.result, 2);
+	/* cut: it dials as a secondary, and needs no new decision [SYNCFROM] */
+	link_down(h);
+	tick(h, 3 * SEC);
+	EXPECT(h, "dial");
+	link_up(h, true);
+	peer_meta.role = ROLE_PRIMARY;
+	peer_meta.state = STATE_RUNNING;
+	peer_meta.lineage = (struct lineage){.current = 400, .bitmap = 100, .history = {300}};
+	join_frame(h, &peer_meta, 0);
+	EXPECT(h, "send:JOIN send:DIRTY send:DIRTY_END");
+	command(h, CMD_FAILOVER, FAILOVER_DEFAULT);
+	EXPECT(h, "cmd=ERR_STATE");
+	cr_assert(strstr(h->cmd.err.text, "checkpoint 2"), "%s", h->cmd.err.text);
+	host_free(h);
+}
+
+Test(lineage_core, a_resolve_that_is_cut_before_the_mark_changes_nothing)
+{
+	for (int when = 0; when < 3; when++) {
+		struct host *h = halted(true);
+		command(h, CMD_RESOLVE, DISCARD_LOCAL);
+		tick(h, 0);
+		link_up(h, true);
+		join_frame(h, &peer_meta, WIRE_JOIN_SPLIT);
+		EXPECT(h, "dial send:JOIN send:DIRTY_END");
+		stream(h, 'r', WIRE_RESYNC_BEGIN, REPL_RESYNC_BEGIN, 1, 300, 0);
+		EXPECT(h, "do:r/ckpt");
+		guest(h, 'a', REPL_WRITE, 0, 4096);
+		if (when > 0) {
+			fin(h, "r");
+			EXPECT(h, "save:secondary/NONE +2");
+		}
+		forget(h);
+		link_down(h);
+		if (when == 0) {
+			EXPECT(h, "do:a/intent");
+			fin(h, "r");
+			EXPECT(h, "done:r=ERR_CANCELED");
+			cr_assert_eq(repl_meta(h->r)->role, ROLE_PRIMARY);
+			cr_assert(repl_meta(h->r)->split_brain);
+		} else if (when == 1) { /* the save that was under way decides */
+			EXPECT(h, "");
+			saved(h);
+			EXPECT(h, "cmd done:r done:a=ERR_IO");
+			cr_assert_eq(repl_meta(h->r)->role, ROLE_SECONDARY);
+		} else { /* it fails: the record as it was is saved again, and the guest goes on */
+			h->saving = false;
+			step(h, (struct repl_event){.type = EV_META_SAVED, .error = -ERR_IO});
+			saved(h);
+			cr_assert(repl_meta(h->r)->split_brain);
+			cr_assert(strstr(h->trace, "do:a/intent"), "%s", h->trace);
+		}
+		host_free(h);
+	}
+}
+
+/* The winner is activated, the loser dies before its mark: halted again, and a resolve the other way is still free. */
+Test(lineage_core, the_winner_answers_when_the_loser_has_it_durably)
+{
+	struct host *h = halted(false);
+	command(h, CMD_RESOLVE, DISCARD_PEER);
+	EXPECT(h, ""); /* the peer dials */
+	link_up(h, false);
+	join_frame(h, &peer_meta, WIRE_JOIN_SPLIT);
+	EXPECT(h, "send:JOIN");
+	dirty_frame(h, 131072, 4096);
+	frame(h, WIRE_DIRTY_END, 0, 0, 0, NULL, 0);
+	EXPECT(h, "do:intents/own");
+	cr_assert(dirty(h, 131072), "the union");
+	fin(h, "intents");
+	EXPECT(h, "save:primary/RUNNING");
+	cr_assert_not(h->saved.split_brain);
+	cr_assert_eq(h->saved.failover_generation, 0);
+	saved(h);
+	EXPECT(h, "send:RESYNC_BEGIN#1");
+	cr_assert_eq(h->cmd_count, 0);
+	link_down(h);
+	link_up(h, false);
+	join_frame(h, &peer_meta, WIRE_JOIN_SPLIT);
+	EXPECT(h, "send:JOIN"); /* the command still stands: again */
+	frame(h, WIRE_DIRTY_END, 0, 0, 0, NULL, 0);
+	fin(h, "intents");
+	saved(h);
+	forget(h);
+	frame(h, WIRE_RESYNC_READY, 1, 2, 0, NULL, 0);
+	cr_assert(strncmp(h->trace, "cmd do:scan", 11) == 0, "%s", h->trace);
+	host_free(h);
+}
+
+Test(lineage_core, a_resolve_gives_up_when_the_peer_does_not_come)
+{
+	struct host *h = halted(false);
+	command(h, CMD_RESOLVE, DISCARD_PEER);
+	tick(h, 9 * SEC);
+	EXPECT(h, "");
+	tick(h, SEC);
+	EXPECT(h, "cmd=ERR_PEER");
+	command(h, CMD_RESOLVE, DISCARD_LOCAL);
+	link_up(h, false);
+	join_frame(h, &peer_meta, WIRE_JOIN_SPLIT | WIRE_JOIN_DISCARD_MINE); /* the other way round over there */
+	EXPECT(h, "send:JOIN cmd=ERR_STATE send:DIRTY_END");
+	host_free(h);
+}
+
+Test(lineage_core, a_write_alone_after_the_join_ends_what_was_decided)
+{
+	static struct repl_meta m;
+	struct host *h = halted(true);
+	m = *repl_meta(h->r);
+	host_free(h);
+	m.alone = false; /* its next write alone begins a generation */
+	h = host_new(&m);
+	command(h, CMD_RESOLVE, DISCARD_LOCAL);
+	tick(h, 0);
+	link_up(h, true);
+	guest(h, 'a', REPL_WRITE, 0, 4096);
+	EXPECT(h, "dial send:JOIN save:primary/RUNNING");
+	join_frame(h, &peer_meta, WIRE_JOIN_SPLIT);
+	EXPECT(h, "");
+	saved(h);
+	EXPECT(h, "do:a/intent");
+	fin(h, "a");
+	fin(h, "a");
+	EXPECT(h, "do:a/disk done:a close");
+	link_down(h);
+	tick(h, 0);
+	EXPECT(h, "dial"); /* at once: the command still stands */
+	host_free(h);
+}
+
+Test(lineage_core, a_failback_finds_a_primary_that_has_not_heard)
+{
+	static struct repl_meta survivor;
+	struct host *h = primary(PROTOCOL_F);
+	meta_of(&survivor, ROLE_PRIMARY, STATE_DONE);
+	survivor.lineage = (struct lineage){.current = 200, .bitmap = 100};
+	link_down(h);
+	tick(h, 0);
+	EXPECT(h, "dial"); /* crosses */
+	cr_assert(repl_takes_link(h->r, false));
+	link_up(h, false);
+	cr_assert_not(repl_takes_link(h->r, true), "its own dial is not worth the survivor's command");
+	join_frame(h, &survivor, WIRE_JOIN_FAILBACK);
+	EXPECT(h, "save:secondary/NONE");
+	cr_assert(h->saved.shut_out);
+	guest(h, 'a', REPL_WRITE, 0, 4096);
+	saved(h);
+	EXPECT(h, "send:JOIN send:DIRTY_END done:a=ERR_IO"); /* nothing is received before that */
+	stream(h, 'r', WIRE_RESYNC_BEGIN, REPL_RESYNC_BEGIN, 1, 200, 0);
+	fin(h, "r");
+	EXPECT(h, "do:r/ckpt save:secondary/NONE +3");
+	cr_assert_str_eq(h->saved.peer, "", "the survivor dials from now on");
+	cr_assert_not(h->saved.own_dirty);
+	host_free(h);
+}
+
+Test(lineage_core, while_a_command_dials_nothing_else_is_taken)
+{
+	static struct repl_meta m;
+	meta_of(&m, ROLE_STANDALONE, STATE_DONE);
+	m.lineage = (struct lineage){.current = 200, .bitmap = 100};
+	m.failover_generation = 200;
+	struct host *h = host_new(&m);
+	link_up(h, false); /* the old primary, about to say its JOIN */
+	h->cmd = (struct repl_command){.cmd = CMD_FAILBACK, .text = "old:1"};
+	step(h, (struct repl_event){.type = EV_COMMAND, .command = &h->cmd});
+	EXPECT(h, "close dial");
+	cr_assert_not(repl_takes_link(h->r, false));
+	cr_assert(repl_takes_link(h->r, true));
+	link_up(h, true);
+	EXPECT(h, "send:JOIN");
+	meta_of(&peer_meta, ROLE_SECONDARY, STATE_NONE);
+	join_frame(h, &peer_meta, 0);
+	frame(h, WIRE_DIRTY_END, 0, 0, 0, NULL, 0);
+	fin(h, "intents");
+	EXPECT(h, "do:intents/own save:primary/RUNNING");
+	cr_assert_str_eq(h->saved.peer, "old:1");
+	cr_assert_eq(h->saved.failover_generation, 0);
+	cr_assert_eq(h->saved.last_stream, 0);
+	saved(h);
+	EXPECT(h, "send:RESYNC_BEGIN#1 cmd");
+	host_free(h);
+}
+
+Test(lineage_core, unprotect_stops_first_and_ends_all_partial_syncs)
+{
+	struct host *h = primary(PROTOCOL_F);
+	command(h, CMD_UNPROTECT, 0);
+	EXPECT(h, "send:CHECKPOINT#3");
+	frame(h, WIRE_CHECKPOINT_ACK, 0, 3, 0, NULL, 0);
+	EXPECT(h, "save:primary/DONE");
+	saved(h);
+	EXPECT(h, "send:GOODBYE close save:standalone/DONE");
+	cr_assert_not(h->saved.has_peer);
+	cr_assert_eq(h->saved.lineage.bitmap, 0);
+	cr_assert_neq(h->saved.lineage.current, 100);
+	cr_assert_eq(h->saved.lineage.history[0], 100);
+	cr_assert_str_eq(h->saved.peer, "");
+	cr_assert_eq(h->cmd_count, 0);
+	saved(h);
+	EXPECT(h, "cmd");
+	guest(h, 'a', REPL_WRITE, 0, 4096); /* nothing is tracked: no intent, no generation */
+	EXPECT(h, "do:a/disk");
+	cr_assert_not(dirty(h, 0));
+	link_down(h);
+	tick(h, 10 * SEC);
+	EXPECT(h, "");
+	command(h, CMD_UNPROTECT, 0);
+	EXPECT(h, "cmd=ERR_STATE");
+	link_up(h, false); /* its former secondary is another's business now */
+	meta_of(&peer_meta, ROLE_PRIMARY, STATE_RUNNING);
+	join_frame(h, &peer_meta, 0);
+	EXPECT(h, "send:REFUSE close");
+	host_free(h);
+}
+
+Test(lineage_core, an_incomplete_copy_is_not_unprotected)
+{
+	static struct repl_meta m;
+	meta_of(&m, ROLE_SECONDARY, STATE_NONE);
+	m.inconsistent = true;
+	m.sync_from = 100;
+	struct host *h = host_new(&m);
+	command(h, CMD_UNPROTECT, 0);
+	EXPECT(h, "cmd=ERR_STATE");
+	host_free(h);
+}
+
+/* After a resolve the secondary may be the one that dials: a start on the primary reaches it by its next dial. */
+Test(lineage_core, start_and_stop_where_the_secondary_dials)
+{
+	static struct repl_meta m;
+	meta_of(&m, ROLE_SECONDARY, STATE_DONE);
+	(void)snprintf(m.peer, sizeof(m.peer), "peer:1");
+	meta_of(&peer_meta, ROLE_PRIMARY, STATE_DONE);
+	struct host *h = host_new(&m);
+	tick(h, 0);
+	link_up(h, true);
+	EXPECT(h, "dial send:JOIN");
+	join_frame(h, &peer_meta, WIRE_JOIN_START);
+	EXPECT(h, "save:secondary/NONE");
+	saved(h);
+	EXPECT(h, "send:DIRTY_END");
+	host_free(h);
+
+	struct repl_meta p = peer_meta;
+	p.peer[0] = 0;
+	h = host_new(&p);
+	link_up(h, false);
+	join_frame(h, &m, 0);
+	EXPECT(h, "send:REFUSE close"); /* stopped */
+	command(h, CMD_START, 0);
+	EXPECT(h, "");
+	link_down(h);
+	EXPECT(h, ""); /* the end of that connection is not the start's */
+	link_up(h, false);
+	join_frame(h, &m, 0);
+	EXPECT(h, "send:JOIN");
+	frame(h, WIRE_DIRTY_END, 0, 0, 0, NULL, 0);
+	fin(h, "intents");
+	EXPECT(h, "do:intents/own save:primary/RUNNING");
+	saved(h);
+	EXPECT(h, "send:RESYNC_DONE#1 cmd");
+	link_down(h);
+	forget(h);
+	link_up(h, false); /* it has completed a stop that this side has not heard of */
+	join_frame(h, &m, 0);
+	EXPECT(h, "save:primary/DONE");
+	saved(h);
+	EXPECT(h, "send:GOODBYE close");
+	link_down(h);
+	forget(h);
+	command(h, CMD_START, 0);
+	tick(h, 10 * SEC);
+	EXPECT(h, "cmd=ERR_PEER");
+	host_free(h);
+}
+
+Test(lineage_core, an_adopted_copy_is_kept_in_the_write_that_makes_it_follow)
+{
+	static struct repl_meta m;
+	meta_of(&m, ROLE_STANDALONE, STATE_DONE);
+	m.has_peer = false;
+	m.alone = true;
+	m.lineage = (struct lineage){.current = 900};
+	m.last_stream = 0;
+	meta_of(&peer_meta, ROLE_PRIMARY, STATE_NONE);
+	struct host *h = host_new(&m);
+	guest(h, 'a', REPL_WRITE, 0, 4096);
+	EXPECT(h, "do:a/disk");
+	link_up(h, false);
+	join_frame(h, &peer_meta, WIRE_JOIN_PROTECT);
+	EXPECT(h, "send:REFUSE close");
+	link_down(h);
+	link_up(h, false);
+	join_frame(h, &peer_meta, WIRE_JOIN_PROTECT | WIRE_JOIN_ADOPT);
+	EXPECT(h, "");
+	fin(h, "a");
+	EXPECT(h, "done:a do:sync/ckpt");
+	fin(h, "sync");
+	EXPECT(h, "save:secondary/NONE +2");
+	cr_assert(h->saved.inconsistent && h->saved.own_dirty && !h->saved.fresh);
+	cr_assert_eq(h->saved.kept, 2);
+	cr_assert_eq(h->saved.sync_from, 0);
+	cr_assert(h->saved.ckpts[0].flags & CKPT_PINNED);
+	link_down(h); /* before its first block: everything, whoever asks then */
+	saved(h);
+	EXPECT(h, "");
+	link_up(h, false);
+	peer_meta.state = STATE_RUNNING;
+	join_frame(h, &peer_meta, 0);
+	EXPECT(h, "send:JOIN send:DIRTY_END");
+	stream(h, 'r', WIRE_RESYNC_BEGIN, REPL_RESYNC_BEGIN, 1, 100, 0);
+	fin(h, "r");
+	EXPECT(h, "do:r/ckpt save:secondary/NONE"); /* [PREONCE] */
+	cr_assert_eq(h->saved.sync_from, 100);
+	host_free(h);
+}
+
+/* What a former primary fails over to is a view over a checkpoint: writes to it need an active overlay. */
+Test(lineage_core, a_loser_that_fails_over_has_an_active_overlay)
+{
+	static struct repl_meta m;
+	meta_of(&m, ROLE_SECONDARY, STATE_NONE);
+	m.active_id = 0;
+	m.inconsistent = m.own_dirty = true;
+	m.sync_from = 300;
+	m.kept = 1;
+	m.base = m.last_stream = 0;
+	m.ckpts[0].kind = CKPT_LOCAL;
+	struct host *h = host_new(&m);
+	h->cmd = (struct repl_command){.cmd = CMD_FAILOVER, .flags = FAILOVER_FORCE};
+	step(h, (struct repl_event){.type = EV_COMMAND, .command = &h->cmd});
+	EXPECT(h, "do:mark/own");
+	fin(h, "mark");
+	EXPECT(h, "save:standalone/FAILOVER +2");
+	cr_assert_eq(h->saved.target, 1);
+	cr_assert_neq(h->saved.active_id, 0);
+	cr_assert_eq(h->saved.ckpts[1].kind, CKPT_PARTIAL);
+	host_free(h);
+}
+
+/* A survivor that dials (the secondary of a resolve) tells its old primary, then waits for the failback. */
+Test(lineage_core, a_survivor_that_dials_says_so_until_it_is_heard)
+{
+	static struct repl_meta m;
+	meta_of(&m, ROLE_STANDALONE, STATE_DONE);
+	(void)snprintf(m.peer, sizeof(m.peer), "peer:1");
+	m.lineage = (struct lineage){.current = 200, .bitmap = 100};
+	m.failover_generation = 200;
+	meta_of(&peer_meta, ROLE_PRIMARY, STATE_RUNNING);
+	struct host *h = host_new(&m);
+	tick(h, 0);
+	link_up(h, true);
+	join_frame(h, &peer_meta, 0);
+	EXPECT(h, "dial send:JOIN close");
+	link_down(h);
+	tick(h, 3 * SEC);
+	link_up(h, true);
+	meta_of(&peer_meta, ROLE_SECONDARY, STATE_NONE);
+	join_frame(h, &peer_meta, 0);
+	EXPECT(h, "dial send:JOIN close");
+	link_down(h);
+	tick(h, 10 * SEC);
+	EXPECT(h, "");
+	host_free(h);
+}
+
+/* After a failback what this host kept as a secondary goes, once its new secondary has a checkpoint of its own. */
+Test(lineage_core, a_new_primary_lets_its_old_checkpoints_go)
+{
+	static struct repl_meta m;
+	meta_of(&m, ROLE_PRIMARY, STATE_RUNNING);
+	m.ckpt_max = 9;
+	m.n_ckpts = 3;
+	m.ckpts[0] = (struct repl_ckpt){.number = 7};
+	m.ckpts[1] = (struct repl_ckpt){.number = 8, .flags = CKPT_PINNED};
+	m.ckpts[2] = (struct repl_ckpt){.number = 9, .flags = CKPT_PINNED};
+	m.last_stream = 0;
+	struct host *h = host_new(&m);
+	step(h, (struct repl_event){.type = EV_LINK_DOWN});
+	tick(h, 10 * SEC);
+	cr_assert_null(strstr(h->trace, "merge"));
+	host_free(h);
+	m.last_stream = 9;
+	h = host_new(&m);
+	tick(h, 0);
+	EXPECT(h, "dial do:merge/own");
+	fin(h, "merge");
+	EXPECT(h, "save:primary/RUNNING -7");
+	saved(h);
+	tick(h, SEC);
+	EXPECT(h, "");
+	host_free(h);
 }
 
 /* ---- checkpoints, stop, settings ---- */
