@@ -17,8 +17,8 @@
  * it: an epoch switched, an active overlay emptied, a mark dropped, though this host went on without. So the record as
  * it is is saved again before the initiator is told. While that is under way, or cannot be done, nothing goes on that
  * the other record would make untrue (`unsure_holds`): nothing of the stream is applied, no request of a guest is
- * answered but with EIO. That goes for the records that change what the disk, the view or the role mean; a generation
- * begun, a session's start, a number, a setting or split brain found later than heard of do no harm.
+ * answered but with EIO. That goes for the records that change what the disk, the view or the role mean (tx_holds); a
+ * generation begun, a session's start, a number, a setting or split brain found later than heard of do no harm.
  */
 #include "core/repl_internal.h"
 
@@ -241,6 +241,7 @@ static void prepare_activate(struct repl *r, struct repl_meta *m)
 		m->paused = false;
 	m->alone = m->split_brain = false;
 	m->has_peer = true;
+	m->broken = (r->theirs.flags & WIRE_JOIN_BROKEN) != 0;
 	if (r->protect) {
 		(void)snprintf(m->peer, sizeof(m->peer), "%s", r->dial_addr);
 		memset(m->peer_store, 0, sizeof(m->peer_store));
@@ -311,18 +312,27 @@ static bool tx_prepare(struct repl *r, struct tx *t, struct repl_meta *m)
 		repl_state_move(m, STATE_NONE);
 		m->shut_out = true;
 		m->last_stream = 0; /* its numbers were those of the copy that the peer has now */
+		m->broken = false;
 		return true;
 	case TX_SPLIT:
 		if (m->split_brain)
 			return false;
 		m->split_brain = true;
 		return true;
+	case TX_PEER_BROKEN:
+		if (t->session != r->session)
+			return false;
+		m->broken = true;
+		return true;
 	case TX_CKPT:
 		m->last_stream = max_u64(m->last_stream, t->number);
+		m->broken = false;
 		return true;
 	case TX_STOPPED:
-		if (t->number)
+		if (t->number) {
 			m->last_stream = max_u64(m->last_stream, t->number);
+			m->broken = false;
+		}
 		repl_state_move(m, STATE_DONE);
 		return true;
 	case TX_SETTINGS:
@@ -396,6 +406,7 @@ static void tx_done(struct repl *r, struct tx *t, int error)
 		session_tx_done(r, t, error);
 		break;
 	case TX_IN_SYNC:
+	case TX_PEER_BROKEN:
 	case TX_CKPT:
 	case TX_STOPPED:
 	case TX_PAUSE:
@@ -411,8 +422,12 @@ static void tx_done(struct repl *r, struct tx *t, int error)
 			primary_settings_changed(r);
 		} else if (t->command)
 			repl_command_done(r, t->command, 0, " ");
-		else if (t->number && !error && t->session == r->session && r->is_target)
-			session_send(r, WIRE_SETTINGS_ACK, t->number, 0, 0, 0, NULL, 0);
+		else if (t->number && t->session == r->session && r->is_target) {
+			if (error) /* the primary waits for an answer, and tells them again with its next JOIN */
+				session_refuse(r, ERR_IO, "the settings could not be saved there");
+			else
+				session_send(r, WIRE_SETTINGS_ACK, t->number, 0, 0, 0, NULL, 0);
+		}
 		break;
 	case TX_ROOM:
 		room_tx_done(r, t, error);
@@ -427,9 +442,19 @@ static void tx_done(struct repl *r, struct tx *t, int error)
  */
 static bool tx_holds(enum tx_kind kind)
 {
-	return kind != TX_BUMP && kind != TX_ACTIVATE && kind != TX_IN_SYNC && kind != TX_SPLIT && kind != TX_CKPT &&
-	       kind != TX_STOPPED && kind != TX_SETTINGS && kind != TX_DROP && kind != TX_COMMIT_FAILED &&
-	       kind != TX_COMMIT_RETRY;
+	switch (kind) {
+	case TX_SECONDARY: /* what a guest writes now would be taken for never written */
+	case TX_SHUT_OUT:
+	case TX_KEEP:
+	case TX_ADOPT:
+	case TX_SWITCH:
+	case TX_FAILOVER:
+	case TX_COMMITTED:
+	case TX_DISCARD:
+		return true;
+	default:
+		return false;
+	}
 }
 
 static void save_failed(struct repl *r, int error)
@@ -1511,7 +1536,8 @@ void repl_status(const struct repl *r, uint64_t now_ns, struct repl_status *s)
 	if (m->role == ROLE_PRIMARY && m->state == STATE_DONE)
 		reason(s, "replication is stopped");
 	if (m->broken)
-		reason(s, "no checkpoint is valid: old content could not be saved (on_cow_error=break)");
+		reason(s, "no checkpoint is valid: %s could not save old content (on_cow_error=break)",
+		       m->role == ROLE_PRIMARY ? "the peer" : "this host");
 	if (r->unsure_holds)
 		reason(s, "the group's record cannot be saved: nothing is applied or answered until it can");
 	if (m->shut_out)

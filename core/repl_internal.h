@@ -87,7 +87,8 @@ enum tx_kind {
 	TX_DISCARD,
 	TX_SETTINGS,
 	TX_DROP,
-	TX_ROOM, /* arg: enum room_policy; number: what goes, 0: all */
+	TX_PEER_BROKEN, /* primary: the peer's checkpoints are given up */
+	TX_ROOM,	/* arg: enum room_policy; number: what goes, 0: all */
 };
 
 struct tx {

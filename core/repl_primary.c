@@ -237,6 +237,8 @@ static void on_checkpoint_ack(struct repl *r, const struct wire_frame *f)
 		return;
 	}
 	r->counters.checkpoints++;
+	if (r->meta->broken) /* the next one is valid again */
+		r->error.code = 0;
 	if (stopping) {
 		r->stop_number = 0; /* its answer is here: another would be one too many */
 		struct tx *t = repl_tx(r, TX_STOPPED);
@@ -301,6 +303,19 @@ static void on_io_error(struct repl *r, const struct repl_event *ev)
 	r->session = 0;
 }
 
+static void on_history_lost(struct repl *r, const struct repl_event *ev)
+{
+	struct wire_refuse x;
+	struct err e;
+	if (wire_refuse_decode(&x, ev->payload, ev->frame->length_payload, &e) < 0) {
+		session_protocol_error(r, "%s", e.text);
+		return;
+	}
+	repl_set_error(r, x.code, "peer", -1, 0, 0, "the peer: %.*s; mirroring goes on", WIRE_TEXT_MAX, x.text);
+	if (!r->meta->broken && !repl_tx_pending(r, TX_PEER_BROKEN))
+		repl_tx(r, TX_PEER_BROKEN);
+}
+
 void primary_frame(struct repl *r, const struct repl_event *ev)
 {
 	const struct wire_frame *f = ev->frame;
@@ -327,6 +342,9 @@ void primary_frame(struct repl *r, const struct repl_event *ev)
 		break;
 	case WIRE_IO_ERROR:
 		on_io_error(r, ev);
+		break;
+	case WIRE_HISTORY_LOST:
+		on_history_lost(r, ev);
 		break;
 	case WIRE_CHECKPOINT_WANT:
 		r->ckpt_wanted = true;
@@ -409,6 +427,7 @@ void primary_tx_done(struct repl *r, struct tx *t, int error)
 {
 	switch (t->kind) {
 	case TX_IN_SYNC:
+	case TX_PEER_BROKEN:
 		return;
 	case TX_PAUSE:
 		pause_saved(r, t, error);

@@ -17,6 +17,7 @@
  */
 #include "core/repl_internal.h"
 
+#include <stdio.h>
 #include <string.h>
 
 #include "core/check.h"
@@ -213,25 +214,43 @@ static void room_end(struct repl *r, bool made)
 		}
 }
 
+/* Its status would still call them valid. */
+static void tell_primary(struct repl *r)
+{
+	struct wire_refuse x = {.code = (uint16_t)-r->room_error};
+	if (!r->is_target || r->closing)
+		return;
+	(void)snprintf(x.text, sizeof(x.text), "%s: old content could not be saved (%s): all checkpoints are given up",
+		       r->meta->group, err_short(r->room_error));
+	int n = wire_refuse_encode(&x, r->scratch, sizeof(r->scratch));
+	INVARIANT(n > 0);
+	session_send(r, WIRE_HISTORY_LOST, 0, 0, 0, 0, r->scratch, (uint32_t)n);
+}
+
 static void room_log(struct repl *r, const struct tx *t)
 {
-	const char *matter = err_short(-(int)t->number);
-	if (t->arg == ROOM_BREAK)
+	const char *matter = err_short(r->room_error);
+	switch ((enum room_policy)t->arg) {
+	case ROOM_BREAK:
 		repl_set_error(
-		    r, (int)t->number, "cow", -1, 0, 0,
-		    "%s: old content could not be saved (%s): all checkpoints are given up and mirroring goes "
-		    "on (on_cow_error=break); until the next checkpoint only `failover --to latest` works",
+		    r, r->room_error, "cow", -1, 0, 0,
+		    "%s: old content could not be saved (%s): all checkpoints are given up and mirroring goes on; "
+		    "until the next one only `failover --to latest` works",
 		    r->meta->group, matter);
-	else if (t->arg == ROOM_ALL)
+		tell_primary(r);
+		break;
+	case ROOM_ALL:
 		repl_log(
 		    r, 0,
 		    "old content could not be saved (%s): all checkpoints here were dropped so that guests' writes "
 		    "succeed; look at the disk under the store",
 		    matter);
-	else
+		break;
+	default:
 		repl_log(r, 0, "%s: no room: checkpoint %llu was dropped so that %s", r->meta->group,
 			 (unsigned long long)t->number,
 			 t->arg == ROOM_ANY ? "guests' writes succeed" : "mirroring goes on");
+	}
 }
 
 void room_tx_done(struct repl *r, struct tx *t, int error)

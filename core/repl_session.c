@@ -124,7 +124,7 @@ void repl_join(const struct repl *r, struct wire_join *j)
 	memcpy(j->volumes, m->volumes, m->n_volumes * sizeof(m->volumes[0]));
 	j->flags = (m->alone ? WIRE_JOIN_ALONE : 0U) | (m->inconsistent ? WIRE_JOIN_INCONSISTENT : 0U) |
 		   (m->split_brain ? WIRE_JOIN_SPLIT : 0U) | (r->holding ? WIRE_JOIN_HOLDING : 0U) |
-		   (r->start ? WIRE_JOIN_START : 0U);
+		   (m->broken && m->role == ROLE_SECONDARY ? WIRE_JOIN_BROKEN : 0U) | (r->start ? WIRE_JOIN_START : 0U);
 	if (r->protect)
 		j->flags |= r->protect->cmd == CMD_FAILBACK ? WIRE_JOIN_FAILBACK : WIRE_JOIN_PROTECT;
 	if (r->resolve)

@@ -35,7 +35,7 @@ enum header_offset {
 #define LINEAGE_SIZE (8U * (2U + GENERATIONS_MAX))
 #define REFUSE_MIN 4U
 #define REFUSE_MAX (REFUSE_MIN + WIRE_TEXT_MAX - 1)
-#define JOIN_FLAGS_ALL 0x7ffU
+#define JOIN_FLAGS_ALL 0x107ffU
 #define CKPT_FLAGS_KNOWN (WIRE_CKPT_COMMAND | WIRE_CKPT_PIN | WIRE_CKPT_STOP)
 
 /* The numbers of enum err_code go over the wire and are frozen in docs/protocol.md: a new code goes to the end. */
@@ -116,6 +116,7 @@ static const struct type_rule rules[] = {
     [WIRE_SETTINGS] = {PLAIN, PAYLOAD(2, WIRE_SETTINGS_MAX)},
     [WIRE_SETTINGS_ACK] = {PLAIN},
     [WIRE_STOP_WANT] = {PLAIN},
+    [WIRE_HISTORY_LOST] = {PLAIN, PAYLOAD(REFUSE_MIN, REFUSE_MAX)},
     [WIRE_BEHIND] = {PLAIN, .offset_max = WIRE_BEHIND_CONGESTED},
 };
 

@@ -60,7 +60,8 @@ enum wire_features {
 	X(SETTINGS, 37)	       /* payload: settings_encode; seq: token */                                              \
 	X(SETTINGS_ACK, 38)    /* seq: token */                                                                        \
 	X(STOP_WANT, 39)       /* secondary → primary: stop the group cleanly */                                     \
-	X(BEHIND, 44)	       /* source → target: nothing more is forwarded; offset: enum wire_behind */
+	X(HISTORY_LOST, 56) /* secondary → primary: no checkpoint is valid until the next; payload: wire_refuse */   \
+	X(BEHIND, 44)	    /* source → target: nothing more is forwarded; offset: enum wire_behind */
 
 enum wire_type {
 #define WIRE_ENUM(name, value) WIRE_##name = (value),
@@ -138,6 +139,7 @@ enum wire_join_flags {
 	WIRE_JOIN_DISCARD_MINE = 1 << 8,  /* resolve: the sender's copy is given up */
 	WIRE_JOIN_DISCARD_YOURS = 1 << 9, /* resolve: the receiver's copy is given up */
 	WIRE_JOIN_FAILBACK = 1 << 10,	  /* the sender has failed over and becomes primary of the old primary */
+	WIRE_JOIN_BROKEN = 1 << 16,	  /* meta.broken of a secondary: no checkpoint is valid until the next */
 };
 
 /* What each side says of a group when a connection is made for it. */

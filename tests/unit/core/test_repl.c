@@ -2314,10 +2314,31 @@ static struct host *secondary_with(enum on_cow_error policy, unsigned n, unsigne
 	return h;
 }
 
+Test(repl, settings_that_the_secondary_cannot_save_are_answered)
+{
+	struct host *h = secondary();
+	uint8_t buf[WIRE_SETTINGS_MAX];
+	struct wbuf w = {.data = buf, .size = sizeof(buf)};
+	settings_encode(&repl_meta(h->r)->settings, &w);
+	frame(h, WIRE_SETTINGS, 7, 0, 0, buf, (uint32_t)w.len);
+	EXPECT(h, "save:secondary/RUNNING");
+	save_fails(h, -ERR_NOSPC);
+	EXPECT(h, "save:secondary/RUNNING");
+	saved(h);
+	EXPECT(h, "send:REFUSE close");
+	host_free(h);
+}
+
 Test(repl, on_cow_error_stop_stops_and_keeps_all)
 {
 	struct host *h = secondary_with(ON_COW_ERROR_STOP, 3, 0);
+	struct repl_status s;
 	fin_full(h, "a", -ERR_NOSPC, false, 0, true);
+	repl_status(h->r, h->now, &s);
+	cr_assert_eq(s.link, LINK_DOWN, "a session that is being closed is not in sync");
+	cr_assert_eq(s.error.code, ERR_NOSPC);
+	cr_assert_str_eq(s.error.operation, "cow");
+	cr_assert_eq(s.checkpoint, 3);
 	EXPECT(h, "send:IO_ERROR#2 close done:a=ERR_NOSPC done:f=ERR_CANCELED");
 	fin(h, "b");
 	EXPECT(h, "done:b");
@@ -2374,7 +2395,7 @@ Test(repl, on_cow_error_break_gives_all_up_durably_before_it_overwrites)
 	fin_full(h, "b", -ERR_IO, false, 0, true);
 	EXPECT(h, "");
 	saved(h);
-	EXPECT(h, "do:a/disk do:b/disk");
+	EXPECT(h, "send:HISTORY_LOST do:a/disk do:b/disk");
 	fin(h, "a");
 	fin(h, "b");
 	fin(h, "f");
@@ -2384,6 +2405,8 @@ Test(repl, on_cow_error_break_gives_all_up_durably_before_it_overwrites)
 	EXPECT(h, "done:g=ERR_IO");
 	repl_status(h->r, h->now, &s);
 	cr_assert_eq(s.checkpoint, 0);
+	cr_assert_eq(s.error.code, ERR_IO);
+	cr_assert_str_eq(s.error.operation, "cow");
 	cr_assert(s.degraded);
 	/* The next checkpoint makes it valid again. */
 	stream(h, 'c', WIRE_CHECKPOINT, REPL_CHECKPOINT, 5, 4, 0);
@@ -2394,6 +2417,33 @@ Test(repl, on_cow_error_break_gives_all_up_durably_before_it_overwrites)
 	cr_assert_eq(repl_serving(repl_meta(h->r), false), SERVING_VIEW);
 	repl_status(h->r, h->now, &s);
 	cr_assert_eq(s.checkpoint, 4);
+	cr_assert_not(s.degraded);
+	host_free(h);
+}
+
+Test(repl, a_primary_knows_that_its_peers_checkpoints_are_given_up_until_the_next)
+{
+	struct host *h = primary(PROTOCOL_F);
+	struct repl_status s;
+	uint8_t buf[WIRE_TEXT_MAX + 8];
+	struct wire_refuse x = {.code = ERR_NOSPC, .text = "all given up"};
+	int n = wire_refuse_encode(&x, buf, sizeof(buf));
+	frame(h, WIRE_HISTORY_LOST, 0, 0, 0, buf, (uint32_t)n);
+	EXPECT(h, "save:primary/RUNNING");
+	cr_assert(h->saved.broken);
+	saved(h);
+	repl_status(h->r, h->now, &s);
+	cr_assert_eq(s.error.code, ERR_NOSPC);
+	cr_assert(s.degraded);
+	cr_assert_eq(s.link, LINK_SYNCED);
+	command(h, CMD_CHECKPOINT, 0);
+	EXPECT(h, "send:CHECKPOINT#3");
+	frame(h, WIRE_CHECKPOINT_ACK, 0, 3, 0, NULL, 0);
+	EXPECT(h, "save:primary/RUNNING");
+	cr_assert_not(h->saved.broken);
+	saved(h);
+	repl_status(h->r, h->now, &s);
+	cr_assert_eq(s.error.code, 0);
 	cr_assert_not(s.degraded);
 	host_free(h);
 }

@@ -79,6 +79,7 @@ static struct wire_frame frame_min(unsigned type)
 		break;
 	case WIRE_REPORT:
 	case WIRE_REFUSE:
+	case WIRE_HISTORY_LOST:
 	case WIRE_IO_ERROR:
 		f.length_payload = 4;
 		break;
@@ -186,6 +187,7 @@ Test(wire_header, payload_bounds_of_each_type)
 	    {WIRE_DIRTY, 0, WIRE_PAYLOAD_MAX, 16},
 	    {WIRE_ACK, 24, 24, 1},
 	    {WIRE_IO_ERROR, 4, 483, 1},
+	    {WIRE_HISTORY_LOST, 4, 483, 1},
 	    {WIRE_SETTINGS, 2, WIRE_SETTINGS_MAX, 1},
 	};
 
