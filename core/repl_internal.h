@@ -19,6 +19,7 @@
 #define CYCLE_NS UINT64_C(1000000000) /* clear cycle: at least so long between two, */
 #define CYCLE_REST 9		      /* and so many times as long as the last one's flushes took */
 #define INTENT_LOOK_NS UINT64_C(10000000000)
+#define RETENTION_REST_NS UINT64_C(10000000000)
 #define RESAVE_NS UINT64_C(1000000000)
 /* First writes to clean intent units (docs/adr/0007): up to MARKS_LIGHT of them, drained by one each
  * MARKS_DRAIN_NS, set one unit each; then the run that one sets doubles with each further MARKS_STEP, to MARK_RUN_MAX.
@@ -224,6 +225,7 @@ struct repl {
 	uint64_t failover_outcome;
 	struct repl_io mark_io, sync_io, merge_io;
 	bool mark_busy, marked, sync_busy, merge_busy;
+	uint64_t retention_ns; /* not before: a merge failed */
 	struct repl_io commit[COMMITS_MAX];
 	bool commit_busy[COMMITS_MAX];
 	uint32_t commit_vol;

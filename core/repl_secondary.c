@@ -509,7 +509,7 @@ void secondary_retention(struct repl *r)
 {
 	const struct repl_meta *m = r->meta;
 	if (r->merge_busy || r->dropping || r->saving || r->failing_over || m->state == STATE_FAILOVER ||
-	    m->state == STATE_FAILOVER_FAILED)
+	    m->state == STATE_FAILOVER_FAILED || r->now_ns < r->retention_ns)
 		return;
 	/* A primary's are from when it followed: they go once the new secondary has one of its own. */
 	bool now_primary = m->role == ROLE_PRIMARY && m->last_stream;
@@ -1196,11 +1196,17 @@ static void merged(struct repl *r, int error)
 		return;
 	}
 	if (error) {
-		repl_log(r, 0, "merging checkpoint %llu failed: %s", (unsigned long long)r->merge_io.arg,
-			 err_short(error));
+		uint64_t n = r->merge_io.arg;
+		if (r->dropping == NULL)
+			repl_log(r, 0, "checkpoint %llu could not be merged into the older one: %s; it stays for now",
+				 (unsigned long long)n, err_short(error));
 		r->merge_busy = false;
-		repl_command_done(r, r->dropping, error, "its blocks could not be merged into the older one: %s",
-				  err_short(error));
+		r->retention_ns = r->now_ns + RETENTION_REST_NS;
+		repl_command_done(
+		    r, r->dropping, error,
+		    "its blocks could not be merged into the older one: %s; it stays. Dropping the oldest "
+		    "one (%llu) takes no room",
+		    err_short(error), (unsigned long long)r->meta->ckpts[0].number);
 		r->dropping = NULL;
 		room_merge_done(r, error);
 		return;

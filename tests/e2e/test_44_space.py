@@ -185,5 +185,30 @@ def test_unpinned_history_goes_before_what_was_pinned():
     e2e.check_bytes(view, 0, SIZE, 0x44, "what the guest wrote after a restart")
 
 
+def test_commit_without_room_goes_on_when_a_checkpoint_is_dropped():
+    """FAILOVER_FAILED says what to do: room can be made by dropping what neither the way back nor the view needs."""
+    disk = Tmpfs(64 * MIB)
+    a, b, vol = pair_on(disk)
+    for i in range(3):
+        fill(vol, 0x20 + i)
+        checkpoint(a)
+    fill(vol, 0x30)
+    a.kill9()
+    oldest = numbers(b)[0]
+    disk.fill(leave=MIB // 2)
+    b.repctl("-y", "failover", "vm1")  # what was received is saved before it goes back: 8 MiB
+    st = b.wait_status("vm1", 60, state="FAILOVER_FAILED")
+    check_eq(st["error"]["code"], "ERR_NOSPC", "the error")
+    b.repctl("error", "vm1", code=7).says("space", "failover")
+    e2e.check_bytes(b.volume("vm1"), 0, SIZE, 0x22, "the view")
+    base = numbers(b)[-2]
+    b.repctl("-y", "checkpoints", "vm1", "--drop", base, code=5).says("in use")
+    b.repctl("-y", "checkpoints", "vm1", "--drop", oldest)
+    b.repctl("-y", "failover", "vm1", "--wait")
+    e2e.check_bytes(b.volume("vm1"), 0, SIZE, 0x22, "the survivor")
+    e2e.check_bytes(b.disk("vm1"), 0, SIZE, 0x22, "its disk")
+    e2e.check_bytes(b.checkpoint_file("vm1", numbers(b)[-1]), 0, SIZE, 0x30, "all that was received")
+
+
 if __name__ == "__main__":
     e2e.main()

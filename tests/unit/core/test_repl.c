@@ -2048,6 +2048,37 @@ Test(repl, the_dearest_checkpoint_goes_last_and_one_that_frees_nothing_is_passed
 	host_free(h);
 }
 
+Test(repl, a_merge_that_fails_keeps_its_checkpoint_and_is_not_tried_all_the_time)
+{
+	static struct repl_meta m;
+	meta_of(&m, ROLE_STANDALONE, STATE_DONE);
+	m.n_ckpts = 3;
+	m.ckpt_max = 3;
+	for (unsigned i = 0; i < 3; i++)
+		m.ckpts[i] = (struct repl_ckpt){.number = i + 1, .generation = 100};
+	m.ckpts[0].flags = CKPT_PINNED;
+	m.settings.keep_last = 1;
+	struct host *h = host_new(&m);
+	tick(h, SEC);
+	EXPECT(h, "do:merge/own");
+	fin_full(h, "merge", -ERR_NOSPC, false, 0, false);
+	cr_assert_eq(repl_meta(h->r)->n_ckpts, 3);
+	for (unsigned i = 0; i < 9; i++)
+		tick(h, SEC);
+	EXPECT(h, "");
+	command(h, CMD_DROP, 2); /* a command is tried at once, and says what to do */
+	EXPECT(h, "do:merge/own");
+	fin_full(h, "merge", -ERR_NOSPC, false, 0, false);
+	EXPECT(h, "cmd=ERR_NOSPC");
+	cr_assert(strstr(h->cmd.err.text, "the oldest one (1) takes no room"), "%s", h->cmd.err.text);
+	tick(h, 11 * SEC);
+	EXPECT(h, "do:merge/own");
+	fin(h, "merge");
+	EXPECT(h, "save:standalone/DONE -2");
+	saved(h);
+	host_free(h);
+}
+
 Test(repl, a_write_without_room_waits_for_retentions_merge)
 {
 	struct host *h = survivor_out_of_room();
