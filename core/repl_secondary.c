@@ -15,11 +15,12 @@
  * What changes a block on the disk saves the old content first; that is the image module's doing (volume V1).
  *
  * Failover: end of the stream → what was received is applied → every block of undo(base) .. live and active is durably
- * dirty [FOBITS] → one metadata write: generation [FOGEN], target, state, local checkpoint of the disk as received
- * [FOTARGET, FOKEEP] → answered. The way back is written in the background, as ordinary writes of the new epoch, region
- * by region under exclusive claims; a guest's write to active puts its regions back into `todo`, and after the first
- * pass guests' writes are let in at half the commit's pace, so that it ends under any load. When `todo` is empty the
- * disks are synced; then requests wait, the little that came meanwhile is written and synced, one metadata write: DONE.
+ * dirty [FOBITS] → the disks are synced [FOFLUSH] → one metadata write: generation [FOGEN], target, state, local
+ * checkpoint of the disk as received [FOTARGET, FOKEEP] → answered. The way back is written in the background, as
+ * ordinary writes of the new epoch, region by region under exclusive claims; a guest's write to active puts its regions
+ * back into `todo`, and after the first pass guests' writes are let in at half the commit's pace, so that it ends under
+ * any load. When `todo` is empty the disks are synced; then requests wait, the little that came meanwhile is written
+ * and synced, one metadata write: DONE.
  */
 #include "core/repl_internal.h"
 
@@ -1089,7 +1090,6 @@ void secondary_commit_pump(struct repl *r)
 	r->throttled = false;
 	r->sync_busy = true;
 	r->sync_io.kind = REPL_FLUSH;
-	r->sync_io.session = 0;
 	repl_submit(r, &r->sync_io, TARGET_DISK);
 }
 
@@ -1124,22 +1124,34 @@ void secondary_commit_end(struct repl *r, struct repl_io *io, int error)
 	secondary_commit_pump(r);
 }
 
+/* The failover that is under way does not come about. Returns its command, to be answered. */
+static struct repl_command *failover_undo(struct repl *r)
+{
+	struct repl_command *c = r->failover;
+	r->failover = NULL;
+	r->failing_over = r->marked = false;
+	for (uint32_t i = 0; i < r->meta->n_volumes; i++)
+		bitmap_clear_all(&r->vol[i].todo);
+	return c;
+}
+
+static void failover_failed(struct repl *r, int error, const char *matter)
+{
+	repl_set_error(r, error, "failover", -1, 0, 0, "%s: %s", matter, err_short(error));
+	repl_command_done(r, failover_undo(r), error, "%s: %s; nothing was changed, look at the disk under the store",
+			  matter, err_short(error));
+}
+
 static void mark_done(struct repl *r, int error)
 {
 	r->mark_busy = false;
 	repl_marking_done(r, error == 0);
+	if (error && r->failing_over) {
+		failover_failed(r, error, "the dirty map could not be written");
+		return;
+	}
 	if (error) {
-		repl_set_error(r, error, "failover", -1, 0, 0, "the dirty map could not be written: %s",
-			       err_short(error));
-		if (r->failing_over) {
-			struct repl_command *c = r->failover;
-			r->failover = NULL;
-			r->failing_over = false;
-			repl_command_done(r, c, error, "the dirty map could not be written: %s; nothing was changed",
-					  err_short(error));
-		} else {
-			commit_failed(r, NULL, error);
-		}
+		commit_failed(r, NULL, error);
 		return;
 	}
 	r->marked = true;
@@ -1149,12 +1161,22 @@ static void mark_done(struct repl *r, int error)
 	}
 	/* A write to active that was under way when the command came has ended by now: the shell looked again. */
 	if (r->mark_io.hole && r->failover && loses_active(r, r->failover, r->failover_outcome)) {
-		struct repl_command *c = r->failover;
-		r->failover = NULL;
-		r->failing_over = r->marked = false;
-		for (uint32_t i = 0; i < r->meta->n_volumes; i++)
-			bitmap_clear_all(&r->vol[i].todo);
-		refuse_active(r, c);
+		refuse_active(r, failover_undo(r));
+		return;
+	}
+	/* [FOFLUSH] The record makes the disk as it is into a checkpoint, for good, and with `latest` into the disk of
+	 * a new lineage: what it says is there must not be in the page cache only. In `process` too: the way back
+	 * writes over what a guest's flush was promised to have left on a disk. Bounded by what was not synced, not by
+	 * the overlays: the primary's clear cycle has barriers in the stream all the time. */
+	r->sync_busy = true;
+	r->sync_io.kind = REPL_FLUSH;
+	repl_submit(r, &r->sync_io, TARGET_DISK);
+}
+
+static void failover_synced(struct repl *r, int error)
+{
+	if (error) {
+		failover_failed(r, error, "the disk as received could not be flushed");
 		return;
 	}
 	struct tx *t = repl_tx(r, TX_FAILOVER);
@@ -1165,21 +1187,15 @@ static void mark_done(struct repl *r, int error)
 static void synced(struct repl *r, int error)
 {
 	r->sync_busy = false;
-	if (r->finalising) {
-		if (error)
-			commit_failed(r, NULL, error);
-		else
-			repl_tx(r, TX_COMMITTED);
-		return;
-	}
-	if (r->committing && r->sync_io.session == 0) {
-		if (error) {
-			commit_failed(r, NULL, error);
-			return;
-		}
+	if (r->failing_over) {
+		failover_synced(r, error);
+	} else if (error) {
+		commit_failed(r, NULL, error);
+	} else if (r->finalising) {
+		repl_tx(r, TX_COMMITTED);
+	} else {
 		r->presynced = r->throttled = true;
 		secondary_commit_pump(r);
-		return;
 	}
 	if (!r->adopting || r->sync_io.session != r->session || r->closing)
 		return;

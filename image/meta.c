@@ -9,6 +9,14 @@
  * certain: its own bytes are written over it again and synced (a rewrite of the same bytes can't lose them, and pages
  * that a failed sync has marked clean are written out again).
  *
+ * A copy that can't be read is not one that is torn: it may hold the newest record, saved and answered, where the other
+ * is older (a second write that failed does not fail a save). So it is never passed over on the strength of the other
+ * copy alone, unless that one proves itself the newest: a copy of pass 2 or more was written after the record was
+ * durable in the other, and is itself the first to be overwritten by the next save. For that to hold, a save whose
+ * second write failed succeeds only if the copy that it leaves behind is of pass 1. A load that can't tell refuses. A
+ * save goes on: its record is newer than anything the unreadable copy may hold, over which it is written first; if that
+ * fails, the other's older one is not put in its place.
+ *
  * A copy says too whether its file was made for it: then its name may not be durable yet, and the folder is synced
  * when that copy is next written or relied on.
  *
@@ -31,14 +39,18 @@
 #define META_NAME_MAX (STORAGE_PATH_MAX + 8)
 #define META_CREATED 1U /* flag: the file was made for this copy */
 
-/* UNREAD: there, but the system would not show it now. Unlike a bad one it may hold the last record saved. */
-enum copy_state { COPY_ABSENT, COPY_BAD, COPY_GOOD, COPY_UNREAD };
+enum copy_state {
+	COPY_ABSENT,
+	COPY_UNREADABLE, /* whatever it holds, it could not be asked */
+	COPY_BAD,	 /* what was read does not check out */
+	COPY_GOOD,
+};
 
 struct copy {
 	char path[META_NAME_MAX];
 	enum copy_state state;
-	const char *matter; /* COPY_BAD, COPY_UNREAD: what is wrong with it */
-	int error;	    /* COPY_UNREAD: -ERR_x */
+	const char *matter; /* what is wrong with it */
+	int error;	    /* COPY_UNREADABLE */
 	uint64_t sequence;
 	uint32_t container, version, pass, flags, payload_len;
 	uint8_t *raw; /* header and payload; owned */
@@ -75,11 +87,11 @@ static int copy_bad(struct copy *c, const char *matter)
 	return 0;
 }
 
-static int copy_unread(struct copy *c, int error)
+static int copy_unreadable(struct copy *c, int error, const char *matter)
 {
-	c->state = COPY_UNREAD;
-	c->matter = err_short(error);
+	c->state = COPY_UNREADABLE;
 	c->error = error;
+	c->matter = matter;
 	return 0;
 }
 
@@ -105,16 +117,16 @@ static int copy_parse_header(struct copy *c, const uint8_t *h, const char kind[4
 static int copy_read_disk(struct copy *c, struct disk *d, const char kind[4])
 {
 	uint8_t header[META_HEADER_SIZE];
-	uint64_t size = 0;
+	uint64_t size;
 	int rc = disk_get_size(d, &size);
 
 	if (rc < 0)
-		return copy_unread(c, rc);
+		return copy_unreadable(c, rc, "can't be read");
 	if (size < META_HEADER_SIZE)
 		return copy_bad(c, "too short");
 	rc = disk_read(d, 0, header, sizeof(header));
 	if (rc < 0)
-		return copy_unread(c, rc);
+		return copy_unreadable(c, rc, "can't be read");
 	copy_parse_header(c, header, kind);
 	/* What follows the header of a newer container is unknown: its version alone counts. */
 	if (c->state != COPY_GOOD || c->container > META_CONTAINER)
@@ -128,7 +140,7 @@ static int copy_read_disk(struct copy *c, struct disk *d, const char kind[4])
 		return -ERR_NOMEM;
 	rc = disk_read(d, 0, c->raw, META_HEADER_SIZE + c->payload_len);
 	if (rc < 0)
-		return copy_unread(c, rc);
+		return copy_unreadable(c, rc, "can't be read");
 	if (memcmp(c->raw, header, sizeof(header)) != 0 ||
 	    get_u32(header + 36) != crc32c(0, c->raw + META_HEADER_SIZE, c->payload_len))
 		return copy_bad(c, "the checksum of its content does not match");
@@ -149,7 +161,7 @@ static int copy_read(struct storage *s, struct copy *c, const char kind[4])
 	if (rc == -ERR_NOMEM || rc == -ERR_PERM)
 		return rc;
 	if (rc < 0)
-		return copy_unread(c, rc);
+		return copy_unreadable(c, rc, "can't be opened");
 	rc = copy_read_disk(c, d, kind);
 	disk_close(d);
 	return rc;
@@ -256,16 +268,6 @@ static struct copy *pair_other(struct pair *p, const struct copy *c)
 	return c == &p->copies[0] ? &p->copies[1] : &p->copies[0];
 }
 
-/* A copy that can't be read, and so may be newer than any other; NULL if there is none. */
-static const struct copy *pair_unread(const struct pair *p)
-{
-	for (int i = 0; i < 2; i++) {
-		if (p->copies[i].state == COPY_UNREAD)
-			return &p->copies[i];
-	}
-	return NULL;
-}
-
 /* Makes `best` certain, so that the other copy may be overwritten. */
 static int secure(struct pair *p, const struct copy *best, const struct copy *other)
 {
@@ -331,25 +333,25 @@ static int save_pair(struct pair *p, uint8_t *raw, const char kind[4], uint32_t 
 	uint64_t sequence = best ? best->sequence + 1 : 1;
 	int rc;
 
-	/* The other one may be the next after best: above that too. Without best nothing is known. */
-	if (pair_unread(p)) {
-		if (!best)
-			return pair_unread(p)->error;
-		sequence++;
-	}
+	if (!best && (first->state == COPY_UNREADABLE || second->state == COPY_UNREADABLE))
+		return first->state == COPY_UNREADABLE ? first->error : second->error;
 	if (best && durable && (rc = secure(p, best, first)) < 0)
 		return rc;
 	header_encode(raw, kind, sequence, version, 1, flags_for(first), raw + META_HEADER_SIZE, len);
 	rc = copy_write(p, first, raw, META_HEADER_SIZE + len, durable);
 	if (rc < 0) {
 		/* It may be whole in the page cache: without this a later load could find what was not saved. */
-		if (best)
+		if (best && first->state != COPY_UNREADABLE)
 			(void)copy_over(p, best, first, durable);
 		return rc;
 	}
 	header_encode(raw, kind, sequence, version, 2, flags_for(second), raw + META_HEADER_SIZE, len);
-	(void)copy_write(p, second, raw, META_HEADER_SIZE + len, durable);
-	return 0;
+	rc = copy_write(p, second, raw, META_HEADER_SIZE + len, durable);
+	if (rc == 0 || !best || best->pass == 1)
+		return 0;
+	/* Left behind, it would pass for the newest where the first can't be read. */
+	(void)copy_over(p, best, first, durable);
+	return rc;
 }
 
 /* raw: room for the header, then the payload. */
@@ -391,25 +393,34 @@ int meta_save(struct storage *s, const char *dir, const char *path, const char k
 	return rc;
 }
 
-/* Failing is no error: the record is there, and the next save begins with the copy that is not. */
-static void repair(struct pair *p, const struct copy *best)
+/* Beside a copy that holds an older record the newest must be made certain before it is acted on: a power cut could
+ * take it back. Apart from that failing is no error: the record is there, and the next save begins with the copy that
+ * is not. */
+static int repair(struct pair *p, const struct copy *best)
 {
 	const struct copy *other = pair_other(p, best);
+	int rc;
 
 	if (other->state == COPY_GOOD && other->sequence == best->sequence)
-		return;
-	if (secure(p, best, other) == 0)
+		return 0;
+	rc = secure(p, best, other);
+	if (rc == 0)
 		(void)copy_over(p, best, other, true);
+	return other->state == COPY_GOOD ? rc : 0;
 }
 
-/* The other copy alone could be the last but one: taking it would roll the record back. */
-static int unread_refuse(const struct copy *c, const char *path, struct err *e)
+/* Whether `best` is the newest record for sure, and may be gone on with. */
+static bool is_newest(struct pair *p, const struct copy *best)
 {
-	return err_set(
-	    e, -c->error,
-	    "load %s: %s can't be read (%s) and may be the newer of the two copies; look at the disk under the "
-	    "store; if it is lost for good, remove it, and the other copy is used",
-	    path, c->path, c->matter);
+	return pair_other(p, best)->state != COPY_UNREADABLE || best->pass > 1;
+}
+
+static int unreadable_refuse(const struct copy *other, const struct copy *best, const char *path, struct err *e)
+{
+	return err_set(e, -other->error,
+		       "load %s: %s %s (%s), and %s may be older than what it holds; look at the disk under the store, "
+		       "and only if that copy is lost for good move it away to go on with the other",
+		       path, other->path, other->matter, err_short(other->error), best->path);
 }
 
 static int load_refuse(const struct pair *p, const char *path, struct err *e)
@@ -435,14 +446,19 @@ int meta_load(struct storage *s, const char *path, const char kind[4], uint32_t 
 	if (rc < 0)
 		return err_set(e, -rc, "load %s: %s", path, err_short(rc));
 	best = pair_best(&p);
-	if (pair_unread(&p)) {
-		rc = unread_refuse(pair_unread(&p), path, e);
-	} else if (!best) {
+	if (!best) {
 		rc = load_refuse(&p, path, e);
+	} else if (!is_newest(&p, best)) {
+		rc = unreadable_refuse(pair_other(&p, best), best, path, e);
 	} else if (!version_known(best, version_max)) {
 		rc = version_refuse(best, "load", path, version_max, e);
+	} else if ((rc = repair(&p, best)) < 0) {
+		err_set(
+		    e, -rc,
+		    "load %s: %s is newer than the other copy and can't be made durable: %s; look at the disk under "
+		    "the store",
+		    path, best->path, err_short(rc));
 	} else {
-		repair(&p, best);
 		memmove(best->raw, best->raw + META_HEADER_SIZE, best->payload_len);
 		*ret_version = best->version;
 		*ret_len = best->payload_len;

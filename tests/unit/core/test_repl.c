@@ -1829,7 +1829,8 @@ Test(lineage_core, a_loser_that_fails_over_has_an_active_overlay)
 	step(h, (struct repl_event){.type = EV_COMMAND, .command = &h->cmd});
 	EXPECT(h, "do:mark/own");
 	fin(h, "mark");
-	EXPECT(h, "save:standalone/FAILOVER +2");
+	fin(h, "sync");
+	EXPECT(h, "do:sync/disk save:standalone/FAILOVER +2");
 	cr_assert_eq(h->saved.target, 1);
 	cr_assert_neq(h->saved.active_id, 0);
 	cr_assert_eq(h->saved.ckpts[1].kind, CKPT_PARTIAL);
@@ -2519,7 +2520,8 @@ Test(repl, a_failover_from_a_broken_secondary_needs_latest)
 	command(h, CMD_FAILOVER, FAILOVER_LATEST);
 	EXPECT(h, "send:GOODBYE close do:mark/own");
 	fin(h, "mark");
-	EXPECT(h, "save:standalone/DONE");
+	fin(h, "sync");
+	EXPECT(h, "do:sync/disk save:standalone/DONE");
 	cr_assert_not(h->saved.broken);
 	saved(h);
 	EXPECT(h, "cmd");
@@ -2641,6 +2643,8 @@ Test(repl, a_failover_applies_marks_saves_answers_and_commits_racing_writes)
 	EXPECT(h, "");
 	repl_mark(h->r, 0, 0, 4096);
 	fin(h, "mark");
+	EXPECT(h, "do:sync/disk"); /* the checkpoint as received is not in the record before it is on the disk */
+	fin(h, "sync");
 	EXPECT(h, "save:standalone/FAILOVER +2");
 	cr_assert_eq(h->saved.target, 1);
 	cr_assert_eq(h->saved.base, 1);
@@ -2718,9 +2722,41 @@ Test(repl, a_checkpoint_that_was_received_is_what_a_failover_goes_back_to)
 	saved(h);
 	EXPECT(h, "done:c do:mark/own");
 	fin(h, "mark");
+	EXPECT(h, "do:sync/disk");
+	fin(h, "sync");
 	EXPECT(h, "save:standalone/FAILOVER +3");
 	cr_assert_eq(h->saved.target, 2);
 	host_free(h);
+}
+
+/* Whatever the outcome: what is listed, or made the disk of a new lineage, is on the disk. One that can't be is
+ * refused, and the host stays what it was. */
+Test(repl, a_failover_whose_disk_is_not_synced_is_none)
+{
+	for (int latest = 0; latest < 2; latest++) {
+		struct host *h = secondary();
+		command(h, CMD_FAILOVER, latest ? FAILOVER_LATEST : FAILOVER_DEFAULT);
+		EXPECT(h, "send:GOODBYE close do:mark/own");
+		repl_mark(h->r, 0, 0, 4096);
+		fin(h, "mark");
+		EXPECT(h, "do:sync/disk");
+		guest(h, 'g', REPL_WRITE, 4096, 4096);
+		EXPECT(h, "");
+		fin_full(h, "sync", -ERR_IO, false, 0, false);
+		EXPECT(h, "cmd=ERR_IO do:g/active"); /* goes on as it was */
+		cr_assert(strstr(h->cmd.err.text, "nothing was changed"), "%s", h->cmd.err.text);
+		cr_assert_eq(repl_meta(h->r)->state, STATE_RUNNING);
+		cr_assert_eq(repl_volume_state(h->r, 0)->todo.count, 0);
+		fin(h, "g");
+		forget(h);
+		h->cmd = (struct repl_command){.cmd = CMD_FAILOVER, .number = latest ? FAILOVER_LATEST : 0};
+		step(h, (struct repl_event){.type = EV_COMMAND, .command = &h->cmd});
+		fin(h, "mark");
+		fin(h, "sync");
+		EXPECT(h, latest ? "do:mark/own do:sync/disk save:standalone/DONE +2"
+				 : "do:mark/own do:sync/disk save:standalone/FAILOVER +2");
+		host_free(h);
+	}
 }
 
 Test(repl, a_discard_does_not_cross_a_failover)

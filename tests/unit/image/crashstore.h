@@ -39,6 +39,7 @@ struct cs_inode {
 	struct cs_image *cache, *disk;
 	struct cs_op ops[CS_OPS];
 	unsigned n_ops;
+	bool unreadable; /* until it is written to */
 };
 
 struct cs_name {
@@ -128,6 +129,7 @@ static inline int cs_write(struct disk *d, uint64_t off, const void *buf, size_t
 	if (cd->cs->stopped)
 		return -ERR_IO;
 	cd->cs->writes++;
+	cd->inode->unreadable = false;
 	if (cs_stop(cd->cs)) {
 		uint64_t stop = off + cs_random(cd->cs, len + 1);
 
@@ -158,7 +160,7 @@ static inline int cs_read(struct disk *d, uint64_t off, void *buf, size_t len)
 	struct cs_disk *cd = cs_disk(d);
 	uint64_t have = off < CS_FILE_MAX ? min_u64(len, CS_FILE_MAX - off) : 0;
 
-	if (cd->cs->stopped)
+	if (cd->cs->stopped || cd->inode->unreadable)
 		return -ERR_IO;
 	memset(buf, 0, len);
 	memcpy(buf, cd->inode->cache->bytes + off, have);

@@ -389,3 +389,155 @@ Test(meta, failed_sync_takes_the_new_record_back)
 	cr_assert_eq(load_number(cs, &rc), 3);
 	drop_store(cs);
 }
+
+static void make_unreadable(struct crashstore *cs, const char *path)
+{
+	struct cs_name *n = cs_find(cs, path);
+
+	cr_assert_not_null(n);
+	n->inode->unreadable = true;
+}
+
+/* Every way in which one copy can be unreadable beside the other: the record loaded is the last one saved, or none is,
+ * with the name of the file; and a save goes on. `lost`: the save of 3 ended with its second write failed. */
+static bool with_one_unreadable(uint64_t seed, const char *path, bool lost)
+{
+	bool told;
+	struct crashstore *cs = new_store(seed);
+	struct err e = {0};
+	void *payload = NULL;
+	uint32_t version;
+	size_t len;
+	uint64_t found;
+	int rc, again;
+
+	cr_assert_eq(save_number(cs, 1, 50, true), 0);
+	cr_assert_eq(save_number(cs, 2, 50, true), 0);
+	if (lost) {
+		/* Read both, [secure: nothing], write and sync the first; the write of the second fails. */
+		cs->ops_left = 2;
+		cr_assert_eq(save_number(cs, 3, 50, true), 0);
+		cs_killed(cs);
+	}
+	make_unreadable(cs, path);
+	rc = meta_load(&cs->storage, "rec", KIND, 1, &version, &payload, &len, &e);
+	told = rc == 0;
+	if (told) {
+		free(payload);
+		cr_assert_eq(load_number(cs, &again), lost ? 3 : 2, "%s", path);
+	} else {
+		cr_assert_eq(rc, -ERR_IO);
+		cr_assert_not_null(strstr(e.text, path), "%s", e.text);
+		cr_assert_not_null(strstr(e.text, "move it away"), "%s", e.text);
+		make_unreadable(cs, path);
+	}
+	/* The daemon that holds the record saves the next one: failing, it takes nothing back. */
+	cs->sync_fails_in = 2;
+	rc = save_number(cs, 4, 50, true);
+	cs->sync_fails_in = 0;
+	found = load_number(cs, &again);
+	cr_assert(again == -ERR_IO || found >= (rc == 0 ? 4
+						: lost	? 3
+							: 2),
+		  "%s: %llu, %s", path, (unsigned long long)found, err_name(again));
+	make_unreadable(cs, path);
+	/* Then over whatever is there. */
+	cr_assert_eq(save_number(cs, 4, 50, true), 0);
+	cs_power_cut(cs);
+	cr_assert_eq(load_number(cs, &rc), 4);
+	cr_assert_eq(storage_unlink(&cs->storage, path), 0);
+	cr_assert_eq(load_number(cs, &rc), 4);
+	drop_store(cs);
+	return told;
+}
+
+Test(meta, an_unreadable_copy_never_takes_the_record_back)
+{
+	for (uint64_t seed = 1; seed <= 40; seed++) {
+		/* The copy written last tells that it is the newest, the one written first does not. */
+		cr_assert_eq(with_one_unreadable(seed, "rec.a", false) + with_one_unreadable(seed, "rec.b", false), 1);
+		(void)with_one_unreadable(seed, "rec.a", true);
+		(void)with_one_unreadable(seed, "rec.b", true);
+	}
+}
+
+Test(meta, two_copies_that_cant_be_read_are_not_overwritten)
+{
+	struct crashstore *cs = new_store(10);
+	int rc;
+
+	cr_assert_eq(save_number(cs, 1, 50, true), 0);
+	make_unreadable(cs, "rec.a");
+	make_unreadable(cs, "rec.b");
+	cr_assert_eq(save_number(cs, 2, 50, true), -ERR_IO);
+	cs_find(cs, "rec.a")->inode->unreadable = cs_find(cs, "rec.b")->inode->unreadable = false;
+	cr_assert_eq(load_number(cs, &rc), 1);
+	drop_store(cs);
+}
+
+/* Long lives of saves with failing syncs and cuts, then one copy that can't be read: what is loaded is no older than
+ * the last record said to be saved. */
+Test(meta, unreadable_after_anything)
+{
+	unsigned refused = 0, loaded = 0;
+
+	for (uint64_t seed = 1; seed <= 3000; seed++) {
+		struct crashstore *cs = new_store(seed);
+		uint64_t last = 0, n = 0;
+		int rc;
+
+		for (unsigned i = 0; i < 8; i++) {
+			cs->ops_left = cs_random(cs, 3) ? -1 : (long)cs_random(cs, 8);
+			if (save_number(cs, ++n, 50, true) == 0)
+				last = n;
+			if (cs->stopped && cs_random(cs, 2))
+				cs_power_cut(cs);
+			else
+				cs_killed(cs);
+			if (cs_random(cs, 3) == 0) {
+				const char *path = cs_random(cs, 2) ? "rec.a" : "rec.b";
+				uint64_t found;
+
+				if (cs_find(cs, path))
+					make_unreadable(cs, path);
+				found = load_number(cs, &rc);
+				if (rc == 0) {
+					cr_assert_geq(found, last, "seed %llu: %llu of %llu", (unsigned long long)seed,
+						      (unsigned long long)found, (unsigned long long)last);
+					last = found;
+					loaded++;
+				} else if (rc == -ERR_IO) {
+					refused++;
+				}
+				if (cs_find(cs, path) && cs_random(cs, 2)) /* the medium comes to its senses */
+					cs_find(cs, path)->inode->unreadable = false;
+			}
+		}
+		drop_store(cs);
+	}
+	cr_assert(refused > 100 && loaded > 100, "%u refused, %u loaded", refused, loaded);
+}
+
+/* The newest copy is in the cache only, its save was cut off: nobody acts on it before it is durable. */
+Test(meta, a_record_that_cant_be_made_durable_is_not_acted_on)
+{
+	struct crashstore *cs = new_store(11);
+	struct err e = {0};
+	void *payload = NULL;
+	uint32_t version;
+	size_t len;
+	int rc;
+
+	cr_assert_eq(save_number(cs, 1, 50, true), 0);
+	cs->ops_left = 2; /* the folder is synced, the first copy written, its sync does not come */
+	cr_assert_eq(save_number(cs, 2, 50, true), -ERR_IO);
+	cs_killed(cs);
+	cs->sync_fails_in = 1;
+	cr_assert_eq(meta_load(&cs->storage, "rec", KIND, 1, &version, &payload, &len, &e), -ERR_IO);
+	cr_assert_not_null(strstr(e.text, "can't be made durable"), "%s", e.text);
+	cs->sync_fails_in = 0;
+	cr_assert_eq(load_number(cs, &rc), 2);
+	cs_power_cut(cs);
+	cr_assert_eq(load_number(cs, &rc), 2);
+	drop_store(cs);
+}
