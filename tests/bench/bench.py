@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Speed as ratios within one run; README.md says how to read it.
 
-  bench.py [--rounds N] [--seconds S] [--json FILE] [--check] [writes|checkpoint|failover|memory]...
+  bench.py [--rounds N] [--seconds S] [--json FILE] [--check] [writes|alone|checkpoint|failover|memory]...
 
 --check: exit 1 if a floor is missed.
 """
@@ -106,6 +106,30 @@ def bench_writes():
     return out
 
 
+def bench_alone():
+    """The same writes with the peer gone, against the minimal server: what dirty tracking costs."""
+    p = Pair(durability="power")
+    (vol,) = p.protect(size=FILE_SIZE, interval=0)
+    mini = Minifuse(FILE_SIZE)
+    fill(vol, FILE_SIZE)
+    fill(mini.path, FILE_SIZE)
+    p.a.wait_status("vm1", 120, dirty_bytes=0)
+    p.a.restart()  # what is clean loses its marks: the first round pays for them again
+    p.a.wait_synced("vm1", 120)
+    p.b.kill9()
+    p.a.wait_status("vm1", 60, link="DOWN")
+    fio(mini.path, seconds=1)
+    rows = []
+    for _ in range(ROUNDS):
+        a = fio(mini.path)[0]
+        e2e.fsync(mini.path)
+        b = fio(vol)[0]
+        e2e.fsync(vol)
+        rows.append(b / a)
+        print("  round: minifuse %.0f, repfs alone %.0f IOPS, ratio %.2f" % (a, b, b / a), file=sys.stderr)
+    return {"alone_ratio": statistics.median(rows), "alone_first_ratio": rows[0], "alone_ratios": [round(r, 3) for r in rows]}
+
+
 def bench_checkpoint():
     """`checkpoint` with 1 MiB and with 1 GiB dirty since the last one; all of it durable on the peer before."""
     size = 2 * GIB
@@ -174,7 +198,7 @@ FLOORS = [  # key, text, limit, better when
     ("rss_primary_mib", "memory of the primary, sparse 1 TiB volume, MiB", 300, "below"),
     ("rss_secondary_mib", "memory of the secondary, MiB", 300, "below"),
 ]
-BENCHES = {"writes": bench_writes, "checkpoint": bench_checkpoint, "failover": bench_failover, "memory": bench_memory}
+BENCHES = {"writes": bench_writes, "alone": bench_alone, "checkpoint": bench_checkpoint, "failover": bench_failover, "memory": bench_memory}
 
 
 def main():
