@@ -147,6 +147,14 @@ void repl_set_error(struct repl *r, int code, const char *operation, int volume,
 	r->error.time_ns = r->wall_ns;
 }
 
+/* An error of this host's that did not take the group out of sync ends when the same works again; any other, when it is
+ * in sync again. */
+static void error_over(struct repl *r, const char *operation)
+{
+	if (r->link == LINK_SYNCED && strcmp(r->error.operation, operation) == 0)
+		r->error.code = 0;
+}
+
 /* splitmix64: reproducible from the seed; uniqueness of generations rests on 64 random bits a start. */
 uint64_t repl_random(struct repl *r)
 {
@@ -509,6 +517,7 @@ static void meta_saved(struct repl *r, const struct repl_event *ev)
 		r->next = old;
 		r->ckpt_used = max_u64(r->ckpt_used, r->meta->ckpt_max);
 		repl_emit(r, &(struct repl_action){.type = ACT_SERVING, .meta = r->meta});
+		error_over(r, "metadata");
 		tx_done(r, &t, 0);
 	}
 	repl_tx_run(r);
@@ -825,6 +834,7 @@ static void intent_done(struct repl *r, struct repl_io *io, int error)
 		return;
 	}
 	bitmap_set_range(&r->vol[io->volume].intent, io->mark_first, io->mark_units);
+	error_over(r, "intent");
 	io_local(r, io);
 }
 

@@ -2346,6 +2346,20 @@ static struct host *secondary_with(enum on_cow_error policy, unsigned n, unsigne
 	return h;
 }
 
+Test(repl, a_failover_whose_dirty_map_cannot_be_written_changes_nothing)
+{
+	struct host *h = secondary();
+	command(h, CMD_FAILOVER, FAILOVER_LATEST);
+	EXPECT(h, "send:GOODBYE close do:mark/own");
+	fin_full(h, "mark", -ERR_NOSPC, false, 0, false);
+	EXPECT(h, "cmd=ERR_NOSPC");
+	cr_assert(strstr(h->cmd.err.text, "nothing was changed"), "%s", h->cmd.err.text);
+	cr_assert_eq(repl_meta(h->r)->role, ROLE_SECONDARY);
+	command(h, CMD_FAILOVER, FAILOVER_LATEST); /* the same again */
+	EXPECT(h, "do:mark/own");
+	host_free(h);
+}
+
 Test(repl, settings_that_the_secondary_cannot_save_are_answered)
 {
 	struct host *h = secondary();
