@@ -166,6 +166,7 @@ int cmd_wait(struct cli *c);
 int cmd_checkpoints(struct cli *c);
 int cmd_extents(struct cli *c);
 int cmd_discard(struct cli *c);
+int cmd_resync(struct cli *c);
 int cmd_set(struct cli *c);
 int cmd_get(struct cli *c);
 int cmd_ping(struct cli *c);

@@ -1,5 +1,5 @@
 /* The manager's operations, roles and settings of a group: protect, start, stop, checkpoint, failover, failback,
- * unprotect, diverged, resolve, discard, wait, set, get. Each is one request; the daemon decides, this prints.
+ * unprotect, diverged, resolve, discard, resync, wait, set, get. Each is one request; the daemon decides, this prints.
  */
 #include "cli/cli.h"
 
@@ -329,6 +329,23 @@ int cmd_diverged(struct cli *c)
 	diverged_rows(t, peer, "peer");
 	json_decref(r);
 	return table_finish(t, stdout) < 0 ? cli_fail(c, ERR_NOMEM, "out of memory") : 0;
+}
+
+int cmd_resync(struct cli *c)
+{
+	bool wait = cli_has(c, "wait");
+	json_t *args = json_pack("{s:s}", "name", c->args[0]), *r;
+	if (!args || !put_flag(args, "wait", wait))
+		return no_memory(c, args);
+	int rc = cli_call_print(c, "resync", args, wait, &r);
+	if (r && wait)
+		cli_note(c, "%s: the local disk is whole again", c->args[0]);
+	else if (r)
+		cli_note(c,
+			 "%s: rebuilding the local disk from the peer; repctl wait %s --for=in-sync waits for its end",
+			 c->args[0], c->args[0]);
+	json_decref(r);
+	return rc;
 }
 
 int cmd_wait(struct cli *c)

@@ -85,6 +85,10 @@ static const struct cli_opt resolve_opts[] = {
      .help = "whose copy is given up; it stays as a pinned checkpoint"},
     {.name = NULL},
 };
+static const struct cli_opt resync_opts[] = {
+    {.name = "wait", .help = "return when the disk is whole again"},
+    {.name = NULL},
+};
 static const struct cli_opt status_opts[] = {
     {.name = "watch", .help = "again every second until interrupted"},
     {.name = "exit-code", .help = "exit 7 if a group is degraded, 8 on split brain"},
@@ -126,6 +130,7 @@ const struct cli_verb cli_verbs[] = {
     {"resolve", "GROUP", 1, 1, "end a split brain: the copy that is given up follows the other", resolve_opts,
      cmd_resolve},
     {"discard", "GROUP", 1, 1, "drop what the secondary side wrote itself", NULL, cmd_discard},
+    {"resync", "GROUP", 1, 1, "rebuild a detached disk of the primary from the peer", resync_opts, cmd_resync},
     {"error", "GROUP", 1, 1, "the error that stands; exit 7 if one does or the peer is not in sync", NULL, cmd_error},
     {"status", "[GROUP]", 0, 1, "how replication is doing", status_opts, cmd_status},
     {"wait", "GROUP", 1, 1, "wait for a state", wait_opts, cmd_wait},
@@ -142,7 +147,6 @@ const struct cli_verb cli_verbs[] = {
     {"help", "[VERB]", 0, 1, "this text, or that of a verb", NULL, cmd_help},
 
     {"switchover", "GROUP", 0, 0, "swap the roles, nothing lost", NULL, NULL},
-    {"resync", "GROUP", 0, 0, "sync again", NULL, NULL},
     {"verify", "GROUP", 0, 0, "compare both disks", NULL, NULL},
     {"resize", "NAME SIZE", 0, 0, "grow a volume", NULL, NULL},
     {"clone", "NAME@N CLONE", 0, 0, "a writable scratch over a checkpoint", NULL, NULL},

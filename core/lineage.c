@@ -116,6 +116,15 @@ static enum lineage_decision split(const struct wire_join *const j[2], int *ret_
 	return covered && !unfinished(j[loser]) ? LINEAGE_PARTIAL : LINEAGE_FULL;
 }
 
+/* A secondary that knows of a detached disk of its primary. */
+static bool detached(const struct wire_join *s)
+{
+	for (uint32_t i = 0; i < s->n_volumes && s->role == ROLE_SECONDARY && s->state != STATE_DONE; i++)
+		if (s->volumes[i].flags & VOLUME_PEER_STALE)
+			return true;
+	return false;
+}
+
 /* The generations alone, roles aside. */
 static enum lineage_decision by_generations(const struct wire_join *const j[2], int *ret_source)
 {
@@ -187,6 +196,10 @@ enum lineage_decision lineage_decide(const struct wire_join *a, const struct wir
 	if (t->role == ROLE_PRIMARY) {
 		/* The other side is ahead of a primary. It failed over [PRIMTGT]: the primary steps down; a secondary
 		 * that wrote after a stop instead is a split brain, whatever the primary did (SPEC 5). */
+		if (s->role == ROLE_SECONDARY && detached(s) && !unfinished(s)) {
+			*ret_source = !source; /* the primary has not written alone since */
+			return LINEAGE_DETACHED;
+		}
 		if (s->role == ROLE_SECONDARY)
 			return split(j, ret_source);
 		*ret_source = source;
@@ -204,6 +217,8 @@ const char *lineage_decision_name(enum lineage_decision d)
 	switch (d) {
 	case LINEAGE_EQUAL:
 		return "equal";
+	case LINEAGE_DETACHED:
+		return "detached";
 	case LINEAGE_PARTIAL:
 		return "partial";
 	case LINEAGE_FULL:

@@ -7,6 +7,8 @@
 
 enum lineage_decision {
 	LINEAGE_EQUAL,	   /* the dirty regions of both, from the primary */
+	LINEAGE_DETACHED,  /* as EQUAL: the secondary's newest generations were begun for a detach of the primary's disk
+			    */
 	LINEAGE_PARTIAL,   /* the dirty regions of both, from `source` */
 	LINEAGE_FULL,	   /* everything, from `source` */
 	LINEAGE_SPLIT,	   /* both wrote alone, and nobody has said whose copy is given up */

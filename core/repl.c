@@ -226,6 +226,8 @@ bool repl_tx_pending(const struct repl *r, enum tx_kind kind)
 
 void repl_begin_generation(struct repl *r, struct repl_meta *m)
 {
+	if (r->lineage_pending) /* of a detach that the peer may have recorded or not */
+		m->lineage = r->detach_lineage;
 	if (m->lineage.bitmap == 0)
 		m->diverged_ns = r->wall_ns;
 	lineage_begin(&m->lineage, repl_random(r));
@@ -245,6 +247,9 @@ static void prepare_activate(struct repl *r, struct repl_meta *m)
 	repl_state_move(m, STATE_RUNNING);
 	if (m->lineage.current == 0)
 		repl_begin_generation(r, m);
+	if (r->decision == LINEAGE_DETACHED) /* the generation that the peer began for it */
+		m->lineage = r->theirs.lineage;
+	detach_flags(r, m->volumes, m->n_volumes);
 	if (r->protect || r->start || m->split_brain)
 		m->paused = false;
 	m->alone = m->split_brain = false;
@@ -271,6 +276,8 @@ static void prepare_unprotect(struct repl *r, struct repl_meta *m)
 	m->target = m->received = m->received_bytes = m->failover_generation = m->diverged_ns = 0;
 	m->peer[0] = 0;
 	memset(m->peer_store, 0, sizeof(m->peer_store));
+	for (uint32_t i = 0; i < m->n_volumes; i++)
+		m->volumes[i].flags = 0; /* the peer's matter; a stale one of its own is refused */
 }
 
 /* Edits `m`, a copy of the record. False: it no longer applies, nothing is saved. */
@@ -348,6 +355,11 @@ static bool tx_prepare(struct repl *r, struct tx *t, struct repl_meta *m)
 		return true;
 	case TX_ROOM:
 		return room_prepare(t, m);
+	case TX_DETACH:
+	case TX_REBUILD:
+	case TX_ATTACH:
+		detach_prepare(r, t, m);
+		return true;
 	default:
 		secondary_prepare(r, t, m);
 		return true;
@@ -421,6 +433,11 @@ static void tx_done(struct repl *r, struct tx *t, int error)
 	case TX_CATCH_UP:
 		primary_tx_done(r, t, error);
 		break;
+	case TX_DETACH:
+	case TX_REBUILD:
+	case TX_ATTACH:
+		detach_tx_done(r, t, error);
+		break;
 	case TX_SETTINGS:
 		if (t->command && error)
 			repl_command_done(r, t->command, error, "the settings could not be saved: %s",
@@ -459,6 +476,8 @@ static bool tx_holds(enum tx_kind kind)
 	case TX_FAILOVER:
 	case TX_COMMITTED:
 	case TX_DISCARD:
+	case TX_ATTACH: /* what went to the peer only is not on this disk */
+	case TX_PEER_DETACH:
 		return true;
 	default:
 		return false;
@@ -516,6 +535,8 @@ static void meta_saved(struct repl *r, const struct repl_event *ev)
 		r->meta = r->next;
 		r->next = old;
 		r->ckpt_used = max_u64(r->ckpt_used, r->meta->ckpt_max);
+		if (t.kind == TX_BUMP || t.kind == TX_DETACH || t.kind == TX_ACTIVATE)
+			r->lineage_pending = false;
 		repl_emit(r, &(struct repl_action){.type = ACT_SERVING, .meta = r->meta});
 		error_over(r, "metadata");
 		tx_done(r, &t, 0);
@@ -545,10 +566,11 @@ static bool gate_open(const struct repl *r, const struct repl_io *io)
 		return false;
 	if (repl_frozen(r) || (!is_flush(io) && secondary_switching(r)))
 		return false;
-	if (!is_flush(io) && r->throttled && r->admit < 2)
+	if (!is_flush(io) && io->kind != REPL_READ && r->throttled && r->admit < 2)
 		return false;
 	/* The queue to the peer is full: new writes wait (on_congestion=block). */
-	if (!is_flush(io) && primary_forwarding(r) && r->queue_bytes >= r->meta->settings.queue_max_bytes)
+	if (!is_flush(io) && io->kind != REPL_READ && primary_forwarding(r) &&
+	    r->queue_bytes >= r->meta->settings.queue_max_bytes)
 		return false;
 	return true;
 }
@@ -562,8 +584,6 @@ void repl_claim_blocks(struct repl_io *io)
 	io->claim.end = range_end(b);
 }
 
-static void io_granted(struct repl *r, struct repl_io *io);
-
 static void io_start(struct repl *r, struct repl_io *io)
 {
 	if (repl_serving(r->meta, false) == SERVING_EIO || r->shutdown || r->unsure_holds) {
@@ -571,6 +591,16 @@ static void io_start(struct repl *r, struct repl_io *io)
 		return;
 	}
 	io->start_ns = r->now_ns;
+	if (io->kind == REPL_READ) {
+		io->phase = PHASE_CLAIM;
+		repl_claim_blocks(io);
+		io->claim.shared = true;
+		if (repl_serving(r->meta, false) != SERVING_DISK)
+			repl_complete(r, io, -ERR_IO);
+		else if (reqset_add(&r->claims, &io->claim))
+			repl_io_granted(r, io);
+		return;
+	}
 	if (is_flush(io)) {
 		r->counters.flushes++;
 		primary_flush_start(r, io);
@@ -584,7 +614,7 @@ static void io_start(struct repl *r, struct repl_io *io)
 	io->phase = PHASE_CLAIM;
 	repl_claim_blocks(io);
 	if (reqset_add(&r->claims, &io->claim))
-		io_granted(r, io);
+		repl_io_granted(r, io);
 }
 
 void repl_gate_run(struct repl *r)
@@ -631,11 +661,14 @@ void repl_ready_claims(struct repl *r, struct reqset_claim *ready)
 		case REPL_COMMIT:
 			secondary_commit_granted(r, io);
 			break;
+		case REPL_REBUILD:
+			detach_rebuild_granted(r, io);
+			break;
 		default:
 			if (io->list == &r->window)
 				secondary_granted(r, io);
 			else
-				io_granted(r, io);
+				repl_io_granted(r, io);
 		}
 	}
 }
@@ -649,7 +682,7 @@ static void want_bump(struct repl *r, struct repl_io *io, enum phase phase)
 	repl_tx_run(r);
 }
 
-static void io_finish(struct repl *r, struct repl_io *io, int error)
+void repl_io_finish(struct repl *r, struct repl_io *io, int error)
 {
 	repl_release_claim(r, io);
 	repl_complete(r, io, error);
@@ -670,7 +703,7 @@ static void bump_done(struct repl *r, int error)
 		}
 		if (io->phase == PHASE_BUMP)
 			r->writes_in_flight--;
-		io_finish(r, io, error);
+		repl_io_finish(r, io, error);
 	}
 	primary_stop_check(r);
 }
@@ -681,7 +714,7 @@ void repl_alone(struct repl *r, struct repl_io *io)
 {
 	if (repl_frozen(r)) {
 		if (r->shutdown) {
-			io_finish(r, io, -ERR_IO);
+			repl_io_finish(r, io, -ERR_IO);
 			return;
 		}
 		io->phase = PHASE_FROZEN;
@@ -689,7 +722,7 @@ void repl_alone(struct repl *r, struct repl_io *io)
 		return;
 	}
 	if (r->meta->alone || (is_flush(io) && !r->meta->has_peer)) {
-		io_finish(r, io, 0);
+		repl_io_finish(r, io, 0);
 		return;
 	}
 	want_bump(r, io, PHASE_BUMP_DONE);
@@ -707,8 +740,15 @@ static bool committing_state(const struct repl_meta *m)
 
 static void io_local(struct repl *r, struct repl_io *io);
 
-static void io_granted(struct repl *r, struct repl_io *io)
+void repl_io_granted(struct repl *r, struct repl_io *io)
 {
+	if (io->kind == REPL_READ) {
+		if (detach_route(r, io))
+			return;
+		io->phase = PHASE_IO;
+		repl_submit(r, io, TARGET_DISK);
+		return;
+	}
 	if (active_target(r)) {
 		if (committing_state(r->meta))
 			repl_intent(r, io);
@@ -716,6 +756,8 @@ static void io_granted(struct repl *r, struct repl_io *io)
 			io_local(r, io);
 		return;
 	}
+	if (detach_route(r, io))
+		return;
 	if (!primary_forwarding(r) && !r->meta->alone) {
 		want_bump(r, io, PHASE_BUMP);
 		return;
@@ -804,6 +846,8 @@ static void io_local(struct repl *r, struct repl_io *io)
 		repl_submit(r, io, TARGET_ACTIVE);
 		return;
 	}
+	if (detach_route(r, io)) /* since its intent bit was set */
+		return;
 	if (r->meta->has_peer)
 		repl_mark_written(r, io);
 	repl_submit(r, io, TARGET_DISK);
@@ -812,12 +856,15 @@ static void io_local(struct repl *r, struct repl_io *io)
 /* It will not be done: neither now nor with more room. */
 void repl_guest_failed(struct repl *r, struct repl_io *io, int error)
 {
+	/* Without its bit it is not written here: the map lies on the disk that fails. */
+	if (io->target == TARGET_INTENT && detach_failed(r, io->volume, error) && detach_route(r, io))
+		return;
 	r->writes_in_flight--;
 	if (io->target == TARGET_INTENT) {
 		repl_set_error(r, error, "intent", (int)io->volume, io->off, io->len,
 			       "the write-intent map of %s could not be written: %s", r->meta->volumes[io->volume].name,
 			       err_short(error));
-		io_finish(r, io, error);
+		repl_io_finish(r, io, error);
 	} else {
 		io->error = error;
 		primary_local_done(r, io);
@@ -848,8 +895,24 @@ void repl_marking_done(struct repl *r, bool durable)
 	}
 }
 
+static void read_done(struct repl *r, struct repl_io *io, int error)
+{
+	io->error = error;
+	io->tried = true;
+	if (error && detach_failed(r, io->volume, error) && detach_route(r, io))
+		return;
+	if (error)
+		repl_set_error(r, error, "read", (int)io->volume, io->off, io->len, "a local read of %s failed: %s",
+			       r->meta->volumes[io->volume].name, err_short(error));
+	repl_io_finish(r, io, error);
+}
+
 static void guest_io_done(struct repl *r, struct repl_io *io, int error)
 {
+	if (io->kind == REPL_READ) {
+		read_done(r, io, error);
+		return;
+	}
 	if (io->phase == PHASE_INTENT)
 		r->marks_busy--;
 	/* Room for history never fails a guest's write (SPEC 3). */
@@ -881,7 +944,7 @@ static void guest_io_done(struct repl *r, struct repl_io *io, int error)
 						 ((io->off + io->len - 1) >> REGION_SHIFT) - (io->off >> REGION_SHIFT) +
 						     1);
 		}
-		io_finish(r, io, error);
+		repl_io_finish(r, io, error);
 		secondary_commit_pump(r);
 		return;
 	}
@@ -907,6 +970,8 @@ static void ev_io_done(struct repl *r, struct repl_io *io, int error)
 		session_union_done(r, error);
 	else if (io->kind == REPL_RESYNC_SCAN || io->kind == REPL_RESYNC_READ)
 		primary_resync_io_done(r, io, error);
+	else if (io->kind == REPL_REBUILD || io == &r->reopen_io || io == &r->attach_io)
+		detach_internal_done(r, io, error);
 	else if (io->internal)
 		secondary_internal_done(r, io, error);
 	else if (io->list == &r->window || io == r->barrier)
@@ -932,6 +997,7 @@ static void ev_shutdown(struct repl *r)
 	r->shutdown = true;
 	fail_list(r, &r->gated, -ERR_IO);
 	fail_list(r, &r->frozen, -ERR_IO);
+	detach_shutdown(r);
 	if (r->link != LINK_DOWN) {
 		session_send(r, WIRE_GOODBYE, 0, WIRE_BYE_SHUTDOWN, 0, 0, NULL, 0);
 		session_close(r, true);
@@ -947,6 +1013,7 @@ static void ev_tick(struct repl *r, const struct repl_event *ev)
 		save_again(r);
 	session_tick(r);
 	primary_tick(r);
+	detach_tick(r);
 	secondary_tick(r);
 	repl_gate_run(r);
 }
@@ -1011,6 +1078,7 @@ void repl_step(struct repl *r, const struct repl_event *ev)
 void repl_stepped_down(struct repl *r)
 {
 	r->holding = false;
+	detach_role_lost(r);
 	fail_list(r, &r->frozen, -ERR_IO);
 	repl_emit(r, &(struct repl_action){.type = ACT_SERVING, .meta = r->meta});
 }
@@ -1094,6 +1162,14 @@ static bool role_changing(const struct repl *r)
 
 static void cmd_stop(struct repl *r, struct repl_command *c);
 
+static bool own_stale(const struct repl_meta *m)
+{
+	for (uint32_t i = 0; i < m->n_volumes; i++)
+		if (m->volumes[i].flags & VOLUME_STALE)
+			return true;
+	return false;
+}
+
 static void cmd_unprotect(struct repl *r, struct repl_command *c)
 {
 	const struct repl_meta *m = r->meta;
@@ -1107,6 +1183,12 @@ static void cmd_unprotect(struct repl *r, struct repl_command *c)
 		    r, c, -ERR_STATE,
 		    "the sync of this copy has not ended: its disk is incomplete. `failover --force` goes "
 		    "back to what it held before");
+	else if (own_stale(m) || detach_any(r))
+		repl_command_done(
+		    r, c, -ERR_STATE,
+		    "a disk of it here is detached and not current, only the peer holds its content; `resync` it, "
+		    "or fail over there. If the peer is lost for good, `stop` it, copy disk.raw out of the store, "
+		    "and `import` that as it is");
 	else if (role_changing(r) || repl_tx_pending(r, TX_UNPROTECT))
 		repl_command_done(r, c, -ERR_BUSY, "another command is changing its role");
 	else if (m->state == STATE_RUNNING)
@@ -1174,6 +1256,14 @@ static void cmd_start(struct repl *r, struct repl_command *c)
 	}
 }
 
+static bool peer_stale(const struct repl_meta *m)
+{
+	for (uint32_t i = 0; i < m->n_volumes; i++)
+		if (m->volumes[i].flags & VOLUME_PEER_STALE)
+			return true;
+	return false;
+}
+
 static void cmd_stop(struct repl *r, struct repl_command *c)
 {
 	const struct repl_meta *m = r->meta;
@@ -1188,6 +1278,15 @@ static void cmd_stop(struct repl *r, struct repl_command *c)
 	}
 	if (repl_tx_pending(r, TX_STOPPED)) {
 		repl_command_done(r, c, -ERR_BUSY, "another stop is under way");
+	} else if (is_primary(r) && detach_any(r) && r->link != LINK_DOWN && !m->split_brain) {
+		repl_command_done(
+		    r, c, -ERR_STATE,
+		    "a local disk is detached: only the peer holds its content; `resync` it first, or fail over there");
+	} else if (peer_stale(m)) {
+		repl_command_done(
+		    r, c, -ERR_STATE,
+		    "the primary's disk is detached: it writes through this host; `resync` it there first, "
+		    "or `failover`");
 	} else if (is_primary(r) && (r->link == LINK_DOWN || m->split_brain)) {
 		struct tx *t = repl_tx(r, TX_STOPPED);
 		t->command = c;
@@ -1249,6 +1348,9 @@ static void cmd_pause(struct repl *r, struct repl_command *c)
 		repl_command_done(r, c, -ERR_BUSY, "another pause or resume is under way");
 	else if (m->paused == pause)
 		repl_command_done(r, c, 0, " ");
+	else if (pause && detach_any(r))
+		repl_command_done(r, c, -ERR_STATE,
+				  "a local disk is detached: its I/O goes through the peer; `resync` it first");
 	else {
 		struct tx *t = repl_tx(r, TX_PAUSE);
 		t->command = c;
@@ -1350,6 +1452,9 @@ static void command(struct repl *r, struct repl_command *c)
 	case CMD_RESUME:
 		cmd_pause(r, c);
 		break;
+	case CMD_RESYNC:
+		detach_resync(r, c);
+		break;
 	}
 }
 
@@ -1406,6 +1511,7 @@ void repl_init(struct repl *r, const struct repl_init_args *a)
 		r->hold_until_ns = a->now_ns + r->meta->settings.peer_timeout_ms * UINT64_C(1000000);
 	}
 	r->redial_wait_ns = REDIAL_MIN_NS;
+	detach_init(r);
 	if (r->meta->state == STATE_FAILOVER)
 		secondary_commit_start(r);
 }
@@ -1415,6 +1521,8 @@ void repl_load_intent(struct repl *r, uint32_t volume, const struct bitmap *inte
 	struct repl_volume_state *v = &r->vol[volume];
 	const unsigned per = INTENT_SHIFT - REGION_SHIFT;
 	bitmap_copy(&v->intent, intent);
+	if (detach_of(r, volume))
+		return; /* from before the detach: the peer has it all */
 	for (uint64_t i = fine ? BITMAP_NONE : bitmap_next_set(intent, 0); i != BITMAP_NONE;
 	     i = bitmap_next_set(intent, i + 1)) {
 		uint64_t first = i << per;
@@ -1508,11 +1616,23 @@ void repl_status(const struct repl *r, uint64_t now_ns, struct repl_status *s)
 	if (!m->has_peer)
 		s->dirty_bytes = 0;
 	s->queue_bytes = r->queue_bytes;
+	s->detached = r->stale | r->detaching;
+	s->rebuilding = r->rebuild;
 	s->resync = r->is_source && r->link == LINK_RESYNC;
-	if (s->resync) {
+	if (!s->resync && r->rebuild) {
 		uint64_t left = 0;
 		for (uint32_t i = 0; i < m->n_volumes; i++)
-			left += r->vol[i].todo.count << REGION_SHIFT;
+			left += r->rebuild >> i & 1 ? r->vol[i].todo.count << REGION_SHIFT : 0;
+		s->resync = true;
+		s->resync_total = r->rb_total;
+		s->resync_done = r->rb_total - min_u64(left, r->rb_total);
+		uint64_t elapsed = now_ns - min_u64(now_ns, r->rb_started_ns);
+		if (elapsed > UINT64_C(1000000))
+			s->resync_rate = s->resync_done * 1000 / (elapsed / UINT64_C(1000000));
+	} else if (s->resync) {
+		uint64_t left = 0;
+		for (uint32_t i = 0; i < m->n_volumes; i++)
+			left += r->rebuild >> i & 1 ? 0 : r->vol[i].todo.count << REGION_SHIFT;
 		s->resync_total = r->rs_total;
 		s->resync_done = r->rs_total - min_u64(left, r->rs_total);
 		uint64_t elapsed = now_ns - min_u64(now_ns, r->rs_started_ns);
@@ -1538,6 +1658,19 @@ void repl_status(const struct repl *r, uint64_t now_ns, struct repl_status *s)
 	s->counters = r->counters;
 	if (m->split_brain)
 		reason(s, "split brain: both hosts wrote alone; replication is halted");
+	for (uint32_t k = 0; k < m->n_volumes; k++) {
+		if (r->rebuild >> k & 1)
+			reason(s, "the local disk of %s is detached and is being rebuilt from the peer",
+			       m->volumes[k].name);
+		else if ((r->stale | r->detaching) >> k & 1)
+			reason(s,
+			       "the local disk of %s is detached: its I/O goes through the peer; `resync` rebuilds it "
+			       "when it accepts I/O again",
+			       m->volumes[k].name);
+		else if (m->role == ROLE_SECONDARY && (m->volumes[k].flags & VOLUME_PEER_STALE))
+			reason(s, "the primary's disk of %s is detached: this host holds the only current copy",
+			       m->volumes[k].name);
+	}
 	if (m->role == ROLE_PRIMARY && m->state == STATE_RUNNING && s->link != LINK_SYNCED && !m->split_brain)
 		reason(s, "%s is not in sync: the link is %s%s", peer_text(r), link_state_name(s->link),
 		       m->paused      ? "; replication is paused until `resume`"

@@ -54,13 +54,21 @@ enum repl_kind {
 	REPL_INTENT_ALL,   /* set the intent bits in the volumes' `marking` maps, durably (union, full sync) */
 	REPL_MERGE,	   /* volume_merge_into_older(arg) on all volumes; flags REPL_MERGE_FOR_ROOM: -ERR_NOSPC, with
 			    * nothing done, unless that frees room and there is room for what it copies */
+	/* of local disk errors (core/repl_detach.c) */
+	REPL_READ, /* of a guest while a disk is detached; of the peer: READ_REQ. With ACT_SUBMIT, TARGET_DISK: read the
+		    * disk into the owner's buffer; of the peer's stream into one that the following ACT_SEND sends */
+	REPL_DETACH,  /* of the peer's stream, a barrier: volume, lineage */
+	REPL_ATTACH,  /* of the peer's stream, a barrier: volume */
+	REPL_REBUILD, /* the core's own: write the bytes that came with ACT_SUBMIT (none: zeroes) to the disk */
+	REPL_REOPEN,  /* the core's own: open the disks of the volumes in the mask `arg` anew (volume_reopen) */
 };
 
 #define REPL_MERGE_FOR_ROOM 1U
 
 /* What ACT_SUBMIT asks for. */
 enum repl_target {
-	TARGET_DISK,   /* WRITE ZERO DISCARD: volume_write; FLUSH: volume_sync of all volumes of the group */
+	TARGET_DISK,   /* WRITE ZERO DISCARD: volume_write; FLUSH: volume_sync of all volumes of the group but those in
+			* repl_unsynced; sets `failed` */
 	TARGET_ACTIVE, /* WRITE ZERO DISCARD: volume_write_active; FLUSH: volume_sync_active of all, and the disks */
 	/* Set intent bits [mark_first, mark_first + mark_units), durably. Those that are asked for while a sync of the
 	 * map runs may share the next one. */
@@ -87,12 +95,16 @@ struct repl_io {
 	bool hole;		    /* RESYNC_SCAN. MARK: active is not empty */
 	uint64_t ext_len;	    /* RESYNC_SCAN */
 	bool save_failed;	    /* old content could not be saved: the disk was not touched */
+	uint64_t failed;	    /* FLUSH of disks: a bit for each volume whose sync failed */
 	void *payload;		    /* the shell's own: bytes of a RESYNC_READ or of a stream's WRITE */
 	uint8_t owner;		    /* the shell's own */
 	struct repl_io *next_apply; /* the shell's own */
 	/* the core's */
 	uint8_t phase;
 	bool barrier_sent, local_done, wants_bump;
+	bool strict; /* completes when the peer has applied (flushed) it, whatever the protocol */
+	bool tried;  /* the local disk was tried */
+	bool parked; /* has been: it is not counted among the writes in flight */
 	int error;
 	uint64_t session;
 	uint64_t start_ns;
@@ -123,6 +135,7 @@ enum repl_cmd {
 	CMD_DROP,     /* number: a checkpoint */
 	CMD_PAUSE,    /* stop forwarding, go on with dirty tracking; durable */
 	CMD_RESUME,   /* answered when resync may begin; in sync is what `wait` waits for */
+	CMD_RESYNC,   /* rebuild detached disks from the peer; done when that has begun */
 };
 #define FAILOVER_DEFAULT 0
 #define FAILOVER_LATEST UINT64_MAX
@@ -177,8 +190,8 @@ struct repl_event {
 };
 
 enum repl_action_type {
-	ACT_SUBMIT,    /* io */
-	ACT_COMPLETE,  /* io, error */
+	ACT_SUBMIT,    /* io; REBUILD: data/data_len to copy */
+	ACT_COMPLETE,  /* io, error; answered: the bytes of a READ, data/data_len to copy (NULL: io->len zeroes) */
 	ACT_SEND,      /* frame; io: its payload is the frame's (WRITE, RESYNC_READ), or data/data_len to copy */
 	ACT_SAVE_META, /* meta; ckpt: epoch to open (0: none); active_id; drop: number to leave the chain, drop_through:
 			* it and all older ones leave it, whatever they hold (0: none) */
@@ -196,6 +209,7 @@ struct repl_action {
 	struct wire_frame frame;
 	const void *data;
 	uint32_t data_len;
+	bool answered; /* COMPLETE of a READ: by the peer, with data */
 	const struct repl_meta *meta;
 	uint64_t ckpt, active_id, drop, drop_through;
 	bool drain;
@@ -269,6 +283,10 @@ void repl_check(const struct repl *r); /* every invariant that can be seen from 
 const struct repl_meta *repl_meta(const struct repl *r);
 struct repl_volume_state *repl_volume_state(struct repl *r, uint32_t volume);
 bool repl_holding(const struct repl *r);
+/* Volumes (a mask of their indices) whose local disk must not be read: reads go through the core as REPL_READ. */
+uint64_t repl_detached(const struct repl *r);
+/* Those whose local disk is not synced either: detached, and not being rebuilt. */
+uint64_t repl_unsynced(const struct repl *r);
 bool repl_forwarding(const struct repl *r); /* a primary on a live session, not behind: payload will be sent */
 /* Whether a connection that has just come up is this group's from now on: asked by the shell before EV_LINK_UP, under
  * the same exclusion. Two that cross each other (a failback, while the old primary dials) must not end both. */
@@ -281,6 +299,7 @@ struct repl_status {
 	uint64_t dirty_bytes, queue_bytes;
 	bool resync;
 	uint64_t resync_done, resync_total, resync_rate; /* bytes, bytes a second */
+	uint64_t detached, rebuilding; /* masks of volume indices; while rebuilding, resync is its progress */
 	bool commit;
 	uint64_t commit_done, commit_total;
 	bool rpo_known;

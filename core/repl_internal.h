@@ -8,6 +8,8 @@
 
 #define TX_MAX 32
 #define RESYNC_READS_MAX 4
+#define REBUILDS_MAX 4
+#define RESYNC_RETRY_NS UINT64_C(2000000000) /* after a local read for a resync failed */
 #define RESYNC_READ_MAX (512U << 10)
 #define RESYNC_SCAN_MAX (UINT64_C(1) << 30)
 #define RESYNC_ZERO_FRAME_MAX (UINT64_C(64) << 20)
@@ -51,6 +53,8 @@ enum phase {
 	PHASE_FROZEN,	  /* list frozen: on_disconnect=freeze */
 	PHASE_HELD,	  /* list held: of the stream, not looked at yet */
 	PHASE_BARRIER,	  /* of the stream: a barrier being carried out */
+	PHASE_PARKED,	  /* list parked: of a detached volume, waiting for the peer */
+	PHASE_REMOTE,	  /* list reads: the peer has been asked */
 	PHASE_ROOM,	  /* failed for want of room; submitted again when some is made. A guest's: list room */
 };
 
@@ -90,6 +94,10 @@ enum tx_kind {
 	TX_DROP,
 	TX_PEER_BROKEN, /* primary: the peer's checkpoints are given up */
 	TX_ROOM,	/* arg: enum room_policy; number: what goes, 0: all */
+	TX_DETACH,	/* primary: the peer has begun the generation of a detach */
+	TX_REBUILD,	/* primary: a rebuild begins */
+	TX_ATTACH,	/* primary: a rebuild has ended */
+	TX_PEER_DETACH, /* secondary: DETACH or ATTACH of the stream */
 };
 
 struct tx {
@@ -202,6 +210,26 @@ struct repl {
 	uint64_t rs_data_off, rs_data_end;
 	uint64_t rs_total, rs_started_ns, rs_allow_ns;
 
+	/* local disk errors (repl_detach.c): masks of volume indices */
+	uint64_t detaching; /* DETACH is sent and not confirmed */
+	uint64_t stale;	    /* the local disk is not current: I/O goes through the peer */
+	uint64_t rebuild;   /* of those, being rebuilt: `todo` is what the local disk lacks */
+	uint64_t detach_seq, attach_seq;
+	bool detach_saving;   /* confirmed, and being recorded here */
+	bool lineage_pending; /* `detach_lineage` may be the peer's, and is not in the record */
+	struct lineage detach_lineage;
+	struct repl_list parked, reads;
+	uint64_t read_token;
+	struct repl_io rb[REBUILDS_MAX];
+	bool rb_busy[REBUILDS_MAX];
+	uint32_t rb_vol;
+	uint64_t rb_off, rb_total, rb_started_ns;
+	struct repl_io reopen_io, attach_io;
+	bool reopening;
+	unsigned attach_phase; /* enum attach_phase in repl_detach.c */
+	struct repl_command *rebuilding;
+	uint64_t rs_retry_ns; /* a local read for a resync failed: not before */
+
 	/* secondary */
 	uint64_t in_seq;     /* last received */
 	uint64_t in_applied; /* all up to it applied */
@@ -260,6 +288,8 @@ struct tx *repl_tx_queued(struct repl *r, enum tx_kind kind); /* one that has no
 void repl_tx_run(struct repl *r);
 bool repl_tx_pending(const struct repl *r, enum tx_kind kind);
 void repl_gate_run(struct repl *r);
+void repl_io_granted(struct repl *r, struct repl_io *io);
+void repl_io_finish(struct repl *r, struct repl_io *io, int error); /* ends its claim, completes it */
 /* Sets the io's claim: exclusive, over the whole blocks that it touches. */
 void repl_claim_blocks(struct repl_io *io);
 void repl_release_claim(struct repl *r, struct repl_io *io);
@@ -316,6 +346,35 @@ void primary_checkpoint(struct repl *r, struct repl_command *c, uint32_t flags);
 void primary_tx_done(struct repl *r, struct tx *tx, int error);
 void primary_settings_changed(struct repl *r);
 
+void primary_send_io(struct repl *r, struct repl_io *io, unsigned type);
+void primary_wait_ack(struct repl *r, struct repl_io *io);
+void primary_send_write(struct repl *r, struct repl_io *io); /* numbers it, sends it, ends its claim */
+
+/* repl_detach.c */
+void detach_init(struct repl *r);
+bool detach_failed(struct repl *r, uint32_t volume, int error); /* is, or is being, or now begins to be, detached */
+bool detach_flush_failed(struct repl *r, uint64_t failed, int error); /* the same of each volume in the mask */
+bool detach_route(struct repl *r, struct repl_io *io);		      /* took it: it goes through the peer */
+bool detach_flush(struct repl *r, struct repl_io *io);		      /* took it: it waits for the peer */
+void detach_park(struct repl *r, struct repl_io *io);
+bool detach_any(const struct repl *r);
+bool detach_of(const struct repl *r, uint32_t volume); /* stale */
+void detach_acked(struct repl *r);
+void detach_resume(struct repl *r);
+void detach_learn(struct repl *r, enum lineage_decision d);
+void detach_clear_maps(struct repl *r);
+void detach_flags(const struct repl *r, struct repl_volume *v, uint32_t n);
+void detach_session_lost(struct repl *r);
+void detach_role_lost(struct repl *r);
+void detach_shutdown(struct repl *r);
+void detach_tick(struct repl *r);
+void detach_resync(struct repl *r, struct repl_command *c);
+void detach_read_reply(struct repl *r, const struct repl_event *ev);
+void detach_rebuild_granted(struct repl *r, struct repl_io *io);
+void detach_internal_done(struct repl *r, struct repl_io *io, int error);
+void detach_prepare(struct repl *r, struct tx *t, struct repl_meta *m);
+void detach_tx_done(struct repl *r, struct tx *t, int error);
+
 /* repl_secondary.c */
 void secondary_stream(struct repl *r, struct repl_io *io);
 void secondary_granted(struct repl *r, struct repl_io *io);
@@ -327,6 +386,7 @@ void secondary_tick(struct repl *r);
 void secondary_tx_done(struct repl *r, struct tx *tx, int error);
 void secondary_internal_done(struct repl *r, struct repl_io *io, int error);
 void secondary_behind(struct repl *r, const struct wire_frame *f);
+void secondary_write_failed(struct repl *r, const struct repl_event *ev);
 void secondary_failover(struct repl *r, struct repl_command *c);
 void secondary_failover_go(struct repl *r);
 void secondary_commit_start(struct repl *r);

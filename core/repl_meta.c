@@ -15,6 +15,7 @@
 #include "core/range.h"
 
 #define CKPT_FLAGS_ALL (CKPT_PINNED | CKPT_FOREIGN)
+#define VOLUME_FLAGS_ALL (VOLUME_STALE | VOLUME_REBUILD | VOLUME_PEER_STALE)
 
 /* The booleans of the record, as bits of one u32. */
 #define META_FLAGS(X)                                                                                                  \
@@ -118,9 +119,10 @@ void repl_meta_volume_encode(const struct repl_volume *v, struct wbuf *w)
 	wbuf_raw(w, v->uuid, sizeof(v->uuid));
 	wbuf_u32(w, v->id);
 	wbuf_u64(w, v->size);
+	wbuf_u8(w, v->flags);
 }
 
-void repl_meta_volume_decode(struct repl_volume *v, struct rbuf *r)
+void repl_meta_volume_decode(struct repl_volume *v, struct rbuf *r, uint32_t version)
 {
 	struct repl_volume out;
 
@@ -129,6 +131,8 @@ void repl_meta_volume_decode(struct repl_volume *v, struct rbuf *r)
 	rbuf_raw(r, out.uuid, sizeof(out.uuid));
 	out.id = rbuf_u32(r);
 	out.size = rbuf_u64(r);
+	if (version >= 2)
+		out.flags = rbuf_u8(r);
 	if (!r->failed)
 		*v = out;
 }
@@ -141,6 +145,10 @@ static const char *volume_fault(const struct repl_volume *v, uint32_t i)
 		return "its size is not a multiple of 512 above 0";
 	if (v[i].size > VOLUME_SIZE_MAX)
 		return "its size is above 64 TiB";
+	if ((v[i].flags & ~VOLUME_FLAGS_ALL) != 0)
+		return "its flags hold unknown bits";
+	if ((v[i].flags & (VOLUME_REBUILD | VOLUME_STALE)) == VOLUME_REBUILD)
+		return "it is being rebuilt and not stale";
 	for (uint32_t k = 0; k < i; k++) {
 		if (strcmp(v[k].name, v[i].name) == 0)
 			return "its name stands twice";
@@ -405,14 +413,14 @@ static void parse_head(struct field_reader *f, struct repl_meta *m, uint32_t ver
 	field_end(f, "settings");
 }
 
-static void parse_lists(struct field_reader *f, struct repl_meta *m)
+static void parse_lists(struct field_reader *f, struct repl_meta *m, uint32_t version)
 {
 	m->n_volumes = rbuf_u32(&f->r);
 	if (m->n_volumes > GROUP_VOLUMES_MAX)
 		f->r.failed = true;
 	field_end(f, "n_volumes");
 	for (uint32_t i = 0; i < m->n_volumes && !f->r.failed; i++)
-		repl_meta_volume_decode(&m->volumes[i], &f->r);
+		repl_meta_volume_decode(&m->volumes[i], &f->r, version);
 	field_end(f, "volumes");
 	m->n_ckpts = rbuf_u32(&f->r);
 	if (m->n_ckpts > GROUP_CKPTS_MAX)
@@ -433,7 +441,7 @@ int repl_meta_decode(struct repl_meta *m, const void *buf, size_t len, uint32_t 
 			       REPL_META_VERSION_MIN, REPL_META_VERSION);
 	memset(m, 0, sizeof(*m));
 	parse_head(&f, m, version);
-	parse_lists(&f, m);
+	parse_lists(&f, m, version);
 	if (f.bad != NULL)
 		return field_bad(e, f.bad, "cut short or out of bounds");
 	if (f.r.pos != len)

@@ -46,6 +46,14 @@ struct repl_volume {
 	uint8_t uuid[16];
 	uint32_t id; /* on the wire; assigned by who started the protection; unique in the group */
 	uint64_t size;
+	uint8_t flags; /* enum volume_flags */
+};
+
+/* Of local disk errors (core/repl_detach.c). */
+enum volume_flags {
+	VOLUME_STALE = 1 << 0,	    /* this host's disk of it is not current: the peer's is */
+	VOLUME_REBUILD = 1 << 1,    /* with STALE, on a primary: being rebuilt from the peer */
+	VOLUME_PEER_STALE = 1 << 2, /* a secondary's: the primary's disk of it is not current, this host's is */
 };
 
 struct repl_meta {
@@ -105,7 +113,7 @@ int repl_meta_validate(const struct repl_meta *m, struct err *e);
 void repl_meta_lineage_encode(const struct lineage *l, struct wbuf *w);
 void repl_meta_lineage_decode(struct lineage *l, struct rbuf *r); /* fails r on a gap in the history */
 void repl_meta_volume_encode(const struct repl_volume *v, struct wbuf *w);
-void repl_meta_volume_decode(struct repl_volume *v, struct rbuf *r);
+void repl_meta_volume_decode(struct repl_volume *v, struct rbuf *r, uint32_t version);
 /* What is wrong with the first bad one of v[n] (its index in *ret_index), or NULL: names and ids valid and used
  * once, sizes valid. */
 const char *repl_meta_volumes_fault(const struct repl_volume *v, uint32_t n, uint32_t *ret_index);

@@ -27,7 +27,7 @@ bool primary_forwarding(const struct repl *r)
 	return primary_live(r) && !r->behind;
 }
 
-static void send_io(struct repl *r, struct repl_io *io, unsigned type)
+void primary_send_io(struct repl *r, struct repl_io *io, unsigned type)
 {
 	struct repl_action a = {.type = ACT_SEND, .io = io};
 	io->seq = ++r->seq;
@@ -65,12 +65,14 @@ static bool acknowledged(const struct repl *r, const struct repl_io *io)
 {
 	uint64_t p = r->meta->settings.protocol;
 	bool flush = io->kind == REPL_FLUSH;
+	if (io->strict)
+		return (flush ? r->flushed : r->applied) >= io->seq;
 	if (r->link != LINK_SYNCED || p == PROTOCOL_A || (p == PROTOCOL_F && !flush))
 		return true;
 	return (p == PROTOCOL_B ? r->received : flush ? r->flushed : r->applied) >= io->seq;
 }
 
-static void wait_ack(struct repl *r, struct repl_io *io)
+void primary_wait_ack(struct repl *r, struct repl_io *io)
 {
 	if (acknowledged(r, io)) {
 		repl_complete(r, io, 0);
@@ -80,11 +82,51 @@ static void wait_ack(struct repl *r, struct repl_io *io)
 	list_push(&r->acks, io);
 }
 
+/* Under its claim, so that both hosts see overlapping writes in one order. */
+void primary_send_write(struct repl *r, struct repl_io *io)
+{
+	uint64_t p = r->meta->settings.protocol;
+	io->session = r->session;
+	io->strict = detach_of(r, io->volume);
+	primary_send_io(r, io, io->kind == REPL_WRITE ? WIRE_WRITE : io->kind == REPL_ZERO ? WIRE_ZERO : WIRE_DISCARD);
+	repl_release_claim(r, io);
+	if (io->strict || (r->link == LINK_SYNCED && (p == PROTOCOL_B || p == PROTOCOL_C)))
+		primary_wait_ack(r, io);
+	else
+		repl_complete(r, io, 0);
+}
+
+static void fall_behind(struct repl *r, enum wire_behind why);
+
+/* on_io_error=pass: the peer hears of it, and the pair is not in sync any more: a resync reads the range again, as soon
+ * as the disk can be read. */
+static void report_failed_write(struct repl *r, const struct repl_io *io)
+{
+	struct wire_refuse x = {.code = (uint16_t)-io->error};
+	(void)memcpy(x.text, r->error.text, min_u64(sizeof(x.text) - 1, strlen(r->error.text)));
+	int n = wire_refuse_encode(&x, r->scratch, sizeof(r->scratch));
+	struct repl_action a = {.type = ACT_SEND, .data = r->scratch, .data_len = n > 0 ? (uint32_t)n : 0};
+	a.frame.type = WIRE_WRITE_FAILED;
+	a.frame.volume = r->meta->volumes[io->volume].id;
+	a.frame.offset = io->off;
+	a.frame.length = io->len;
+	a.frame.length_payload = a.data_len;
+	repl_emit(r, &a);
+	if (r->link == LINK_SYNCED) /* from here on it must not be said to be */
+		fall_behind(r, WIRE_BEHIND_FAILED);
+}
+
 void primary_local_done(struct repl *r, struct repl_io *io)
 {
+	bool stale = detach_of(r, io->volume);
+	io->tried = true;
 	/* Again: a clear cycle may have gone by since it started. */
-	if (r->meta->has_peer)
+	if (r->meta->has_peer && !(stale && !(r->rebuild >> io->volume & 1)))
 		repl_mark_written(r, io);
+	if (io->error)
+		(void)detach_failed(r, io->volume, io->error);
+	if (detach_route(r, io))
+		return;
 	if (io->error) {
 		/* What the disk holds now was not sent: the range stays dirty for the next resync, or for this one. */
 		if (primary_live(r)) {
@@ -94,9 +136,9 @@ void primary_local_done(struct repl *r, struct repl_io *io)
 		repl_set_error(r, io->error, "write", (int)io->volume, io->off, io->len,
 			       "a local write to %s failed: %s", r->meta->volumes[io->volume].name,
 			       err_short(io->error));
-		int error = io->error;
-		repl_release_claim(r, io);
-		repl_complete(r, io, error);
+		if (primary_live(r))
+			report_failed_write(r, io);
+		repl_io_finish(r, io, io->error);
 		return;
 	}
 	if (!primary_forwarding(r)) {
@@ -104,15 +146,10 @@ void primary_local_done(struct repl *r, struct repl_io *io)
 		repl_alone(r, io);
 		return;
 	}
-	io->session = r->session;
-	if (r->link == LINK_RESYNC && all_in_todo(&r->vol[io->volume], io)) {
-		repl_release_claim(r, io);
-		repl_complete(r, io, 0);
-		return;
-	}
-	send_io(r, io, io->kind == REPL_WRITE ? WIRE_WRITE : io->kind == REPL_ZERO ? WIRE_ZERO : WIRE_DISCARD);
-	repl_release_claim(r, io);
-	wait_ack(r, io);
+	if (!stale && r->link == LINK_RESYNC && all_in_todo(&r->vol[io->volume], io))
+		repl_io_finish(r, io, 0);
+	else
+		primary_send_write(r, io);
 }
 
 void primary_flush_start(struct repl *r, struct repl_io *io)
@@ -122,6 +159,9 @@ void primary_flush_start(struct repl *r, struct repl_io *io)
 		repl_submit(r, io, TARGET_ACTIVE);
 		return;
 	}
+	if (detach_flush(r, io))
+		return;
+	io->failed = 0;
 	io->session = 0;
 	if (primary_forwarding(r)) {
 		io->seq = send_barrier(r);
@@ -132,6 +172,13 @@ void primary_flush_start(struct repl *r, struct repl_io *io)
 
 void primary_flush_done(struct repl *r, struct repl_io *io)
 {
+	/* Disks that failed and are detached now do not count: again, on the peer's word. Never theirs [I10]. */
+	bool given_up = io->error && io->target == TARGET_DISK && detach_flush_failed(r, io->failed, io->error);
+	bool session = io->session != 0 && io->session == r->session && primary_live(r);
+	if (given_up || (!io->error && detach_any(r) && (!io->strict || !session))) {
+		primary_flush_start(r, io);
+		return;
+	}
 	if (io->error) {
 		repl_set_error(r, io->error, "flush", -1, 0, 0, "a local flush failed: %s", err_short(io->error));
 		repl_complete(r, io, io->error);
@@ -149,7 +196,7 @@ void primary_flush_done(struct repl *r, struct repl_io *io)
 		repl_complete(r, io, 0);
 	else
 		/* By the link as it is now: one begun in RESYNC that completes in SYNCED holds what SYNCED promises. */
-		wait_ack(r, io);
+		primary_wait_ack(r, io);
 }
 
 /* ---- what the peer says ---- */
@@ -199,6 +246,7 @@ static void on_ack(struct repl *r, const struct repl_event *ev)
 		sample_received(r);
 	scan_acks(r);
 	cycle_check(r);
+	detach_acked(r);
 	primary_resync_pump(r);
 }
 
@@ -346,6 +394,9 @@ void primary_frame(struct repl *r, const struct repl_event *ev)
 	case WIRE_HISTORY_LOST:
 		on_history_lost(r, ev);
 		break;
+	case WIRE_READ_REPLY:
+		detach_read_reply(r, ev);
+		break;
 	case WIRE_CHECKPOINT_WANT:
 		r->ckpt_wanted = true;
 		r->ckpt_wanted_flags |= (uint32_t)(f->offset & (WIRE_CKPT_COMMAND | WIRE_CKPT_PIN));
@@ -358,7 +409,7 @@ void primary_frame(struct repl *r, const struct repl_event *ev)
 		}
 		break;
 	case WIRE_STOP_WANT:
-		if (r->link == LINK_SYNCED && !r->stopping) {
+		if (r->link == LINK_SYNCED && !r->stopping && !detach_any(r)) {
 			r->stopping = true;
 			primary_stop_check(r);
 		}
@@ -472,6 +523,7 @@ void primary_tx_done(struct repl *r, struct tx *t, int error)
 static void cycle_flush(struct repl *r)
 {
 	r->cycle_io_busy = true;
+	r->cycle_io.failed = 0;
 	r->cycle_io.kind = REPL_FLUSH;
 	repl_submit(r, &r->cycle_io, TARGET_DISK);
 }
@@ -530,7 +582,8 @@ void primary_cycle_done(struct repl *r, int error)
 		r->cycle_on = false; /* its regions stay dirty [I10] */
 		for (uint32_t i = 0; i < r->meta->n_volumes; i++)
 			bitmap_clear_all(&r->vol[i].cycle);
-		repl_set_error(r, error, "flush", -1, 0, 0, "a local flush failed: %s", err_short(error));
+		if (!detach_flush_failed(r, r->cycle_io.failed, error))
+			repl_set_error(r, error, "flush", -1, 0, 0, "a local flush failed: %s", err_short(error));
 		return;
 	}
 	r->cycle_local = true;
@@ -595,6 +648,8 @@ static void resync_begin(struct repl *r)
 		struct repl_volume_state *v = &r->vol[i];
 		bitmap_clear_all(&v->touched);
 		bitmap_clear_all(&v->cycle);
+		if (r->rebuild >> i & 1)
+			continue; /* its todo is what is to come from there */
 		bitmap_copy(&v->todo, &v->dirty);
 		r->rs_total += v->todo.count << REGION_SHIFT;
 		any = any || v->todo.count;
@@ -609,6 +664,7 @@ static void resync_begin(struct repl *r)
 		r->last_was_flush = false;
 	}
 	primary_resync_pump(r);
+	detach_resume(r); /* behind RESYNC_BEGIN, or the RESYNC_DONE that stands for it */
 }
 
 void primary_activate(struct repl *r)
@@ -620,8 +676,8 @@ void primary_activate(struct repl *r)
 	r->auto_ckpt = 0;
 	r->rs_begin_seq = r->rs_done_seq = r->rs_adopted_seq = 0;
 	r->rs_whole =
-	    r->decision == LINEAGE_EQUAL && (r->theirs.flags & (WIRE_JOIN_INCONSISTENT | WIRE_JOIN_FRESH)) == 0;
-	r->behind = r->meta->paused;
+	    r->decision <= LINEAGE_DETACHED && (r->theirs.flags & (WIRE_JOIN_INCONSISTENT | WIRE_JOIN_FRESH)) == 0;
+	r->behind = r->meta->paused && !detach_any(r);
 	r->congested = false;
 	struct repl_io *io;
 	if (r->behind) {
@@ -638,13 +694,16 @@ void primary_activate(struct repl *r)
 /* What waits for the peer's word completes without it. */
 static void acks_alone(struct repl *r)
 {
-	struct repl_list waiting = r->acks;
-	r->acks = (struct repl_list){0};
-	for (struct repl_io *io = waiting.head, *next; io; io = next) {
-		next = io->next;
-		io->next = io->prev = NULL;
-		io->list = NULL;
-		repl_alone(r, io);
+	for (uint64_t n = r->acks.count; n && r->acks.head; n--) {
+		struct repl_io *io = list_pop(&r->acks);
+		if (io->strict && primary_live(r)) /* of a detached disk, only behind: the word comes */
+			list_push(&r->acks, io);
+		else if (io->strict && io->kind == REPL_FLUSH)
+			detach_park(r, io);
+		else if (io->strict)
+			repl_complete(r, io, -ERR_IO);
+		else
+			repl_alone(r, io);
 	}
 }
 
@@ -652,7 +711,9 @@ static void fall_behind(struct repl *r, enum wire_behind why)
 {
 	PRE(primary_forwarding(r));
 	repl_log(r, 1, "%s; writes are tracked here and sent later",
-		 why == WIRE_BEHIND_PAUSED ? "replication is paused" : "the queue to the peer is full");
+		 why == WIRE_BEHIND_PAUSED   ? "replication is paused"
+		 : why == WIRE_BEHIND_FAILED ? "a write failed here and was not sent"
+					     : "the queue to the peer is full");
 	/* What was sent may still become clean: nothing newer touches it without saying so. */
 	(void)cycle_start(r);
 	session_send(r, WIRE_BEHIND, 0, why, 0, 0, NULL, 0);
@@ -667,7 +728,8 @@ static void fall_behind(struct repl *r, enum wire_behind why)
 /* on_congestion=ahead. */
 void primary_congestion(struct repl *r)
 {
-	if (primary_forwarding(r) && !r->stopping && r->queue_bytes >= r->meta->settings.queue_max_bytes &&
+	if (primary_forwarding(r) && !r->stopping && !detach_any(r) &&
+	    r->queue_bytes >= r->meta->settings.queue_max_bytes &&
 	    r->meta->settings.on_congestion == ON_CONGESTION_AHEAD)
 		fall_behind(r, WIRE_BEHIND_CONGESTED);
 }
@@ -707,7 +769,7 @@ static void catch_up_saved(struct repl *r, struct tx *t, int error)
 /* A stop under way ends first, one way or the other. */
 static void pause_check(struct repl *r)
 {
-	if (r->meta->paused && primary_forwarding(r) && !r->stopping)
+	if (r->meta->paused && primary_forwarding(r) && !r->stopping && !detach_any(r))
 		fall_behind(r, WIRE_BEHIND_PAUSED);
 }
 
@@ -720,10 +782,13 @@ static void pause_saved(struct repl *r, struct tx *t, int error)
 
 void primary_session_lost(struct repl *r)
 {
+	detach_session_lost(r);
 	for (uint32_t i = 0; i < r->meta->n_volumes; i++) {
 		struct repl_volume_state *v = &r->vol[i];
 		bitmap_clear_all(&v->touched);
 		bitmap_clear_all(&v->cycle);
+		if (r->rebuild >> i & 1)
+			continue;
 		bitmap_clear_all(&v->todo);
 	}
 	r->cycle_on = r->behind = r->congested = false;
@@ -754,7 +819,7 @@ void primary_tick(struct repl *r)
 	if (!primary_live(r))
 		return;
 	/* Something outstanding made no progress for four times peer_timeout: a hung disk behind a live daemon. */
-	bool outstanding = r->seq > r->applied || r->setting;
+	bool outstanding = r->seq > r->applied || r->setting || r->reads.head;
 	if (outstanding && r->now_ns - r->progress_ns > 4 * s->peer_timeout_ms * UINT64_C(1000000)) {
 		repl_set_error(r, ERR_TIMEOUT, "peer", -1, 0, 0,
 			       "the peer made no progress for four times peer_timeout");
@@ -792,6 +857,8 @@ static bool resync_next(struct repl *r, uint32_t *vol, struct range *run)
 {
 	for (; r->rs_vol < r->meta->n_volumes; r->rs_vol++, r->rs_off = 0) {
 		const struct repl_volume_state *v = &r->vol[r->rs_vol];
+		if (detach_of(r, r->rs_vol))
+			continue;
 		uint64_t first = bitmap_next_set(&v->todo, r->rs_off >> REGION_SHIFT);
 		if (first == BITMAP_NONE)
 			continue;
@@ -818,7 +885,7 @@ static bool resync_may_go(struct repl *r)
 	if (r->queue_bytes > RESYNC_QUEUE_MAX || r->seq - r->applied > RESYNC_WINDOW_MAX / RESYNC_READ_MAX * 4)
 		return false;
 	uint64_t rate = r->meta->settings.resync_rate;
-	return rate == 0 || r->now_ns >= r->rs_allow_ns;
+	return r->now_ns >= r->rs_retry_ns && (rate == 0 || r->now_ns >= r->rs_allow_ns);
 }
 
 static void resync_end(struct repl *r)
@@ -868,7 +935,7 @@ void primary_resync_pump(struct repl *r)
 		if (r->rs_busy[i])
 			return;
 	for (uint32_t i = 0; i < r->meta->n_volumes; i++)
-		if (r->vol[i].todo.count) {
+		if (r->vol[i].todo.count && !detach_of(r, i)) {
 			if (r->rs_vol >=
 			    r->meta->n_volumes) /* a region that failed or was passed over: go round again */
 				r->rs_vol = 0, r->rs_off = 0;
@@ -907,7 +974,7 @@ static void scan_done(struct repl *r, struct repl_io *io)
 			for (uint64_t done = 0; done < len; done += z.len) {
 				z.off = io->off + done;
 				z.len = min_u64(len - done, RESYNC_ZERO_FRAME_MAX);
-				send_io(r, &z, WIRE_RESYNC_ZERO);
+				primary_send_io(r, &z, WIRE_RESYNC_ZERO);
 			}
 			resync_sent(r, io, len);
 			r->rs_total -=
@@ -937,14 +1004,14 @@ void primary_resync_io_done(struct repl *r, struct repl_io *io, int error)
 		repl_set_error(r, error, "resync", (int)io->volume, io->off, io->len,
 			       "reading %s for the resync failed: %s", r->meta->volumes[io->volume].name,
 			       err_short(error));
-		r->refused = true;
-		session_close(r, false);
+		/* It stays to be sent: the link stays RESYNC, and it is tried again until the disk can be read. */
+		r->rs_retry_ns = r->now_ns + RESYNC_RETRY_NS;
 		return;
 	}
 	if (io->kind == REPL_RESYNC_SCAN) {
 		scan_done(r, io);
 	} else {
-		send_io(r, io, WIRE_RESYNC_WRITE);
+		primary_send_io(r, io, WIRE_RESYNC_WRITE);
 		resync_sent(r, io, io->len);
 		r->counters.resync_bytes += io->len;
 		uint64_t rate = r->meta->settings.resync_rate;

@@ -31,7 +31,7 @@
 static bool is_barrier(const struct repl_io *io)
 {
 	return io->kind == REPL_FLUSH || io->kind == REPL_CHECKPOINT || io->kind == REPL_RESYNC_BEGIN ||
-	       io->kind == REPL_RESYNC_DONE;
+	       io->kind == REPL_RESYNC_DONE || io->kind == REPL_DETACH || io->kind == REPL_ATTACH;
 }
 
 /* Of the session that stands; what an ended one delivered is applied and answered to nobody. */
@@ -74,14 +74,30 @@ void secondary_behind(struct repl *r, const struct wire_frame *f)
 		return;
 	}
 	repl_log(r, 1, "%s: this copy falls behind",
-		 f->offset == WIRE_BEHIND_PAUSED ? "replication was paused on the primary"
-						 : "the primary's queue is full");
+		 f->offset == WIRE_BEHIND_PAUSED   ? "replication was paused on the primary"
+		 : f->offset == WIRE_BEHIND_FAILED ? "a write failed on the primary and was not sent"
+						   : "the primary's queue is full");
 	r->in_phase = STREAM_CLOSED;
 	r->link = LINK_RESYNC;
 }
 
+/* A READ_REQ has no number of its own: its place is behind all that was received before it. */
+static void hold_read(struct repl *r, struct repl_io *io)
+{
+	io->arg = io->seq; /* the token */
+	io->seq = r->in_seq;
+	io->phase = PHASE_HELD;
+	io->session = r->session;
+	list_push(&r->held, io);
+	secondary_run(r);
+}
+
 void secondary_stream(struct repl *r, struct repl_io *io)
 {
+	if (io->kind == REPL_READ) {
+		hold_read(r, io);
+		return;
+	}
 	if (io->seq != r->in_seq + 1) {
 		session_protocol_error(r, "sequence number %llu after %llu", (unsigned long long)io->seq,
 				       (unsigned long long)r->in_seq);
@@ -112,6 +128,11 @@ void secondary_stream(struct repl *r, struct repl_io *io)
 		r->in_phase = STREAM_OPEN;
 		r->in_whole = true;
 		r->in_done_seq = io->seq;
+	}
+	if ((io->kind == REPL_DETACH || io->kind == REPL_ATTACH) && r->link != LINK_SYNCED) {
+		repl_complete(r, io, -ERR_CANCELED);
+		session_protocol_error(r, "a detach outside of SYNCED");
+		return;
 	}
 	r->in_seq = io->seq;
 	io->phase = PHASE_HELD;
@@ -171,6 +192,7 @@ void secondary_run(struct repl *r)
 		io->phase = PHASE_CLAIM;
 		list_push(&r->window, io);
 		repl_claim_blocks(io);
+		io->claim.shared = io->kind == REPL_READ;
 		if (reqset_add(&r->claims, &io->claim))
 			secondary_granted(r, io);
 	}
@@ -219,20 +241,51 @@ void secondary_unsure(struct repl *r)
 
 static void applied_up_to(struct repl *r, uint64_t seq)
 {
-	if (r->window.head)
-		r->in_applied = max_u64(r->in_applied, r->window.head->seq - 1);
+	const struct repl_io *head = r->window.head;
+	if (head)
+		r->in_applied = max_u64(r->in_applied, head->kind == REPL_READ ? head->seq : head->seq - 1);
 	else
 		r->in_applied = max_u64(r->in_applied, seq);
 }
 
 static void barrier_done(struct repl *r, struct repl_io *io, int error);
 
+/* What was read, or why not; a failed read here is the peer's to judge, and stops nothing. */
+static void answer_read(struct repl *r, struct repl_io *io, int error)
+{
+	struct wire_refuse x = {.code = (uint16_t)-error};
+	struct repl_action a = {.type = ACT_SEND, .io = io};
+	if (io->session != r->session || !r->is_target || r->closing)
+		return;
+	a.frame.type = WIRE_READ_REPLY;
+	a.frame.seq = io->arg;
+	a.frame.volume = r->meta->volumes[io->volume].id;
+	a.frame.offset = io->off;
+	a.frame.length = io->len;
+	if (error) {
+		(void)strcpy(x.text, err_short(error));
+		int n = wire_refuse_encode(&x, r->scratch, sizeof(r->scratch));
+		a.io = NULL;
+		a.data = r->scratch;
+		a.data_len = n > 0 ? (uint32_t)n : 0;
+		a.frame.flags = WIRE_READ_ERROR;
+		a.frame.length_payload = a.data_len;
+	} else if (io->hole) {
+		a.frame.flags = WIRE_READ_ZERO;
+	} else {
+		a.frame.length_payload = (uint32_t)io->len;
+	}
+	repl_emit(r, &a);
+}
+
 void secondary_apply_end(struct repl *r, struct repl_io *io, int error)
 {
 	uint64_t last = r->window.tail->seq;
 	list_remove(io);
 	repl_release_claim(r, io);
-	if (error)
+	if (io->kind == REPL_READ)
+		answer_read(r, io, error);
+	else if (error)
 		stop_applying(r, io, error, io->save_failed ? "saving the old content" : "writing a block");
 	bool counts = current(r, io) && !r->apply_stopped;
 	repl_complete(r, io, error);
@@ -329,7 +382,8 @@ static void barrier_done(struct repl *r, struct repl_io *io, int error)
 	}
 	struct tx *t = repl_tx(r, io->kind == REPL_CHECKPOINT	  ? TX_SWITCH
 				  : io->kind == REPL_RESYNC_BEGIN ? TX_KEEP
-								  : TX_ADOPT);
+				  : io->kind == REPL_RESYNC_DONE  ? TX_ADOPT
+								  : TX_PEER_DETACH);
 	t->io = io;
 	t->number = io->arg;
 	t->flags = io->flags;
@@ -355,6 +409,27 @@ void secondary_ack(struct repl *r, bool now)
 	r->acked_ns = r->now_ns;
 	int n = wire_ack_encode(&a, r->scratch, sizeof(r->scratch));
 	session_send(r, WIRE_ACK, 0, 0, 0, 0, r->scratch, (uint32_t)n);
+}
+
+/* on_io_error=pass on the primary: what the range holds there is not known. Its resync follows. */
+void secondary_write_failed(struct repl *r, const struct repl_event *ev)
+{
+	struct wire_refuse x;
+	struct err e;
+	if (wire_refuse_decode(&x, ev->payload, ev->frame->length_payload, &e) < 0) {
+		session_protocol_error(r, "%s", e.text);
+		return;
+	}
+	int vi = -1;
+	for (uint32_t i = 0; i < r->meta->n_volumes; i++)
+		if (r->meta->volumes[i].id == ev->frame->volume)
+			vi = (int)i;
+	if (vi < 0) {
+		session_protocol_error(r, "WRITE_FAILED names volume %u", ev->frame->volume);
+		return;
+	}
+	repl_set_error(r, x.code, "peer write", vi, ev->frame->offset, ev->frame->length, "on the primary, %.*s",
+		       WIRE_TEXT_MAX, x.text);
 }
 
 void secondary_session_lost(struct repl *r)
@@ -485,9 +560,36 @@ static void prepare_keep(struct repl *r, struct tx *t, struct repl_meta *m)
 	m->has_peer = true;
 }
 
-static void prepare_adopt(struct tx *t, struct repl_meta *m)
+/* Of the primary's detached disks. A primary that is ahead says all there is in its JOIN; one that is not may be the
+ * one that could not record it. This host's own disks hold what the source's do. */
+static void adopt_flags(const struct repl *r, struct repl_meta *m, bool ahead)
+{
+	for (uint32_t i = 0; i < m->n_volumes; i++) {
+		uint8_t *f = &m->volumes[i].flags;
+		*f &= (uint8_t) ~(VOLUME_STALE | VOLUME_REBUILD | (ahead ? VOLUME_PEER_STALE : 0));
+		for (uint32_t k = 0; k < r->theirs.n_volumes; k++)
+			if (strcmp(r->theirs.volumes[k].name, m->volumes[i].name) == 0 &&
+			    (r->theirs.volumes[k].flags & VOLUME_STALE))
+				*f |= VOLUME_PEER_STALE;
+	}
+}
+
+/* DETACH: the generation that the primary begins, and the volume; ATTACH: the volume. One write. */
+static void prepare_peer_detach(struct tx *t, struct repl_meta *m)
+{
+	uint8_t *f = &m->volumes[t->io->volume].flags;
+	if (t->io->kind == REPL_DETACH) {
+		lineage_adopt(&m->lineage, &t->lineage);
+		*f |= VOLUME_PEER_STALE;
+	} else {
+		*f &= (uint8_t)~VOLUME_PEER_STALE;
+	}
+}
+
+static void prepare_adopt(struct repl *r, struct tx *t, struct repl_meta *m)
 {
 	uint64_t old = m->lineage.current;
+	adopt_flags(r, m, old != t->lineage.current);
 	bool related =
 	    old == 0 || old == t->lineage.current || old == t->lineage.bitmap || lineage_has(&t->lineage, old);
 	lineage_adopt(&m->lineage, &t->lineage);
@@ -588,6 +690,8 @@ static void prepare_failover(struct repl *r, struct tx *t, struct repl_meta *m)
 	m->inconsistent = m->fresh = m->shut_out = m->broken = m->own_dirty = false;
 	m->sync_from = 0;
 	m->kept = 0;
+	for (uint32_t i = 0; i < m->n_volumes; i++)
+		m->volumes[i].flags = 0;
 }
 
 void secondary_prepare(struct repl *r, struct tx *t, struct repl_meta *m)
@@ -604,6 +708,8 @@ void secondary_prepare(struct repl *r, struct tx *t, struct repl_meta *m)
 			m->fresh = true;
 			m->lineage = (struct lineage){0};
 		}
+		for (uint32_t i = 0; i < m->n_volumes; i++)
+			m->volumes[i].flags &= VOLUME_STALE;
 		for (uint32_t i = 0; i < m->n_volumes; i++) /* the hub's ids rule */
 			for (uint32_t k = 0; k < r->theirs.n_volumes; k++)
 				if (strcmp(m->volumes[i].name, r->theirs.volumes[k].name) == 0)
@@ -617,7 +723,10 @@ void secondary_prepare(struct repl *r, struct tx *t, struct repl_meta *m)
 		prepare_keep(r, t, m);
 		return;
 	case TX_ADOPT:
-		prepare_adopt(t, m);
+		prepare_adopt(r, t, m);
+		return;
+	case TX_PEER_DETACH:
+		prepare_peer_detach(t, m);
 		return;
 	case TX_SWITCH:
 		make_room(t, m);
@@ -724,6 +833,19 @@ static void kept(struct repl *r, struct tx *t, int error)
 	barrier_end(r, t->io);
 }
 
+static void peer_detached(struct repl *r, struct tx *t, int error)
+{
+	struct repl_io *io = t->io;
+	if (error) {
+		barrier_unsaved(r, io, error);
+		return;
+	}
+	repl_log(r, 1, "the primary's disk of %s is %s", r->meta->volumes[io->volume].name,
+		 io->kind == REPL_DETACH ? "detached: this copy is the only current one" : "whole again");
+	flushed_up_to(r, io);
+	barrier_end(r, io);
+}
+
 static void adopted(struct repl *r, struct tx *t, int error)
 {
 	struct repl_io *io = t->io;
@@ -788,6 +910,9 @@ void secondary_tx_done(struct repl *r, struct tx *t, int error)
 		return;
 	case TX_ADOPT:
 		adopted(r, t, error);
+		return;
+	case TX_PEER_DETACH:
+		peer_detached(r, t, error);
 		return;
 	case TX_SWITCH:
 		switched(r, t, error);
@@ -949,6 +1074,15 @@ void secondary_failover(struct repl *r, struct repl_command *c)
 	if (m->state == STATE_DONE) {
 		repl_command_done(r, c, -ERR_STATE,
 				  "replication is stopped: this host owns its disk already; `unprotect` frees it");
+		return;
+	}
+	for (uint32_t i = 0; i < m->n_volumes; i++) {
+		if (!(m->volumes[i].flags & VOLUME_STALE) || (c->flags & FAILOVER_FORCE))
+			continue;
+		repl_command_done(
+		    r, c, -ERR_STATE,
+		    "the disk of %s here was detached and is not current; the peer's is. `--force` takes it as it is",
+		    m->volumes[i].name);
 		return;
 	}
 	if (m->shut_out && !(c->flags & FAILOVER_FORCE)) {

@@ -122,6 +122,8 @@ void repl_join(const struct repl *r, struct wire_join *j)
 	j->settings = m->settings;
 	j->n_volumes = m->n_volumes;
 	memcpy(j->volumes, m->volumes, m->n_volumes * sizeof(m->volumes[0]));
+	if (m->role == ROLE_PRIMARY)
+		detach_flags(r, j->volumes, j->n_volumes);
 	j->flags = (m->alone ? WIRE_JOIN_ALONE : 0U) | (m->inconsistent ? WIRE_JOIN_INCONSISTENT : 0U) |
 		   (m->split_brain ? WIRE_JOIN_SPLIT : 0U) | (r->holding ? WIRE_JOIN_HOLDING : 0U) |
 		   (m->broken && m->role == ROLE_SECONDARY ? WIRE_JOIN_BROKEN : 0U) | (r->start ? WIRE_JOIN_START : 0U);
@@ -532,11 +534,13 @@ static void decide(struct repl *r)
 			 d <= LINEAGE_FULL ? (me ? ", this host is the source" : ", this host is the target") : "");
 	switch (d) {
 	case LINEAGE_EQUAL:
+	case LINEAGE_DETACHED:
 	case LINEAGE_PARTIAL:
 	case LINEAGE_FULL:
 		if (me) {
 			if (d == LINEAGE_FULL)
 				set_all_dirty(r);
+			detach_learn(r, d);
 			union_start(r); /* if DIRTY_END is here; else that goes on */
 			return;
 		}
@@ -544,7 +548,7 @@ static void decide(struct repl *r)
 		r->link = LINK_RESYNC;
 		r->in_seq = r->in_applied = r->in_flushed = r->in_done_seq = 0;
 		r->in_phase = STREAM_CLOSED;
-		r->in_whole = d == LINEAGE_EQUAL && !r->meta->inconsistent;
+		r->in_whole = d <= LINEAGE_DETACHED && !r->meta->inconsistent;
 		r->acked = (struct wire_ack){0};
 		r->apply_stopped = false;
 		r->was_connected = true;
@@ -628,6 +632,7 @@ static void union_start(struct repl *r)
 	r->union_busy = r->union_started = true;
 	for (uint32_t i = 0; i < r->meta->n_volumes; i++)
 		bitmap_or(&r->vol[i].dirty, &r->vol[i].theirs);
+	detach_clear_maps(r);
 	marking_from_dirty(r);
 	r->union_io.kind = REPL_INTENT_ALL;
 	r->union_io.session = r->session;
@@ -847,6 +852,8 @@ void session_frame(struct repl *r, const struct repl_event *ev)
 		t->settings = s;
 		t->number = f->seq;
 		t->session = r->session;
+	} else if (r->is_target && f->type == WIRE_WRITE_FAILED) {
+		secondary_write_failed(r, ev);
 	} else {
 		session_protocol_error(r, "%s out of order", wire_type_name(f->type));
 		if (ev->io)

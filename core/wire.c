@@ -68,10 +68,12 @@ CODE_IS(ERR_INTR, 24);
 /* ---- what each type may carry ---- */
 
 enum range_rule {
-	RANGE_FREE, /* offset and length are not a range */
-	RANGE_DATA, /* length bytes of payload, at least one */
-	RANGE_SPAN, /* 1 to WIRE_SPAN_MAX bytes, no payload */
-	RANGE_ANY,  /* may be empty */
+	RANGE_FREE,  /* offset and length are not a range */
+	RANGE_DATA,  /* length bytes of payload, at least one */
+	RANGE_SPAN,  /* 1 to WIRE_SPAN_MAX bytes, no payload */
+	RANGE_ANY,   /* may be empty */
+	RANGE_READ,  /* 1 to WIRE_PAYLOAD_MAX bytes, no payload */
+	RANGE_REPLY, /* the same range: its bytes as payload, unless the flags say otherwise */
 };
 
 struct type_rule {
@@ -117,7 +119,13 @@ static const struct type_rule rules[] = {
     [WIRE_SETTINGS_ACK] = {PLAIN},
     [WIRE_STOP_WANT] = {PLAIN},
     [WIRE_HISTORY_LOST] = {PLAIN, PAYLOAD(REFUSE_MIN, REFUSE_MAX)},
-    [WIRE_BEHIND] = {PLAIN, .offset_max = WIRE_BEHIND_CONGESTED},
+    [WIRE_BEHIND] = {PLAIN, .offset_max = WIRE_BEHIND_FAILED},
+    [WIRE_DETACH] = {SEQUENCED, PAYLOAD(LINEAGE_SIZE, LINEAGE_SIZE)},
+    [WIRE_ATTACH] = {SEQUENCED},
+    [WIRE_READ_REQ] = {SEQUENCED, .range = RANGE_READ},
+    [WIRE_READ_REPLY] = {SEQUENCED, PAYLOAD(0, WIRE_PAYLOAD_MAX), .range = RANGE_REPLY,
+			 .flags = WIRE_READ_ZERO | WIRE_READ_ERROR},
+    [WIRE_WRITE_FAILED] = {PLAIN, PAYLOAD(REFUSE_MIN, REFUSE_MAX), .range = RANGE_ANY},
 };
 
 const char *wire_type_name(unsigned type)
@@ -187,6 +195,18 @@ static int range_check(const struct wire_frame *f, const struct type_rule *rule,
 		return frame_bad(e, f, "length", "not its payload's");
 	if (rule->range == RANGE_SPAN && (f->length == 0 || f->length > WIRE_SPAN_MAX))
 		return frame_bad(e, f, "length", "out of bounds");
+	if ((rule->range == RANGE_READ || rule->range == RANGE_REPLY) &&
+	    (f->length == 0 || f->length > WIRE_PAYLOAD_MAX))
+		return frame_bad(e, f, "length", "out of bounds");
+	if (rule->range == RANGE_REPLY) {
+		bool fits = f->flags == 0		 ? f->length_payload == f->length
+			    : f->flags == WIRE_READ_ZERO ? f->length_payload == 0
+			    : f->flags == WIRE_READ_ERROR
+				? f->length_payload >= REFUSE_MIN && f->length_payload <= REFUSE_MAX
+				: false;
+		if (!fits)
+			return frame_bad(e, f, "length_payload", "not what its flags say");
+	}
 	if (f->offset > VOLUME_SIZE_MAX || f->length > VOLUME_SIZE_MAX - f->offset)
 		return frame_bad(e, f, "offset", "the range ends behind the largest volume");
 	return 0;
@@ -510,7 +530,7 @@ static int join_parse(struct message_reader *m, struct wire_join *j, struct err 
 		m->r.failed = true;
 	field_end(m, "n_volumes");
 	for (uint32_t i = 0; i < j->n_volumes && !m->r.failed; i++)
-		repl_meta_volume_decode(&j->volumes[i], &m->r);
+		repl_meta_volume_decode(&j->volumes[i], &m->r, REPL_META_VERSION);
 	field_end(m, "volumes");
 	return message_end(m, e);
 }

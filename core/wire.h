@@ -60,8 +60,13 @@ enum wire_features {
 	X(SETTINGS, 37)	       /* payload: settings_encode; seq: token */                                              \
 	X(SETTINGS_ACK, 38)    /* seq: token */                                                                        \
 	X(STOP_WANT, 39)       /* secondary → primary: stop the group cleanly */                                     \
-	X(HISTORY_LOST, 56) /* secondary → primary: no checkpoint is valid until the next; payload: wire_refuse */   \
-	X(BEHIND, 44)	    /* source → target: nothing more is forwarded; offset: enum wire_behind */
+	X(BEHIND, 44)	       /* source → target: nothing more is forwarded; offset: enum wire_behind */            \
+	X(DETACH, 50)	       /* seq volume; payload: wire_lineage: the source's disk of it is gone. A barrier */     \
+	X(ATTACH, 51)	       /* seq volume: and is whole again. A barrier */                                         \
+	X(READ_REQ, 52)	       /* volume offset length; seq: token: the receiver's disk, behind all sent before */     \
+	X(READ_REPLY, 53)      /* volume offset length; seq: token; flags: enum wire_read_flags; payload: the bytes */ \
+	X(WRITE_FAILED, 54)    /* volume offset length; payload: wire_refuse: a write that failed at the source */     \
+	X(HISTORY_LOST, 56)    /* secondary → primary: no checkpoint is valid until the next; payload: wire_refuse */
 
 enum wire_type {
 #define WIRE_ENUM(name, value) WIRE_##name = (value),
@@ -75,7 +80,11 @@ enum wire_ckpt_flags {
 	WIRE_CKPT_STOP = 1 << 2, /* the clean stop's last one: the secondary moves to DONE with it */
 };
 enum wire_void { WIRE_VOID_NONE, WIRE_VOID_ACTIVE = 1, WIRE_VOID_ERROR = 2 };
-enum wire_behind { WIRE_BEHIND_PAUSED, WIRE_BEHIND_CONGESTED };
+enum wire_behind { WIRE_BEHIND_PAUSED, WIRE_BEHIND_CONGESTED, WIRE_BEHIND_FAILED };
+enum wire_read_flags {
+	WIRE_READ_ZERO = 1 << 0,  /* the range is all zeroes: no payload */
+	WIRE_READ_ERROR = 1 << 1, /* payload: wire_refuse */
+};
 enum wire_goodbye { WIRE_BYE_SHUTDOWN, WIRE_BYE_STOP, WIRE_BYE_FAILOVER };
 
 struct wire_frame {

@@ -641,7 +641,8 @@ int daemon_open(const struct daemon_config *cfg, struct daemon **ret, struct err
 	cond_init(&d->cond);
 	pthread_rwlock_init(&d->names, NULL);
 	struct load_arg l = {d, e};
-	int err = store_open(cfg->store, STORE_CREATE, cfg->durability, &d->store, e);
+	int err = cfg->storage ? store_open_on(cfg->storage, cfg->store, cfg->durability, &d->store, e)
+			       : store_open(cfg->store, STORE_CREATE, cfg->durability, &d->store, e);
 	if (!err && cfg->durability >= 0 && (int)store_info(d->store)->durability != cfg->durability)
 		err = store_set_durability(d->store, (enum volume_durability)cfg->durability, e);
 	if (!err && (err = pool_create(pick_threads(cfg->threads), "worker", &d->pool)) < 0)

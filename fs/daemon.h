@@ -38,6 +38,7 @@ struct daemon_config {
 	unsigned threads;   /* workers; 0: pick */
 	int durability;	    /* enum volume_durability; -1: the store's own */
 	struct daemon_hooks hooks;
+	struct storage *storage; /* for tests: the store is on it, in place of the folder `store`; taken over */
 };
 
 /* Opens the store, loads all groups, starts links and timers. Volumes serve I/O when it returns.
@@ -110,9 +111,10 @@ int gvol_read(struct gvol *v, const struct gvol_handle *h, enum gvol_file file, 
 struct gio {
 	struct gvol *v;		     /* a reference held by the caller until done */
 	const struct gvol_handle *h; /* may be NULL */
-	enum repl_kind kind;	     /* REPL_WRITE, REPL_ZERO, REPL_DISCARD, REPL_FLUSH */
+	enum repl_kind kind;	     /* REPL_WRITE, REPL_ZERO, REPL_DISCARD, REPL_FLUSH, REPL_READ */
 	uint64_t off, len;	     /* within the size; ignored by FLUSH */
 	const void *data;
+	void *into; /* REPL_READ: len bytes; valid until done */
 	void (*done)(struct gio *g, int error);
 	void *user;
 	/* private */
@@ -128,5 +130,8 @@ void gvol_submit(struct gio *g);
 int gvol_write(struct gvol *v, const struct gvol_handle *h, uint64_t off, uint64_t len, const void *data);
 int gvol_zero(struct gvol *v, const struct gvol_handle *h, uint64_t off, uint64_t len, bool discard);
 int gvol_flush(struct gvol *v, const struct gvol_handle *h);
+/* The local disk cannot be read now: a read of the volume is a gio that waits for the peer (gvol_read does it for a
+ * caller that may wait). */
+bool gvol_detached(struct gvol *v);
 
 #endif

@@ -91,12 +91,20 @@ unsigned gvol_cached_opens(struct gvol *v)
 	return atomic_load(&v->cached_opens);
 }
 
+static bool detached(const struct group *g, const struct gvol *v)
+{
+	return (atomic_load(&g->detached) >> v->index & 1) != 0;
+}
+
 static bool stale(const struct group *g, const struct gvol_handle *h)
 {
 	return h && h->epoch != atomic_load(&g->handle_epoch);
 }
 
 /* ---- reads ---- */
+
+static int submit_and_wait(struct gvol *v, const struct gvol_handle *h, enum repl_kind kind, uint64_t off, uint64_t len,
+			   const void *data, void *into);
 
 /* A restarted primary holds its I/O until it knows that its peer has not failed over, at most peer_timeout. */
 static void wait_while_holding(struct group *g)
@@ -105,6 +113,14 @@ static void wait_while_holding(struct group *g)
 	while (repl_holding(g->core) && !g->closing)
 		cond_wait(&g->cond, &g->lock);
 	mutex_unlock(&g->lock);
+}
+
+bool gvol_detached(struct gvol *v)
+{
+	struct group *g = gvol_group(v);
+	bool yes = g && detached(g, v);
+	group_unref(g);
+	return yes;
 }
 
 static int read_volume(struct group *g, struct gvol *v, uint64_t off, uint64_t len, void *buf)
@@ -129,7 +145,7 @@ int gvol_read(struct gvol *v, const struct gvol_handle *h, enum gvol_file file, 
 		wait_while_holding(g);
 	int err = -ERR_IO;
 	pthread_rwlock_rdlock(&g->view);
-	if (!stale(g, h)) {
+	if (!stale(g, h) && !(file == GVOL_VOLUME && detached(g, v))) {
 		switch (file) {
 		case GVOL_VOLUME:
 			err = read_volume(g, v, off, len, buf);
@@ -146,6 +162,9 @@ int gvol_read(struct gvol *v, const struct gvol_handle *h, enum gvol_file file, 
 		}
 	}
 	pthread_rwlock_unlock(&g->view);
+	/* Its disk is detached, or was while it was read, or is to be, as it can't be read: the core knows. */
+	if (file == GVOL_VOLUME && atomic_load(&g->serving) == SERVING_DISK && !stale(g, h) && (err || detached(g, v)))
+		err = submit_and_wait(v, h, REPL_READ, off, len, NULL, buf);
 	group_unref(g);
 	return err;
 }
@@ -232,7 +251,11 @@ int gvol_extent(struct gvol *v, enum gvol_file file, uint64_t ckpt, uint64_t off
 		wait_while_holding(g);
 	pthread_rwlock_rdlock(&g->view);
 	enum volume_layer layer = layer_of(g, file, &ckpt);
-	int err = volume_extent(v->vol, layer, ckpt, off, ret);
+	int err = 0;
+	if (file == GVOL_VOLUME && detached(g, v)) /* where the peer's disk has holes is not known here */
+		*ret = (struct extent){off, volume_size(v->vol) - off, true};
+	else
+		err = volume_extent(v->vol, layer, ckpt, off, ret);
 	pthread_rwlock_unlock(&g->view);
 	group_unref(g);
 	return err;
@@ -271,11 +294,18 @@ static void waiter_done(struct gio *gio, int error)
 }
 
 static int submit_and_wait(struct gvol *v, const struct gvol_handle *h, enum repl_kind kind, uint64_t off, uint64_t len,
-			   const void *data)
+			   const void *data, void *into)
 {
 	struct waiter w = {.done = false};
-	struct gio gio = {
-	    .v = v, .h = h, .kind = kind, .off = off, .len = len, .data = data, .done = waiter_done, .user = &w};
+	struct gio gio = {.v = v,
+			  .h = h,
+			  .kind = kind,
+			  .off = off,
+			  .len = len,
+			  .data = data,
+			  .into = into,
+			  .done = waiter_done,
+			  .user = &w};
 	mutex_init(&w.m);
 	cond_init(&w.c);
 	gvol_submit(&gio);
@@ -290,7 +320,7 @@ static int submit_and_wait(struct gvol *v, const struct gvol_handle *h, enum rep
 
 int gvol_write(struct gvol *v, const struct gvol_handle *h, uint64_t off, uint64_t len, const void *data)
 {
-	return submit_and_wait(v, h, REPL_WRITE, off, len, data);
+	return submit_and_wait(v, h, REPL_WRITE, off, len, data, NULL);
 }
 
 int gvol_zero(struct gvol *v, const struct gvol_handle *h, uint64_t off, uint64_t len, bool discard)
@@ -298,7 +328,7 @@ int gvol_zero(struct gvol *v, const struct gvol_handle *h, uint64_t off, uint64_
 	int err = 0;
 	while (len && !err) { /* REPL_ZERO_MAX a request */
 		uint64_t n = min_u64(len, REPL_ZERO_MAX);
-		err = submit_and_wait(v, h, discard ? REPL_DISCARD : REPL_ZERO, off, n, NULL);
+		err = submit_and_wait(v, h, discard ? REPL_DISCARD : REPL_ZERO, off, n, NULL, NULL);
 		off += n;
 		len -= n;
 	}
@@ -307,5 +337,5 @@ int gvol_zero(struct gvol *v, const struct gvol_handle *h, uint64_t off, uint64_
 
 int gvol_flush(struct gvol *v, const struct gvol_handle *h)
 {
-	return submit_and_wait(v, h, REPL_FLUSH, 0, 0, NULL);
+	return submit_and_wait(v, h, REPL_FLUSH, 0, 0, NULL, NULL);
 }

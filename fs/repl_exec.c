@@ -106,19 +106,26 @@ void repl_exec_apply(struct repl_exec *x, struct repl_io *const *ios, unsigned n
 	}
 }
 
-int repl_exec_sync_disks(struct repl_exec *x)
+int repl_exec_sync_disks(struct repl_exec *x, uint64_t *ret_failed)
 {
 	int first = 0;
+	uint64_t failed = 0;
+	mutex_lock(x->lock);
+	uint64_t skip = repl_unsynced(x->core);
+	mutex_unlock(x->lock);
 	for (uint32_t i = 0; i < x->n_vols; i++) {
-		int err = volume_sync(x->vols[i]);
+		int err = skip >> i & 1 ? 0 : volume_sync(x->vols[i]);
 		first = first ? first : err;
+		failed |= err ? UINT64_C(1) << i : 0;
 	}
+	if (ret_failed)
+		*ret_failed = failed;
 	return first;
 }
 
 int repl_exec_sync_actives(struct repl_exec *x)
 {
-	int first = repl_exec_sync_disks(x);
+	int first = repl_exec_sync_disks(x, NULL);
 	for (uint32_t i = 0; i < x->n_vols; i++) {
 		int err = volume_sync_active(x->vols[i]);
 		first = first ? first : err;
@@ -138,7 +145,7 @@ static int sync_for_checkpoint(struct repl_exec *x, struct repl_io *io)
 {
 	int err = 0;
 	if (store_info(x->store)->durability == DURABILITY_POWER)
-		err = repl_exec_sync_disks(x);
+		err = repl_exec_sync_disks(x, NULL);
 	io->ext_len = repl_exec_active_bytes(x);
 	return err;
 }
@@ -296,7 +303,47 @@ static int merge(struct repl_exec *x, struct repl_io *io)
 	return err;
 }
 
-int repl_exec_io(struct repl_exec *x, struct repl_io *io, const void *buf, uint64_t base)
+static bool all_zero(const uint8_t *p, uint64_t len)
+{
+	return len == 0 || (p[0] == 0 && memcmp(p, p + 1, len - 1) == 0);
+}
+
+/* Of a guest, into its buffer; of the peer, into one that its answer takes along, if there is anything to tell. */
+static int read_disk(struct repl_exec *x, struct repl_io *io, void *into)
+{
+	if (into)
+		return volume_read_disk(x->vols[io->volume], io->off, io->len, into);
+	int err = read_for_resync(x, io);
+	io->hole = !err && all_zero(io->payload, io->len);
+	return err;
+}
+
+/* What the peer sent of a range, to this disk. Zeroes free their space. */
+static int rebuild(struct repl_exec *x, struct repl_io *io)
+{
+	struct volume_req q = {.kind = VOLUME_WRITE, .off = io->off, .len = io->len, .buf = io->payload};
+	if (io->payload == NULL || all_zero(io->payload, io->len))
+		q.kind = VOLUME_DISCARD;
+	int err = volume_write(x->vols[io->volume], &q, 1);
+	free(io->payload);
+	io->payload = NULL;
+	return err;
+}
+
+static int reopen(struct repl_exec *x, const struct repl_io *io)
+{
+	int err = 0;
+	for (uint32_t i = 0; i < x->n_vols && !err; i++) {
+		if (!(io->arg >> i & 1))
+			continue;
+		err = volume_reopen(x->vols[i], NULL);
+		if (!err)
+			err = intent_reopen(x->intents[i]);
+	}
+	return err;
+}
+
+int repl_exec_io(struct repl_exec *x, struct repl_io *io, const void *buf, void *into, uint64_t base)
 {
 	struct volume_req q;
 	int err;
@@ -306,8 +353,10 @@ int repl_exec_io(struct repl_exec *x, struct repl_io *io, const void *buf, uint6
 	case TARGET_CKPT:
 		return sync_for_checkpoint(x, io);
 	case TARGET_DISK:
-		if (io->kind == REPL_FLUSH || io->kind == REPL_RESYNC_DONE)
-			return repl_exec_sync_disks(x);
+		if (io->kind == REPL_READ)
+			return read_disk(x, io, into);
+		if (io->kind != REPL_WRITE && io->kind != REPL_ZERO && io->kind != REPL_DISCARD) /* barriers */
+			return repl_exec_sync_disks(x, &io->failed);
 		q = req_of(io, buf);
 		err = volume_write(x->vols[io->volume], &q, 1);
 		io->save_failed = q.save_failed;
@@ -335,6 +384,10 @@ int repl_exec_io(struct repl_exec *x, struct repl_io *io, const void *buf, uint6
 		return all_intents(x, true);
 	case REPL_MERGE:
 		return merge(x, io);
+	case REPL_REBUILD:
+		return rebuild(x, io);
+	case REPL_REOPEN:
+		return reopen(x, io);
 	default:
 		UNREACHABLE();
 	}
@@ -344,7 +397,8 @@ int repl_exec_io(struct repl_exec *x, struct repl_io *io, const void *buf, uint6
 
 bool repl_exec_is_stream(unsigned type)
 {
-	return (type >= WIRE_WRITE && type <= WIRE_RESYNC_DONE) || type == WIRE_RESYNC_BEGIN;
+	return (type >= WIRE_WRITE && type <= WIRE_RESYNC_DONE) || type == WIRE_RESYNC_BEGIN ||
+	       (type >= WIRE_DETACH && type <= WIRE_READ_REQ);
 }
 
 static enum repl_kind stream_kind(unsigned type)
@@ -364,24 +418,46 @@ static enum repl_kind stream_kind(unsigned type)
 		return REPL_RESYNC_BEGIN;
 	case WIRE_RESYNC_DONE:
 		return REPL_RESYNC_DONE;
+	case WIRE_DETACH:
+		return REPL_DETACH;
+	case WIRE_ATTACH:
+		return REPL_ATTACH;
+	case WIRE_READ_REQ:
+		return REPL_READ;
 	default:
 		return REPL_FLUSH;
 	}
 }
 
-static const char *stream_range(struct repl_exec *x, const struct wire_frame *f, struct repl_io *io)
+static const char *stream_volume(struct repl_exec *x, const struct wire_frame *f, struct repl_io *io)
 {
 	uint32_t i = 0;
 	while (i < x->n_vols && repl_meta(x->core)->volumes[i].id != f->volume)
 		i++;
 	if (i == x->n_vols)
 		return "a volume that is not the group's";
+	io->volume = i;
+	return NULL;
+}
+
+static const char *stream_lineage(const struct wire_frame *f, const void *payload, struct repl_io *io)
+{
+	struct rbuf b = {.data = payload, .size = f->length_payload};
+	wire_lineage_decode(&io->lineage, &b);
+	return b.failed || io->lineage.current == 0 ? "a lineage that does not decode" : NULL;
+}
+
+static const char *stream_range(struct repl_exec *x, const struct wire_frame *f, struct repl_io *io)
+{
+	const char *why = stream_volume(x, f, io);
+	if (why)
+		return why;
+	uint32_t i = io->volume;
 	uint64_t size = volume_size(x->vols[i]);
 	if (f->length == 0 || f->offset >= size || f->length > size - f->offset || f->length > REPL_ZERO_MAX)
 		return "a range outside the volume";
 	if (io->kind == REPL_WRITE && f->length != f->length_payload)
 		return "a write whose length is not its payload's";
-	io->volume = i;
 	io->off = f->offset;
 	io->len = f->length;
 	return NULL;
@@ -403,10 +479,11 @@ const char *repl_exec_stream_io(struct repl_exec *x, const struct wire_frame *f,
 		if (f->offset == 0)
 			why = "RESYNC_BEGIN without a generation";
 	} else if (io->kind == REPL_RESYNC_DONE) {
-		struct rbuf b = {.data = payload, .size = f->length_payload};
-		wire_lineage_decode(&io->lineage, &b);
-		if (b.failed || io->lineage.current == 0)
-			why = "RESYNC_DONE does not decode";
+		why = stream_lineage(f, payload, io);
+	} else if (io->kind == REPL_DETACH || io->kind == REPL_ATTACH) {
+		why = stream_volume(x, f, io);
+		if (why == NULL && io->kind == REPL_DETACH)
+			why = stream_lineage(f, payload, io);
 	} else if (io->kind != REPL_FLUSH) {
 		why = stream_range(x, f, io);
 	}

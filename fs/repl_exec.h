@@ -32,15 +32,17 @@ int repl_exec_load_intents(struct repl_exec *x, struct err *e);
 int repl_exec_end(struct repl_exec *x);
 
 /* ACT_SUBMIT. buf: the bytes of a WRITE, borrowed; base: of the view, for TARGET_ACTIVE, whose caller keeps the epoch
- * from being switched meanwhile. A RESYNC_READ leaves its bytes, owned, in io->payload. */
-int repl_exec_io(struct repl_exec *x, struct repl_io *io, const void *buf, uint64_t base);
+ * from being switched meanwhile. A RESYNC_READ, and a READ of the
+ * peer's stream leave their bytes, owned, in io->payload; a guest's READ goes to `into`, which is NULL for all others.
+ */
+int repl_exec_io(struct repl_exec *x, struct repl_io *io, const void *buf, void *into, uint64_t base);
 /* A batch of the peer's stream, all of one volume, bytes in io->payload; errors[i] is for EV_IO_DONE. */
 void repl_exec_apply(struct repl_exec *x, struct repl_io *const *ios, unsigned n, int *errors);
 /* TARGET_INTENT requests that share a sync: those linked by `next` from `first` on. errors[volume] is for EV_IO_DONE: a
  * failure is that of all requests of its volume. */
 void repl_exec_set_intents(struct repl_exec *x, const struct repl_io *first, int errors[static GROUP_VOLUMES_MAX]);
 /* What flushes share: the disks of all volumes; those and the active overlays. */
-int repl_exec_sync_disks(struct repl_exec *x);
+int repl_exec_sync_disks(struct repl_exec *x, uint64_t *ret_failed); /* NULL, or a bit for each that failed */
 int repl_exec_sync_actives(struct repl_exec *x);
 uint64_t repl_exec_active_bytes(struct repl_exec *x);
 

@@ -81,6 +81,39 @@ static struct gio *gio_of(struct repl_io *io)
 
 /* ---- emitting ---- */
 
+/* The bytes of a READ_REPLY count against what the peer may have in memory here until they are sent. */
+struct reply {
+	struct group *g;
+	uint64_t len;
+	void *payload;
+};
+
+static void reply_sent(void *arg)
+{
+	struct reply *y = arg;
+	atomic_fetch_sub(&y->g->reply_bytes, y->len); /* who waits for room is woken by group_sent, or the tick */
+	free(y->payload);
+	free(y);
+}
+
+static void send_reply(struct group *g, struct conn *c, const struct wire_frame *f, void *payload)
+{
+	struct reply *y = malloc(sizeof(*y));
+	if (y == NULL) {
+		free(payload);
+		link_close(c->link, 0);
+		return;
+	}
+	*y = (struct reply){g, f->length_payload, payload};
+	atomic_fetch_add(&g->reply_bytes, y->len);
+	(void)link_send(c->link, f, payload, reply_sent, y);
+}
+
+static bool stream_full(struct group *g)
+{
+	return g->stream_bytes + atomic_load(&g->reply_bytes) >= STREAM_BYTES_MAX;
+}
+
 static void emit_send(struct group *g, const struct repl_action *a)
 {
 	struct conn *c = g->conn;
@@ -88,7 +121,7 @@ static void emit_send(struct group *g, const struct repl_action *a)
 		return;
 	void *payload = NULL;
 	if (a->frame.length_payload && a->io) {
-		if (a->io->internal) {
+		if (a->io->internal || a->io->owner == OWNER_STREAM) {
 			payload = TAKE_PTR(a->io->payload);
 		} else {
 			struct gio *gio = gio_of(a->io);
@@ -112,6 +145,10 @@ static void emit_send(struct group *g, const struct repl_action *a)
 	unsigned t = a->frame.type;
 	uint64_t p = repl_meta(g->core)->settings.protocol;
 	bool lazy = (t == WIRE_WRITE || t == WIRE_ZERO || t == WIRE_DISCARD) && (p == PROTOCOL_A || p == PROTOCOL_F);
+	if (t == WIRE_READ_REPLY && payload) {
+		send_reply(g, c, &a->frame, payload);
+		return;
+	}
 	(void)(lazy ? link_send_lazy : link_send)(c->link, &a->frame, payload, NULL, NULL);
 }
 
@@ -120,14 +157,31 @@ static void group_log(struct group *g, int level, const char *text)
 	log_line(level == 0 ? LOG_LEVEL_ERROR : level == 1 ? LOG_LEVEL_WARN : LOG_LEVEL_INFO, g->name, "%s", text);
 }
 
+/* The peer's bytes, copied under the lock, while the frame's payload is there. */
+static void read_answered(struct gio *gio, const struct repl_action *a)
+{
+	if (a->error)
+		return;
+	if (a->data)
+		memcpy(gio->into, a->data, gio->len);
+	else
+		memset(gio->into, 0, gio->len);
+}
+
 static void emit(void *arg, const struct repl_action *a)
 {
 	struct group *g = arg;
 	struct outbox *o = g->out;
 	switch (a->type) {
 	case ACT_SUBMIT:
-		if (a->io->owner == OWNER_STREAM && a->io->target == TARGET_DISK && a->io->kind != REPL_FLUSH &&
-		    a->io->kind != REPL_RESYNC_DONE) {
+		if (a->io->kind == REPL_REBUILD) {
+			a->io->payload = a->data_len ? malloc(a->data_len) : NULL;
+			a->io->hole = a->data_len && a->io->payload == NULL; /* out of memory: the job says so */
+			if (a->io->payload)
+				memcpy(a->io->payload, a->data, a->data_len);
+		}
+		if (a->io->owner == OWNER_STREAM && a->io->target == TARGET_DISK &&
+		    (a->io->kind == REPL_WRITE || a->io->kind == REPL_ZERO || a->io->kind == REPL_DISCARD)) {
 			a->io->next_apply = NULL;
 			if (g->apply.tail)
 				g->apply.tail->next_apply = a->io;
@@ -146,6 +200,8 @@ static void emit(void *arg, const struct repl_action *a)
 		return;
 	case ACT_COMPLETE:
 		a->io->error = a->error;
+		if (a->io->owner == OWNER_GUEST && a->io->kind == REPL_READ && a->answered)
+			read_answered(gio_of(a->io), a);
 		ios_push(&o->completed, a->io);
 		return;
 	case ACT_SEND:
@@ -205,6 +261,7 @@ static void unlock_with(struct group *g) RELEASES(g->lock)
 {
 	atomic_store(&g->forwarding, repl_forwarding(g->core));
 	atomic_store(&g->holding, repl_holding(g->core));
+	atomic_store(&g->detached, repl_detached(g->core));
 	g->out = NULL;
 	mutex_unlock(&g->lock);
 }
@@ -249,10 +306,13 @@ static const void *data_of(struct repl_io *io)
 /* One request's I/O, in the calling thread. */
 static int execute(struct group *g, struct repl_io *io)
 {
+	void *into = io->kind == REPL_READ && io->owner == OWNER_GUEST ? gio_of(io)->into : NULL;
+	if (io->kind == REPL_REBUILD && io->hole)
+		return -ERR_NOMEM;
 	if (io->target != TARGET_ACTIVE || io->kind == REPL_FLUSH)
-		return repl_exec_io(&g->exec, io, data_of(io), 0);
+		return repl_exec_io(&g->exec, io, data_of(io), into, 0);
 	pthread_rwlock_rdlock(&g->view);
-	int err = repl_exec_io(&g->exec, io, data_of(io), atomic_load(&g->base));
+	int err = repl_exec_io(&g->exec, io, data_of(io), NULL, atomic_load(&g->base));
 	pthread_rwlock_unlock(&g->view);
 	return err;
 }
@@ -276,13 +336,14 @@ static struct sync_round *round_of(struct group *g, const struct repl_io *io)
 	return io->target == TARGET_DISK ? &g->flush : &g->active_flush;
 }
 
-static void round_sync(struct group *g, const struct sync_round *s, int errors[static GROUP_VOLUMES_MAX])
+static void round_sync(struct group *g, const struct sync_round *s, int errors[static GROUP_VOLUMES_MAX],
+		       uint64_t *failed)
 {
 	if (s == &g->marks) {
 		repl_exec_set_intents(&g->exec, s->served.head, errors);
 		return;
 	}
-	int err = s == &g->flush ? repl_exec_sync_disks(&g->exec) : repl_exec_sync_actives(&g->exec);
+	int err = s == &g->flush ? repl_exec_sync_disks(&g->exec, failed) : repl_exec_sync_actives(&g->exec);
 	for (unsigned i = 0; i < GROUP_VOLUMES_MAX; i++)
 		errors[i] = err;
 }
@@ -303,13 +364,15 @@ static void sync_in_rounds(struct group *g, struct sync_round *s, struct repl_io
 		s->waiting = (struct repl_list){0};
 		mutex_unlock(&g->lock);
 		int errors[GROUP_VOLUMES_MAX];
-		round_sync(g, s, errors);
+		uint64_t failed = 0;
+		round_sync(g, s, errors, &failed);
 		struct outbox o;
 		outbox_init(&o);
 		lock_with(g, &o);
 		struct repl_io *w;
 		while ((w = ios_pop(&s->served)) != NULL) {
 			struct repl_event ev = {.type = EV_IO_DONE, .io = w, .error = errors[w->volume]};
+			w->failed = failed;
 			step(g, &ev);
 		}
 		unlock_with(g);
@@ -438,16 +501,23 @@ static void apply_job_run(struct pool_job *job)
 	job_ended(g);
 }
 
+/* What it holds, or will. */
+static uint64_t stream_bytes(const struct stream_io *s)
+{
+	bool data = s->io.kind == REPL_WRITE || s->io.kind == REPL_READ;
+	return sizeof(*s) + (data ? s->io.len : 0);
+}
+
 static void stream_free(struct group *g, struct repl_io *io)
 {
 	struct stream_io *s = CONTAINER_OF(io, struct stream_io, io);
-	uint64_t bytes = sizeof(*s) + (io->payload ? io->len : 0);
+	uint64_t bytes = stream_bytes(s);
 	free(io->payload);
 	free(s);
 	mutex_lock(&g->lock);
-	bool was_full = g->stream_bytes >= STREAM_BYTES_MAX;
+	bool was_full = stream_full(g);
 	g->stream_bytes -= bytes;
-	if (was_full && g->stream_bytes < STREAM_BYTES_MAX)
+	if (was_full && !stream_full(g))
 		cond_broadcast(&g->cond);
 	mutex_unlock(&g->lock);
 }
@@ -644,7 +714,7 @@ void group_io(struct group *g, struct gio *gio)
 		}
 		memcpy(gio->copy, gio->data, gio->len);
 	}
-	if (gio->kind != REPL_FLUSH)
+	if (gio->kind != REPL_FLUSH && gio->kind != REPL_READ)
 		atomic_store_explicit(&gio->v->mtime_ns, clock_wall_ns(), memory_order_relaxed);
 	struct repl_event ev = {.type = EV_IO, .io = &gio->io};
 	for (;;) {
@@ -696,7 +766,7 @@ int group_frame(struct conn *c, const struct wire_frame *f, void *payload)
 	lock_with(g, &o);
 	if (repl_exec_is_stream(f->type)) {
 		/* Backpressure on the peer: this thread reads the socket. */
-		while (g->stream_bytes >= STREAM_BYTES_MAX && !g->closing && !c->closed && g->conn == c) {
+		while (stream_full(g) && !g->closing && !c->closed && g->conn == c) {
 			g->out = NULL;
 			c->waiting = true;
 			cond_wait(&g->cond, &g->lock);
@@ -715,7 +785,7 @@ int group_frame(struct conn *c, const struct wire_frame *f, void *payload)
 		}
 		s->io.owner = OWNER_STREAM;
 		taken = s->io.payload != NULL;
-		g->stream_bytes += sizeof(*s) + (taken ? s->io.len : 0);
+		g->stream_bytes += stream_bytes(s);
 		ev.io = &s->io;
 	}
 	step(g, &ev);
@@ -734,9 +804,14 @@ void group_batch(struct conn *c)
 
 void group_sent(struct conn *c, uint64_t bytes)
 {
+	struct group *g = c->g;
 	struct repl_event ev = {.type = EV_SENT, .session = c->session, .bytes = bytes};
 	if (ev.session)
-		step_and_run(c->g, &ev);
+		step_and_run(g, &ev);
+	mutex_lock(&g->lock);
+	if (g->conn && g->conn->waiting && !stream_full(g))
+		cond_broadcast(&g->cond);
+	mutex_unlock(&g->lock);
 }
 
 /* The connection stands: it becomes the group's, with the next session number. */
@@ -802,6 +877,8 @@ void group_tick(struct group *g)
 	if (g->conn)
 		ev.heard_ns = g->conn->waiting ? clock_mono_ns() : link_heard_ns(g->conn->link);
 	step(g, &ev);
+	if (g->conn && g->conn->waiting && !stream_full(g))
+		cond_broadcast(&g->cond);
 	unlock_with(g);
 	outbox_run(g, &o);
 }

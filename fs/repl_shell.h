@@ -88,7 +88,8 @@ struct group {
 	unsigned conns;	    /* not yet down */
 	uint64_t sessions;  /* given so far */
 	uint64_t stream_bytes;
-	struct repl_list apply; /* stream requests to be written */
+	_Atomic uint64_t reply_bytes; /* of READ_REPLYs queued */
+	struct repl_list apply;	      /* stream requests to be written */
 	struct apply_worker {
 		struct pool_job job;
 		struct group *g;
@@ -107,6 +108,7 @@ struct group {
 	_Atomic int serving; /* enum repl_serving without HOLD */
 	_Atomic uint64_t base;
 	_Atomic bool holding, forwarding;
+	_Atomic uint64_t detached; /* repl_detached */
 	_Atomic uint64_t handle_epoch;
 
 	uint32_t n_vols;

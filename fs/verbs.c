@@ -339,8 +339,17 @@ static int do_export(const struct call *c)
 		if (!err && layer == LAYER_IMAGE && gvol_attr(v, GVOL_CKPT, ckpt, &a) < 0)
 			err = err_set(c->e, ERR_NOENT, "it has no checkpoint %llu; see `checkpoints`",
 				      (unsigned long long)ckpt);
+		const char *gone =
+		    "its local disk is detached and not current; export it on the peer, or `resync` first";
+		bool disk = layer == LAYER_DISK;
+		if (!err && disk && gvol_detached(v))
+			err = err_set(c->e, ERR_STATE, "%s", gone);
 		if (!err)
 			err = volume_export(v->vol, layer, ckpt, file, verb_progress, &p, c->e);
+		if (!err && disk && gvol_detached(v)) { /* while it was read */
+			(void)unlink(file);
+			err = err_set(c->e, ERR_STATE, "%s", gone);
+		}
 		if (!err)
 			result(c, json_pack("{s:s, s:s, s:I}", "volume", v->name, "file", file, "size",
 					    (json_int_t)volume_size(v->vol)));
@@ -467,7 +476,7 @@ static bool wait_holds(struct group *g, enum wait_for what, struct err *e, int *
 		/* A secondary in its first sync has no view yet; in sync means that it can take over. */
 		if (m->role == ROLE_STANDALONE)
 			*ret_err = err_set(e, ERR_STATE, "it is standalone: it has no peer to be in sync with");
-		return m->state == STATE_RUNNING && s.link == LINK_SYNCED && s.checkpoint != 0;
+		return m->state == STATE_RUNNING && s.link == LINK_SYNCED && s.checkpoint != 0 && s.detached == 0;
 	case WAIT_DONE:
 		if (m->state == STATE_FAILOVER_FAILED)
 			*ret_err = err_set(e, ERR_STATE, "the commit met an error: %s", s.error.text);
@@ -819,6 +828,17 @@ static int do_discard(const struct call *c)
 	return simple(c, CMD_DISCARD);
 }
 
+static int do_resync(const struct call *c)
+{
+	int err = simple(c, CMD_RESYNC);
+	struct group *g = NULL;
+	if (err || !arg_bool(c, "wait", false) || (err = need_group(c, &g)) < 0)
+		return err;
+	err = wait_for(c, g, WAIT_IN_SYNC);
+	group_unref(g);
+	return err;
+}
+
 static int do_checkpoint(const struct call *c)
 {
 	struct group *g;
@@ -1152,6 +1172,7 @@ int daemon_command(struct daemon *d, struct ctl_conn *ctl, const char *verb, con
 	    {"pause", do_pause},       {"resume", do_resume},
 	    {"failback", do_failback}, {"unprotect", do_unprotect},
 	    {"resolve", do_resolve},   {"diverged", do_diverged},
+	    {"resync", do_resync},
 	};
 	for (size_t i = 0; i < sizeof(table) / sizeof(table[0]); i++) {
 		if (strcmp(table[i].verb, verb) != 0)

@@ -60,7 +60,8 @@ struct intent {
 	bool durable;
 	uint32_t version; /* of the file */
 	uint64_t nbits, nregions, npages;
-	uint8_t *fine; /* the masks as loaded, until intent_begin; NULL: none that counts */
+	uint8_t *fine;		    /* the masks as loaded, until intent_begin; NULL: none that counts */
+	pthread_rwlock_t sync_lock; /* shared: a sync; exclusive: the file is opened anew. Before `lock` */
 	struct mutex lock;
 	uint8_t *bits; /* npages * PAGE_BITS_BYTES */
 	uint64_t written, synced;
@@ -360,6 +361,7 @@ int intent_open(struct storage *s, const char *volume_name, uint64_t size, unsig
 	if (!t)
 		return err_set(e, ERR_NOMEM, "open the write-intent map of %s: out of memory", volume_name);
 	mutex_init(&t->lock);
+	(void)pthread_rwlock_init(&t->sync_lock, NULL);
 	t->storage = s;
 	snprintf(t->name, sizeof(t->name), "%s", volume_name);
 	t->durable = (flags & INTENT_DURABLE) != 0;
@@ -386,6 +388,7 @@ void intent_close(struct intent *t)
 	disk_close(t->disk);
 	mutex_destroy(&t->lock);
 	free(t->fine);
+	(void)pthread_rwlock_destroy(&t->sync_lock);
 	free(t->bits);
 	free(t);
 }
@@ -459,11 +462,31 @@ int intent_sync(struct intent *t)
 	mutex_unlock(&t->lock);
 	if (!needed)
 		return 0;
+	(void)pthread_rwlock_rdlock(&t->sync_lock);
 	rc = disk_sync(t->disk);
+	(void)pthread_rwlock_unlock(&t->sync_lock);
 	mutex_lock(&t->lock);
 	if (rc == 0)
 		t->synced = max_u64(t->synced, covers);
 	mutex_unlock(&t->lock);
+	return rc;
+}
+
+int intent_reopen(struct intent *t)
+{
+	struct disk *made;
+
+	(void)pthread_rwlock_wrlock(&t->sync_lock);
+	mutex_lock(&t->lock);
+	int rc = write_new(t, NULL, &made);
+	if (rc == 0) {
+		disk_close(t->disk);
+		t->disk = made;
+		t->version = INTENT_VERSION;
+		t->synced = t->written;
+	}
+	mutex_unlock(&t->lock);
+	(void)pthread_rwlock_unlock(&t->sync_lock);
 	return rc;
 }
 

@@ -41,5 +41,7 @@ int intent_sync(struct intent *t);
 /* A clean end: keeps `dirty` as the fine map, durably. Nothing is under way, and nothing can be written after it
  * (-ERR_STATE). A failure costs the fine map at most. */
 int intent_end(struct intent *t, const struct bitmap *dirty);
+/* Writes the map to a new file in place of one whose sync failed (I10). */
+int intent_reopen(struct intent *t);
 
 #endif

@@ -408,6 +408,7 @@ static void free_volume(struct volume *v)
 	for (unsigned i = 0; i < STRIPES; i++)
 		check_zero(pthread_rwlock_destroy(&v->stripes[i]));
 	check_zero(pthread_rwlock_destroy(&v->chain_lock));
+	check_zero(pthread_rwlock_destroy(&v->sync_lock));
 	mutex_destroy(&v->prepare_lock);
 	mutex_destroy(&v->merge_lock);
 	mutex_destroy(&v->reap_lock);
@@ -433,6 +434,7 @@ int volume_open(struct storage *s, const struct volume_open_args *args, struct v
 	(void)snprintf(v->name, sizeof(v->name), "%s", args->name);
 	v->size = args->size;
 	v->power = args->durability == DURABILITY_POWER;
+	rwlock_init(&v->sync_lock);
 	rwlock_init(&v->chain_lock);
 	for (unsigned i = 0; i < STRIPES; i++)
 		rwlock_init(&v->stripes[i]);
@@ -476,7 +478,39 @@ uint64_t volume_size(const struct volume *v)
 
 int volume_sync(struct volume *v)
 {
-	return disk_sync(v->disk);
+	check_zero(pthread_rwlock_rdlock(&v->sync_lock));
+	int rc = disk_sync(v->disk);
+	check_zero(pthread_rwlock_unlock(&v->sync_lock));
+	return rc;
+}
+
+int volume_reopen(struct volume *v, struct err *e)
+{
+	char path[VOLUME_PATH_SIZE];
+	struct disk *fresh;
+	uint64_t size = 0;
+	int rc;
+
+	volume_path(v->name, DISK_FILE, path);
+	rc = storage_open(v->storage, path, 0, &fresh);
+	if (rc < 0)
+		return err_set(e, -rc, "reopen volume %s: opening %s: %s", v->name, path, err_short(rc));
+	rc = disk_get_size(fresh, &size);
+	if (rc == 0 && size != volume_size(v))
+		rc = -ERR_CORRUPT;
+	if (rc < 0) {
+		disk_close(fresh);
+		return err_set(e, -rc, "reopen volume %s: %s has %" PRIu64 " bytes and should have %" PRIu64, v->name,
+			       path, size, volume_size(v));
+	}
+	check_zero(pthread_rwlock_wrlock(&v->sync_lock));
+	volume_lock_exclusive(v);
+	struct disk *old = v->disk;
+	v->disk = fresh;
+	volume_unlock(v);
+	check_zero(pthread_rwlock_unlock(&v->sync_lock));
+	disk_close(old);
+	return 0;
 }
 
 /* ---- resize ---- */

@@ -1,7 +1,7 @@
 /* What volume.c, cow.c and history.c share: the volume's struct, its locks, and reads through a chain of overlays.
  *
- * Lock order: prepare_lock or merge_lock, then chain_lock, then an active stripe, then one of the small mutexes
- * (retired_lock, scratch_lock), which are never held across I/O.
+ * Lock order: sync_lock, then prepare_lock or merge_lock, then chain_lock, then an active stripe, then one of the small
+ * mutexes (retired_lock, scratch_lock), which are never held across I/O.
  *
  *   chain_lock    which layers there are, and the volume's size. Shared: every read and write. Exclusive: switch, drop,
  *                 resize. Writers are preferred and nobody takes it twice: functions that need it held say so by
@@ -77,6 +77,7 @@ struct volume {
 	bool power;
 	uint64_t size; /* changes under chain_lock exclusively; volume_size() reads it without */
 
+	pthread_rwlock_t sync_lock; /* shared: a sync of the disk; exclusive: the disk is opened anew */
 	pthread_rwlock_t chain_lock;
 	struct layer *chain[VOLUME_CKPTS_MAX]; /* oldest first; the last is live */
 	uint32_t n_chain;

@@ -27,6 +27,8 @@ int pair_host_start(struct pair *p, struct pair_host *h)
 	struct daemon_config cfg = {.store = h->store, .durability = DURABILITY_PROCESS, .hooks = h->hooks};
 	if (h == &p->b)
 		cfg.listen = p->addr[0] ? p->addr : "127.0.0.1:0";
+	if (h->faults && (cfg.storage = faultstore_open(h->store, h->faults)) == NULL)
+		return -ERR_IO;
 	int err = daemon_open(&cfg, &h->d, &h->err);
 	if (!err && h == &p->b)
 		(void)snprintf(p->addr, sizeof(p->addr), "%s", daemon_listen_addr(h->d));
@@ -39,10 +41,12 @@ void pair_host_stop(struct pair_host *h)
 	h->d = NULL;
 }
 
-int pair_open(struct pair *p)
+int pair_open_with(struct pair *p, struct faults *a, struct faults *b)
 {
 	const char *tmp = getenv("TMPDIR");
 	memset(p, 0, sizeof(*p));
+	p->a.faults = a;
+	p->b.faults = b;
 	(void)snprintf(p->dir, sizeof(p->dir), "%.90s/repfs-pair-XXXXXX", tmp ? tmp : "/tmp");
 	if (mkdtemp(p->dir) == NULL)
 		return -ERR_IO;
@@ -50,6 +54,11 @@ int pair_open(struct pair *p)
 	(void)snprintf(p->b.store, sizeof(p->b.store), "%s/b", p->dir);
 	int err = pair_host_start(p, &p->a);
 	return err ? err : pair_host_start(p, &p->b);
+}
+
+int pair_open(struct pair *p)
+{
+	return pair_open_with(p, NULL, NULL);
 }
 
 void pair_close(struct pair *p)

@@ -8,11 +8,13 @@
 #include <stdint.h>
 
 #include "fs/daemon.h"
+#include "tests/lib/faultstore.h"
 
 struct pair_host {
 	char store[256];
 	struct daemon *d;
 	struct daemon_hooks hooks; /* from the next start on */
+	struct faults *faults;	   /* from the next start on; NULL: none */
 	struct err err;		   /* of the last call */
 };
 
@@ -23,7 +25,8 @@ struct pair {
 };
 
 int pair_open(struct pair *p);
-void pair_close(struct pair *p); /* stops both, removes everything */
+int pair_open_with(struct pair *p, struct faults *a, struct faults *b); /* NULL: no faults on that host */
+void pair_close(struct pair *p);					/* stops both, removes everything */
 int pair_host_start(struct pair *p, struct pair_host *h);
 void pair_host_stop(struct pair_host *h);
 /* One verb; args as json_pack arguments, stolen. The result is dropped unless ret is given. */

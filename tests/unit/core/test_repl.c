@@ -39,8 +39,9 @@ static void note(struct host *h, const char *fmt, ...)
 
 static const char *name_of(const struct repl_io *io)
 {
-	static const char *const kinds[] = {"write", "zero", "discard", "sync",	  "ckpt",   "rbegin",  "rdone",
-					    "scan",  "read", "mark",	"commit", "iclear", "intents", "merge"};
+	static const char *const kinds[] = {"write", "zero",   "discard", "sync",    "ckpt",   "rbegin",  "rdone",
+					    "scan",  "read",   "mark",	  "commit",  "iclear", "intents", "merge",
+					    "gread", "detach", "attach",  "rebuild", "reopen"};
 	static char letter[2];
 	if (io->internal)
 		return kinds[io->kind];
@@ -218,6 +219,19 @@ static void command(struct host *h, enum repl_cmd cmd, uint64_t number)
 	h->cmd = (struct repl_command){.cmd = cmd, .number = number};
 	h->cmd_count = 0;
 	step(h, (struct repl_event){.type = EV_COMMAND, .command = &h->cmd});
+}
+
+/* on_io_error=pass */
+static void pass(struct host *h)
+{
+	h->cmd.settings = repl_meta(h->r)->settings;
+	struct settings s = h->cmd.settings;
+	s.on_io_error = ON_IO_ERROR_PASS;
+	h->cmd = (struct repl_command){.cmd = CMD_SETTINGS, .settings = s};
+	step(h, (struct repl_event){.type = EV_COMMAND, .command = &h->cmd});
+	saved(h);
+	frame(h, WIRE_SETTINGS_ACK, 1, 0, 0, NULL, 0);
+	forget(h);
 }
 
 static bool dirty(struct host *h, uint64_t off)
@@ -599,19 +613,35 @@ Test(repl, a_write_that_spans_a_clear_cycle_and_the_end_of_its_session_is_dirty)
 
 Test(repl, a_write_that_failed_here_stays_dirty)
 {
+	struct repl_status s;
 	struct host *h = primary(PROTOCOL_F);
+	pass(h);
 	warm(h);
 	guest(h, 'a', REPL_WRITE, 65536, 4096);
 	fin_full(h, "a", -ERR_IO, false, 0, false);
-	EXPECT(h, "do:a/disk done:a=ERR_IO");
-	for (int i = 0; i < 2; i++) {
-		tick(h, 2 * SEC);
-		if (h->n_submitted)
-			fin(h, "sync");
-		ack(h, 4, 4, 4);
-	}
-	cr_assert_not(dirty(h, 0));
+	EXPECT(h, "do:a/disk send:WRITE_FAILED send:FLUSH#4 do:sync/disk send:BEHIND done:a=ERR_IO");
+	repl_status(h->r, h->now, &s);
+	cr_assert_neq(s.link, LINK_SYNCED, "a range was not sent");
 	cr_assert(dirty(h, 65536), "what the disk holds of it is not known");
+	/* The resync that follows reads it, and as long as that fails the pair is not in sync. */
+	fin(h, "sync");
+	ack(h, 4, 4, 4);
+	tick(h, SEC / 10);
+	EXPECT(h, "send:RESYNC_BEGIN#5");
+	frame(h, WIRE_RESYNC_READY, 5, 2, 0, NULL, 0);
+	EXPECT(h, "do:scan/own");
+	fin_full(h, "scan", 0, false, 2 * 65536, false);
+	EXPECT(h, "do:read/own");
+	fin_full(h, "read", -ERR_IO, false, 0, false);
+	EXPECT(h, "");
+	tick(h, SEC);
+	EXPECT(h, "");
+	tick(h, SEC);
+	EXPECT(h, "do:read/own");
+	repl_status(h->r, h->now, &s);
+	cr_assert_eq(s.link, LINK_RESYNC);
+	fin(h, "read");
+	EXPECT(h, "send:RESYNC_WRITE#6 send:RESYNC_DONE#7");
 	host_free(h);
 }
 
@@ -691,6 +721,7 @@ Test(repl, a_set_and_a_clear_of_a_unit_are_never_both_under_way)
 Test(repl, a_failed_set_is_not_relied_on)
 {
 	struct host *h = primary(PROTOCOL_F);
+	pass(h);
 	guest(h, 'a', REPL_WRITE, 0, 4096);
 	fin_full(h, "a", -ERR_NOSPC, false, 0, false);
 	EXPECT(h, "do:a/intent done:a=ERR_NOSPC"); /* the disk was not touched */
@@ -2781,5 +2812,319 @@ Test(repl, a_discard_does_not_cross_a_failover)
 	struct repl_command c = {.cmd = CMD_DISCARD};
 	step(h, (struct repl_event){.type = EV_COMMAND, .command = &c});
 	EXPECT(h, "cmd=ERR_BUSY");
+	host_free(h);
+}
+
+/* ---- local disk errors ---- */
+
+static void read_reply(struct host *h, uint64_t token, uint64_t off, uint64_t len, unsigned flags)
+{
+	static uint8_t bytes[1 << 20];
+	static const uint8_t refuse[] = {ERR_IO, 0, 0, 0};
+	struct wire_frame f = {
+	    .type = WIRE_READ_REPLY, .flags = (uint16_t)flags, .seq = token, .offset = off, .length = len};
+	f.length_payload = flags & WIRE_READ_ZERO ? 0 : flags & WIRE_READ_ERROR ? sizeof(refuse) : (uint32_t)len;
+	step(h, (struct repl_event){.type = EV_FRAME,
+				    .session = h->session,
+				    .frame = &f,
+				    .payload = flags & WIRE_READ_ERROR ? refuse : bytes});
+}
+
+static void fail_sync(struct host *h, const char *name)
+{
+	for (unsigned i = 0; i < h->n_submitted; i++)
+		if (strcmp(name_of(h->submitted[i]), name) == 0)
+			h->submitted[i]->failed = 1;
+	fin_full(h, name, -ERR_IO, false, 0, false);
+}
+
+/* In sync, then a write of region 1 fails, the peer confirms, the record is saved: the write is sent as 5. */
+static struct host *detached_primary(void)
+{
+	struct host *h = primary(PROTOCOL_F);
+	warm(h);
+	guest(h, 'a', REPL_WRITE, 65536, 4096);
+	fin_full(h, "a", -ERR_IO, false, 0, false);
+	EXPECT(h, "do:a/disk send:DETACH#4");
+	ack(h, 4, 4, 4);
+	EXPECT(h, "save:primary/RUNNING");
+	saved(h);
+	EXPECT(h, "send:WRITE#5");
+	return h;
+}
+
+Test(repl, nothing_is_answered_before_the_peer_has_the_detach)
+{
+	struct host *h = primary(PROTOCOL_F);
+	warm(h);
+	guest(h, 'a', REPL_WRITE, 65536, 4096);
+	fin_full(h, "a", -ERR_IO, false, 0, false);
+	EXPECT(h, "do:a/disk send:DETACH#4");
+	/* What comes meanwhile waits, in order; what overlaps behind the claim. */
+	guest(h, 'b', REPL_WRITE, 65536, 4096);
+	guest(h, 'c', REPL_WRITE, 0, 512);
+	guest(h, 'd', REPL_READ, 0, 512);
+	guest(h, 'e', REPL_FLUSH, 0, 0);
+	EXPECT(h, "");
+	ack(h, 4, 4, 3);
+	EXPECT(h, "");
+	ack(h, 4, 4, 4);
+	EXPECT(h, "save:primary/RUNNING");
+	cr_assert(h->saved.volumes[0].flags & VOLUME_STALE);
+	cr_assert_neq(h->saved.lineage.current, 100);
+	cr_assert(h->saved.lineage.bitmap == 0 && lineage_has(&h->saved.lineage, 100));
+	cr_assert_eq(repl_volume_state(h->r, 0)->dirty.count, 0, "the peer has it all");
+	cr_assert_eq(repl_unsynced(h->r), 1);
+	saved(h);
+	EXPECT(h, "send:WRITE#5 send:WRITE#6 send:WRITE#7 send:READ_REQ#1 send:FLUSH#8 do:e/disk");
+	fin(h, "e"); /* the other disks of the group */
+	ack(h, 8, 4, 4);
+	EXPECT(h, ""); /* F would have completed the writes */
+	ack(h, 8, 7, 4);
+	EXPECT(h, "done:b done:a done:c");
+	read_reply(h, 1, 0, 512, 0);
+	EXPECT(h, "done:d");
+	ack(h, 8, 8, 8);
+	EXPECT(h, "done:e");
+	host_free(h);
+}
+
+Test(repl, a_detach_that_cannot_be_recorded_here_goes_on)
+{
+	struct host *h = primary(PROTOCOL_F);
+	warm(h);
+	guest(h, 'a', REPL_WRITE, 4 << 20, 4096);
+	EXPECT(h, "do:a/intent");
+	fin_full(h, "a", -ERR_IO, false, 0, false); /* the map lies on the same disk */
+	EXPECT(h, "send:DETACH#4");
+	ack(h, 4, 4, 4);
+	EXPECT(h, "save:primary/RUNNING");
+	for (int i = 0; i < 2; i++) {
+		h->saving = false;
+		step(h, (struct repl_event){.type = EV_META_SAVED, .error = -ERR_IO});
+	}
+	EXPECT(h, "save:primary/RUNNING send:WRITE#5");
+	ack(h, 5, 5, 4);
+	EXPECT(h, "done:a");
+	host_free(h);
+}
+
+Test(repl, a_session_that_ends_before_the_word_undoes_the_detach)
+{
+	struct host *h = primary(PROTOCOL_F);
+	warm(h);
+	guest(h, 'a', REPL_WRITE, 65536, 4096);
+	fin_full(h, "a", -ERR_IO, false, 0, false);
+	guest(h, 'b', REPL_WRITE, 0, 4096);
+	EXPECT(h, "do:a/disk send:DETACH#4");
+	link_down(h);
+	EXPECT(h, "done:a=ERR_IO save:primary/RUNNING");
+	cr_assert(dirty(h, 65536));
+	/* Its generation may be the peer's: what is begun here lies above it, with the dirty set since 100. */
+	cr_assert_eq(h->saved.lineage.bitmap, 100);
+	cr_assert_neq(h->saved.lineage.history[0], 0);
+	cr_assert_eq(h->saved.volumes[0].flags, 0);
+	saved(h);
+	EXPECT(h, "do:b/disk");
+	fin(h, "b");
+	EXPECT(h, "done:b");
+	host_free(h);
+}
+
+Test(repl, a_failed_sync_detaches_and_the_flush_is_the_peers)
+{
+	struct host *h = primary(PROTOCOL_A);
+	guest(h, 'a', REPL_FLUSH, 0, 0);
+	EXPECT(h, "send:FLUSH#3 do:a/disk");
+	fail_sync(h, "a");
+	EXPECT(h, "send:DETACH#4");
+	ack(h, 4, 4, 4);
+	saved(h);
+	EXPECT(h, "save:primary/RUNNING send:FLUSH#5 do:a/disk");
+	fin(h, "a");
+	EXPECT(h, "");
+	ack(h, 5, 5, 5);
+	EXPECT(h, "done:a");
+	host_free(h);
+}
+
+Test(repl, a_lost_peer_of_a_detached_disk_is_an_error)
+{
+	struct host *h = detached_primary();
+	guest(h, 'r', REPL_READ, 0, 4096);
+	EXPECT(h, "send:READ_REQ#1");
+	link_down(h);
+	EXPECT(h, "done:a=ERR_IO"); /* it was sent; whether it arrived is not known */
+	guest(h, 'w', REPL_WRITE, 0, 4096);
+	guest(h, 'f', REPL_FLUSH, 0, 0);
+	tick(h, SEC);
+	EXPECT(h, "dial");
+	tick(h, 4 * SEC); /* peer_timeout in all, for the read since it came */
+	EXPECT(h, "done:r=ERR_IO done:f=ERR_IO");
+	tick(h, SEC / 10); /* it stood behind the read */
+	EXPECT(h, "done:w=ERR_IO");
+	host_free(h);
+}
+
+Test(repl, a_read_that_was_on_its_way_is_asked_again_after_a_reconnect)
+{
+	struct host *h = detached_primary();
+	guest(h, 'r', REPL_READ, 0, 4096);
+	link_down(h);
+	forget(h);
+	link_up(h, true);
+	EXPECT(h, "send:JOIN");
+	peer_meta.lineage = repl_meta(h->r)->lineage;
+	peer_meta.volumes[0].flags = VOLUME_PEER_STALE;
+	join_frame(h, &peer_meta, 0);
+	uint64_t range[2] = {0, 4096};
+	frame(h, WIRE_DIRTY, 0, 0, 0, range,
+	      sizeof(range)); /* an old bit of the peer's says nothing of its only copy */
+	frame(h, WIRE_DIRTY_END, 0, 0, 0, NULL, 0);
+	EXPECT(h, "do:intents/own");
+	fin(h, "intents");
+	saved(h);
+	EXPECT(h, "save:primary/RUNNING send:RESYNC_DONE#1 send:READ_REQ#2");
+	read_reply(h, 2, 0, 4096, WIRE_READ_ZERO);
+	EXPECT(h, "done:r");
+	guest(h, 's', REPL_READ, 0, 4096);
+	read_reply(h, 3, 0, 4096, WIRE_READ_ERROR);
+	EXPECT(h, "send:READ_REQ#3 done:s=ERR_IO");
+	read_reply(h, 3, 0, 4096, 0);
+	EXPECT(h, "send:REFUSE close");
+	host_free(h);
+}
+
+/* The record here could not be saved: the peer's newest generation was begun for a detach, and has this host's below.
+ */
+Test(repl, a_restarted_primary_is_told_by_its_peer)
+{
+	static struct repl_meta m;
+	meta_of(&m, ROLE_PRIMARY, STATE_RUNNING);
+	meta_of(&peer_meta, ROLE_SECONDARY, STATE_RUNNING);
+	peer_meta.lineage = (struct lineage){.current = 200, .history = {100}};
+	peer_meta.volumes[0].flags = VOLUME_PEER_STALE;
+	struct host *h = host_new(&m);
+	guest(h, 'a', REPL_WRITE, 0, 4096); /* held: nothing is served before the handshake */
+	connect(h, &peer_meta);
+	cr_assert_eq(h->saved.lineage.current, 200);
+	cr_assert(h->saved.volumes[0].flags & VOLUME_STALE);
+	EXPECT(h, "send:RESYNC_DONE#1 send:WRITE#2");
+	host_free(h);
+}
+
+Test(repl, a_rebuild_copies_each_region_and_writes_go_to_both)
+{
+	struct host *h = detached_primary();
+	ack(h, 5, 5, 4);
+	EXPECT(h, "done:a");
+	command(h, CMD_STOP, 0);
+	EXPECT(h, "cmd=ERR_STATE");
+	command(h, CMD_RESYNC, 0);
+	EXPECT(h, "do:reopen/own");
+	fin(h, "reopen");
+	EXPECT(h, "save:primary/RUNNING");
+	cr_assert_eq(h->saved.volumes[0].flags, VOLUME_STALE | VOLUME_REBUILD);
+	saved(h);
+	EXPECT(h, "cmd send:READ_REQ#1 send:READ_REQ#2 send:READ_REQ#3 send:READ_REQ#4");
+	/* to a region that was not copied: the peer only, and it waits for the read that is on its way */
+	guest(h, 'b', REPL_WRITE, 0, 4096);
+	EXPECT(h, "");
+	read_reply(h, 1, 0, 512 << 10, 0);
+	EXPECT(h, "do:rebuild/own");
+	fin(h, "rebuild");
+	/* it is done now: to both, and it completes on the peer's word */
+	EXPECT(h, "do:b/disk send:READ_REQ#5");
+	fin(h, "b");
+	EXPECT(h, "send:WRITE#6");
+	guest(h, 'c', REPL_WRITE, 7 << 20, 4096);
+	EXPECT(h, "send:WRITE#7");
+	ack(h, 7, 7, 4);
+	EXPECT(h, "done:b done:c");
+	for (uint64_t i = 1; i < 16; i++) {
+		read_reply(h, i + 1, i << 19, 512 << 10, i % 2 ? WIRE_READ_ZERO : 0);
+		fin(h, "rebuild");
+	}
+	cr_assert_eq(repl_volume_state(h->r, 0)->todo.count, 0);
+	forget(h);
+	cr_assert_eq(repl_unsynced(h->r), 0);
+	fin(h, "sync");
+	EXPECT(h, "send:ATTACH#8");
+	ack(h, 8, 8, 8);
+	EXPECT(h, "save:primary/RUNNING");
+	cr_assert_eq(h->saved.volumes[0].flags, 0);
+	cr_assert_eq(repl_detached(h->r), 1);
+	saved(h);
+	cr_assert_eq(repl_detached(h->r), 0);
+	command(h, CMD_RESYNC, 0);
+	EXPECT(h, "cmd=ERR_STATE");
+	host_free(h);
+}
+
+Test(repl, a_rebuild_that_meets_an_error_leaves_the_disk_detached)
+{
+	struct host *h = detached_primary();
+	ack(h, 5, 5, 4);
+	command(h, CMD_RESYNC, 0);
+	fin(h, "reopen");
+	saved(h);
+	forget(h);
+	read_reply(h, 1, 0, 512 << 10, 0);
+	fin_full(h, "rebuild", -ERR_IO, false, 0, false);
+	EXPECT(h, "do:rebuild/own");
+	cr_assert_eq(repl_unsynced(h->r), 1);
+	for (uint64_t i = 2; i < 5; i++)
+		read_reply(h, i, (i - 1) << 19, 512 << 10, 0);
+	EXPECT(h, "");
+	guest(h, 'b', REPL_WRITE, 0, 4096);
+	EXPECT(h, "send:WRITE#6");
+	cr_assert_eq(repl_volume_state(h->r, 0)->dirty.count, 0);
+	host_free(h);
+}
+
+/* What went to both before the link was lost may not have reached the peer: copied again. */
+Test(repl, a_rebuild_copies_again_what_a_cut_left_open)
+{
+	struct host *h = detached_primary();
+	ack(h, 5, 5, 4);
+	command(h, CMD_RESYNC, 0);
+	fin(h, "reopen");
+	saved(h);
+	for (uint64_t i = 0; i < 16; i++) {
+		read_reply(h, i + 1, i << 19, 512 << 10, 0);
+		fin(h, "rebuild");
+	}
+	forget(h);
+	guest(h, 'b', REPL_WRITE, 65536, 4096);
+	EXPECT(h, "do:b/disk");
+	fin(h, "b");
+	EXPECT(h, "send:WRITE#6");
+	link_down(h);
+	EXPECT(h, "done:b=ERR_IO");
+	cr_assert(bitmap_test(&repl_volume_state(h->r, 0)->todo, 1));
+	cr_assert_eq(repl_volume_state(h->r, 0)->todo.count, 1);
+	host_free(h);
+}
+
+Test(repl, a_secondary_syncs_and_records_a_detach_before_it_says_so)
+{
+	struct host *h = secondary();
+	uint64_t n = 2;
+	stream(h, 'a', WIRE_WRITE, REPL_WRITE, n, 0, 4096);
+	stream(h, 'b', WIRE_DETACH, REPL_DETACH, n + 1, 0, 0);
+	stream(h, 'c', WIRE_WRITE, REPL_WRITE, n + 2, 0, 4096);
+	stream(h, 'd', WIRE_READ_REQ, REPL_READ, 77, 0, 4096);
+	EXPECT(h, "do:a/disk");
+	fin(h, "a");
+	EXPECT(h, "done:a do:b/disk");
+	fin(h, "b");
+	EXPECT(h, "save:secondary/RUNNING");
+	cr_assert_eq(h->saved.volumes[0].flags, VOLUME_PEER_STALE);
+	saved(h);
+	EXPECT(h, "send:ACK done:b do:c/disk");
+	fin(h, "c"); /* the read overlaps it, and comes after it */
+	EXPECT(h, "do:d/disk done:c");
+	fin_full(h, "d", -ERR_IO, false, 0, false);
+	EXPECT(h, "send:READ_REPLY#77 done:d=ERR_IO");
 	host_free(h);
 }

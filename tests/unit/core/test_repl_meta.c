@@ -76,6 +76,7 @@ static struct repl_meta *meta_full(void)
 	m->settings.protocol = PROTOCOL_C;
 	volume_put(m, "vm1", 0, UINT64_C(20) << 30);
 	volume_put(m, "vm1-data", 7, VOLUME_SIZE_MAX);
+	m->volumes[1].flags = VOLUME_PEER_STALE;
 	ckpt_put(m, 7, CKPT_STREAM, CKPT_PINNED);
 	ckpt_put(m, 41, CKPT_STREAM, 0);
 	ckpt_put(m, 42, CKPT_LOCAL, CKPT_PINNED | CKPT_FOREIGN);
@@ -217,10 +218,12 @@ Test(repl_meta, documented_bytes)
 	cr_assert_eq(p[9], 1);
 	cr_assert_eq(get_u32(p + 25), 0);
 	cr_assert_eq(get_u64(p + 29), UINT64_C(20) << 30);
-	p += 4 + 33;
+	cr_assert_eq(p[37], 0);
+	p += 4 + 34;
 	cr_assert_arr_eq(p, "\x08\0vm1-data", 10);
 	cr_assert_eq(get_u32(p + 26), 7);
-	p += 38;
+	cr_assert_eq(p[38], VOLUME_PEER_STALE);
+	p += 39;
 	cr_assert_eq(get_u32(p), 4);
 	p += 4;
 	cr_assert_eq(get_u64(p), 7);
@@ -283,7 +286,7 @@ Test(repl_meta, versions_it_does_not_know)
 	free(m);
 }
 
-/* Version 1 ended its numbers with active_id: what it lacks is 0. */
+/* Version 1 ended its numbers with active_id and its volumes with their sizes: what it lacks is 0. */
 Test(repl_meta, version_1_is_read)
 {
 	struct repl_meta *m = meta_full(), *back = malloc(sizeof(*back));
@@ -291,11 +294,18 @@ Test(repl_meta, version_1_is_read)
 	int len = encode(m);
 	size_t at = 2 + strlen(m->group) + 16 + 1 + 1 + 4 + 144 + 10 * 8;
 
+	size_t behind = 4 + 4 * 26, flags[] = {(size_t)len - behind - 1, (size_t)len - behind - 39 - 1};
 	cr_assert_eq(get_u64(enc + at), 77);
+	for (unsigned i = 0; i < 2; i++) { /* the last volume's first */
+		cr_assert_eq(enc[flags[i]], i ? 0 : VOLUME_PEER_STALE);
+		memmove(enc + flags[i], enc + flags[i] + 1, (size_t)len - flags[i] - 1);
+	}
+	len -= 2;
 	memmove(enc + at, enc + at + 8, (size_t)len - at - 8);
 	memset(back, 0x5a, sizeof(*back));
 	cr_assert_eq(repl_meta_decode(back, enc, (size_t)len - 8, 1, &e), 0, "%s", e.text);
 	m->diverged_ns = 0;
+	m->volumes[1].flags = 0;
 	cr_assert_eq(memcmp(back, m, sizeof(*m)), 0);
 	cr_assert_eq(repl_meta_decode(back, enc, (size_t)len - 8, REPL_META_VERSION, NULL), -ERR_CORRUPT);
 	enc[2 + strlen(m->group) + 16 + 1 + 1 + 1] |= 1 << 4; /* `paused`: bit 12 of the flags, which came later */
@@ -459,7 +469,7 @@ Test(repl_meta, bytes_broken)
 	put_u64(enc + 27 + 3 * 8, 0); /* history[1] of 5 */
 	assert_refused(enc, len, "field lineage:");
 	/* counts that promise more than there is, or more than there may be */
-	size_t n_ckpts = len - 4 * 26 - 4, n_volumes = n_ckpts - 38 - 33 - 4;
+	size_t n_ckpts = len - 4 * 26 - 4, n_volumes = n_ckpts - 39 - 34 - 4;
 	encode(m);
 	cr_assert_eq(get_u32(enc + n_ckpts), 4);
 	put_u32(enc + n_ckpts, 5);

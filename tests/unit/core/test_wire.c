@@ -81,16 +81,19 @@ static struct wire_frame frame_min(unsigned type)
 	case WIRE_REFUSE:
 	case WIRE_HISTORY_LOST:
 	case WIRE_IO_ERROR:
+	case WIRE_WRITE_FAILED:
 		f.length_payload = 4;
 		break;
 	case WIRE_WRITE:
 	case WIRE_RESYNC_WRITE:
+	case WIRE_READ_REPLY:
 		f.length_payload = 1;
 		f.length = 1;
 		break;
 	case WIRE_ZERO:
 	case WIRE_DISCARD:
 	case WIRE_RESYNC_ZERO:
+	case WIRE_READ_REQ:
 		f.length = 1;
 		break;
 	case WIRE_CHECKPOINT:
@@ -99,6 +102,7 @@ static struct wire_frame frame_min(unsigned type)
 		f.offset = 1;
 		break;
 	case WIRE_RESYNC_DONE:
+	case WIRE_DETACH:
 		f.length_payload = 144;
 		break;
 	case WIRE_ACK:
@@ -189,11 +193,14 @@ Test(wire_header, payload_bounds_of_each_type)
 	    {WIRE_IO_ERROR, 4, 483, 1},
 	    {WIRE_HISTORY_LOST, 4, 483, 1},
 	    {WIRE_SETTINGS, 2, WIRE_SETTINGS_MAX, 1},
+	    {WIRE_DETACH, 144, 144, 1},
+	    {WIRE_READ_REPLY, 1, WIRE_PAYLOAD_MAX, 1},
+	    {WIRE_WRITE_FAILED, 4, 483, 1},
 	};
 
 	for (unsigned i = 0; i < N_TYPES; i++) {
 		uint32_t min = 0, max = 0, step = 1;
-		bool data = types[i] == WIRE_WRITE || types[i] == WIRE_RESYNC_WRITE;
+		bool data = types[i] == WIRE_WRITE || types[i] == WIRE_RESYNC_WRITE || types[i] == WIRE_READ_REPLY;
 		for (unsigned k = 0; k < sizeof(bounds) / sizeof(bounds[0]); k++) {
 			if (bounds[k].type == types[i]) {
 				min = bounds[k].min;
@@ -207,7 +214,7 @@ Test(wire_header, payload_bounds_of_each_type)
 			f.length_payload = lengths[k];
 			f.crc_payload = lengths[k] != 0;
 			f.length = data ? lengths[k] : f.length;
-			assert_refused(f, "length_payload");
+			assert_refused(f, types[i] == WIRE_READ_REPLY && lengths[k] == 0 ? "length" : "length_payload");
 		}
 		f.length_payload = max;
 		f.crc_payload = max != 0;
@@ -226,6 +233,32 @@ Test(wire_header, payload_bounds_of_each_type)
 	}
 }
 
+Test(wire_header, a_read_reply_is_what_its_flags_say)
+{
+	struct wire_frame f = frame_min(WIRE_READ_REPLY);
+	f.length = 4096;
+	assert_refused(f, "length_payload");
+	f.length_payload = 4096;
+	assert_taken(f);
+	f.flags = WIRE_READ_ZERO;
+	assert_refused(f, "length_payload");
+	f.length_payload = f.crc_payload = 0;
+	assert_taken(f);
+	f.flags = WIRE_READ_ERROR;
+	assert_refused(f, "length_payload");
+	f.length_payload = 4;
+	assert_taken(f);
+	f.flags = WIRE_READ_ERROR | WIRE_READ_ZERO;
+	assert_refused(f, "length_payload");
+	f = frame_min(WIRE_READ_REQ);
+	f.length = WIRE_PAYLOAD_MAX;
+	assert_taken(f);
+	f.length++;
+	assert_refused(f, "length");
+	f.length = 0;
+	assert_refused(f, "length");
+}
+
 Test(wire_header, flags_seq_and_reserved)
 {
 	for (unsigned i = 0; i < N_TYPES; i++) {
@@ -234,14 +267,17 @@ Test(wire_header, flags_seq_and_reserved)
 		for (unsigned bit = 0; bit < 16; bit++) {
 			struct wire_frame f = frame_min(t);
 			f.flags = (uint16_t)(1U << bit);
-			if ((allowed & f.flags) != 0)
+			if (t == WIRE_READ_REPLY && bit < 2) /* each says what its payload is: a test of their own */
+				assert_refused(f, "length_payload");
+			else if ((allowed & f.flags) != 0)
 				assert_taken(f);
 			else
 				assert_refused(f, "flags");
 		}
 		struct wire_frame f = frame_min(t);
 		f.seq = 0;
-		if ((t >= WIRE_WRITE && t <= WIRE_RESYNC_DONE) || t == WIRE_RESYNC_BEGIN)
+		if ((t >= WIRE_WRITE && t <= WIRE_RESYNC_DONE) || t == WIRE_RESYNC_BEGIN ||
+		    (t >= WIRE_DETACH && t <= WIRE_READ_REPLY))
 			assert_refused(f, "seq");
 		else
 			assert_taken(f);
@@ -319,7 +355,7 @@ Test(wire_header, values_in_offset_and_length)
 	    {WIRE_CHECKPOINT_ACK, 1, WIRE_CKPT_NUMBER_MAX, WIRE_VOID_ERROR},
 	    {WIRE_CHECKPOINT_WANT, 0, 3, UINT64_MAX},
 	    {WIRE_RESYNC_BEGIN, 1, UINT64_MAX, UINT64_MAX},
-	    {WIRE_BEHIND, 0, WIRE_BEHIND_CONGESTED, UINT64_MAX},
+	    {WIRE_BEHIND, 0, WIRE_BEHIND_FAILED, UINT64_MAX},
 	    {WIRE_RESYNC_READY, 0, WIRE_CKPT_NUMBER_MAX, UINT64_MAX},
 	};
 
@@ -758,6 +794,7 @@ static void join_some(struct wire_join *j)
 		memset(j->volumes[i].uuid, 0x10 + (int)i, 16);
 		j->volumes[i].id = 3 - i;
 		j->volumes[i].size = 512 * (i + 1);
+		j->volumes[i].flags = (uint8_t)(i ? VOLUME_STALE | VOLUME_REBUILD : VOLUME_PEER_STALE);
 	}
 }
 
@@ -792,8 +829,10 @@ Test(wire_join, documented_bytes_and_round_trip)
 	cr_assert_arr_eq(v + 4, "\x02\0v0\x10", 5);
 	cr_assert_eq(get_u32(v + 24), 3);
 	cr_assert_eq(get_u64(v + 28), 512);
-	cr_assert_arr_eq(v + 36, "\x02\0v1\x11", 5);
-	cr_assert_eq(v + 68 - buf, len);
+	cr_assert_eq(v[36], VOLUME_PEER_STALE);
+	cr_assert_arr_eq(v + 37, "\x02\0v1\x11", 5);
+	cr_assert_eq(v[69], VOLUME_STALE | VOLUME_REBUILD);
+	cr_assert_eq(v + 70 - buf, len);
 	POISON(back);
 	cr_assert_eq(wire_join_decode(&back, buf, (size_t)len, NULL), 0);
 	cr_assert_eq(memcmp(&back, &j, sizeof(j)), 0);
@@ -858,6 +897,8 @@ Test(wire_join, bad_fields_by_name)
 	JOIN_BAD("field volumes[1]: its name stands twice", j.volumes[1].name[1] = '0');
 	JOIN_BAD("field volumes[1]: its id stands twice", j.volumes[1].id = 3);
 	JOIN_BAD("field volumes[1]: its size", j.volumes[1].size = 0);
+	JOIN_BAD("field volumes[1]: its flags", j.volumes[1].flags = 8);
+	JOIN_BAD("field volumes[1]: it is being rebuilt", j.volumes[1].flags = VOLUME_REBUILD);
 	JOIN_BAD("field volumes[1]: its size", j.volumes[1].size = 511);
 	JOIN_BAD("field volumes[1]: its size", j.volumes[1].size = UINT64_MAX - 511);
 }
@@ -869,12 +910,12 @@ Test(wire_join, counts_that_lie)
 
 	join_some(&j);
 	size_t len = (size_t)wire_join_encode(&j, buf, sizeof(buf));
-	size_t at = len - 68;
+	size_t at = len - 70;
 	cr_assert_eq(get_u32(buf + at), 2);
 	put_u32(buf + at, 3);
 	assert_bad(decode_join, sizeof(j), buf, len, "field volumes:");
 	put_u32(buf + at, 1);
-	assert_bad(decode_join, sizeof(j), buf, len, "32 bytes too many");
+	assert_bad(decode_join, sizeof(j), buf, len, "33 bytes too many");
 	put_u32(buf + at, GROUP_VOLUMES_MAX + 1);
 	assert_bad(decode_join, sizeof(j), buf, len, "field n_volumes:");
 	put_u32(buf + at, UINT32_MAX);

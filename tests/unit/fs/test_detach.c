@@ -1,0 +1,319 @@
+/* Local disk errors on the primary, over two real daemons (tests/lib/pair.h) and a storage that fails when told to. */
+#include <criterion/criterion.h>
+#include <poll.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "core/os/clock.h"
+#include "tests/lib/pair.h"
+
+#define SIZE (UINT64_C(4) << 20)
+#define OK(call)                                                                                                       \
+	do {                                                                                                           \
+		int ok_ = (call);                                                                                      \
+		cr_assert_eq(ok_, 0, "%s: %d (%s / %s)", #call, ok_, p.a.err.text, p.b.err.text);                      \
+	} while (0)
+
+static struct pair p;
+static struct faults fa, fb;
+
+static json_t *named(void)
+{
+	return json_pack("{s:s, s:i}", "name", "vm", "timeout_ms", 10000);
+}
+
+static void set(const char *key, const char *value)
+{
+	OK(pair_do(&p.a, "set", json_pack("{s:s, s:{s:s}}", "name", "vm", "settings", key, value), NULL));
+}
+
+/* Everything 0x11, in sync, no automatic checkpoints. `match` names the files that fail. */
+static void begin(const char *match)
+{
+	fa.match = match;
+	fb.match = "/disk.raw";
+	OK(pair_open_with(&p, &fa, &fb));
+	OK(pair_create(&p.a, "vm", "vm", SIZE));
+	OK(pair_write(&p.a, "vm", 0, SIZE, 0x11));
+	set("checkpoint_interval", "0");
+	set("peer_timeout", "1s");
+	OK(pair_protect(&p, "vm"));
+	OK(pair_wait_state(&p.b, "vm", "RUNNING"));
+	OK(pair_wait_link(&p.b, "vm", "SYNCED"));
+}
+
+static void setup(void)
+{
+	begin("/disk.raw");
+}
+
+/* As a guest does: at most 1 MiB a request. */
+static int write_all(struct pair_host *h, uint64_t off, uint64_t len, uint8_t byte)
+{
+	int err = 0;
+	for (uint64_t n; len && !err; off += n, len -= n) {
+		n = len < (1 << 20) ? len : 1 << 20;
+		err = pair_write(h, "vm", off, n, byte);
+	}
+	return err;
+}
+
+static void teardown(void)
+{
+	pair_close(&p);
+}
+
+TestSuite(detach, .init = setup, .fini = teardown);
+
+static bool detached(void)
+{
+	json_t *all = daemon_status(p.a.d, "vm");
+	json_t *g = json_array_get(json_object_get(all, "groups"), 0);
+	bool yes = json_is_true(json_object_get(json_array_get(json_object_get(g, "volumes"), 0), "detached"));
+	json_decref(all);
+	return yes;
+}
+
+static int flush(struct pair_host *h)
+{
+	struct gvol *v = gvol_find(h->d, "vm");
+	int err = v ? gvol_flush(v, NULL) : -ERR_NOENT;
+	gvol_unref(v);
+	return err;
+}
+
+static void mend(struct faults *f)
+{
+	atomic_store(&f->write, 0);
+	atomic_store(&f->read, 0);
+	atomic_store(&f->sync, 0);
+}
+
+static void resync(void)
+{
+	OK(pair_do(&p.a, "resync", named(), NULL));
+	OK(pair_do(&p.a, "wait", json_pack("{s:s, s:s, s:i}", "name", "vm", "for", "in-sync", "timeout_ms", 10000),
+		   NULL));
+	cr_assert_not(detached());
+}
+
+/* Both disks hold `want` bytes, past the daemons. */
+static void disks_are(uint64_t off, uint64_t len, uint8_t want)
+{
+	OK(flush(&p.a));
+	OK(pair_disk_is(&p.a, "vm", off, len, want));
+	OK(pair_disk_is(&p.b, "vm", off, len, want));
+}
+
+Test(detach, a_failed_write_goes_to_the_peer_and_so_do_all_later_ones)
+{
+	char health[32];
+	atomic_store(&fa.write, -ERR_IO);
+	OK(pair_write(&p.a, "vm", 65536, 4096, 0x22));
+	cr_assert(detached());
+	OK(pair_disk_is(&p.b, "vm", 65536, 4096, 0x22)); /* as under C: it is there already */
+	unsigned failed = atomic_load(&fa.failed);
+	OK(pair_write(&p.a, "vm", 1 << 20, 1 << 20, 0x33));
+	cr_assert_eq(atomic_load(&fa.failed), failed, "the local disk is not touched again");
+	OK(pair_is(&p.a, "vm", 65536, 4096, 0x22));
+	OK(pair_is(&p.a, "vm", 1 << 20, 1 << 20, 0x33));
+	OK(pair_is(&p.a, "vm", 0, 65536, 0x11));
+	OK(pair_is(&p.a, "vm", 2 << 20, 2 << 20, 0x11));
+	OK(flush(&p.a));
+	pair_status(&p.a, "vm", "health", health, sizeof(health));
+	cr_assert_str_eq(health, "degraded");
+	cr_assert_eq(pair_do(&p.a, "stop", named(), NULL), -ERR_STATE);
+}
+
+Test(detach, a_failed_read_is_served_by_the_peer)
+{
+	atomic_store(&fa.read, -ERR_IO);
+	OK(pair_is(&p.a, "vm", 12345, 100000, 0x11));
+	cr_assert(detached());
+}
+
+Test(detach, a_failed_fsync_detaches_and_is_honoured_by_the_peer)
+{
+	OK(pair_write(&p.a, "vm", 0, 8192, 0x44));
+	atomic_store(&fa.sync_once, -ERR_IO);
+	OK(flush(&p.a));
+	cr_assert(detached());
+	OK(pair_disk_is(&p.b, "vm", 0, 8192, 0x44));
+	OK(flush(&p.a));
+}
+
+Test(detach, everything_is_at_the_peer_when_it_fails_over)
+{
+	atomic_store(&fa.write, -ERR_NOSPC);
+	OK(pair_write(&p.a, "vm", 0, 4096, 0x22));
+	OK(pair_do(&p.a, "checkpoint", named(), NULL));
+	OK(pair_write(&p.a, "vm", 4096, 4096, 0x33));
+	OK(flush(&p.a));
+	json_t *args = named();
+	json_object_set_new(args, "to", json_string("latest"));
+	OK(pair_do(&p.b, "failover", args, NULL));
+	OK(pair_is(&p.b, "vm", 0, 4096, 0x22));
+	OK(pair_is(&p.b, "vm", 4096, 4096, 0x33));
+	/* its old primary is behind and knows it */
+	OK(pair_wait_state(&p.a, "vm", "NONE"));
+	cr_assert_eq(pair_is(&p.a, "vm", 0, 4096, 0x22), -ERR_IO);
+}
+
+Test(detach, a_lost_peer_is_an_error_and_its_return_ends_it)
+{
+	atomic_store(&fa.write, -ERR_IO);
+	OK(pair_write(&p.a, "vm", 0, 4096, 0x22));
+	pair_host_stop(&p.b);
+	uint64_t since = clock_mono_ns();
+	cr_assert_eq(pair_write(&p.a, "vm", 0, 4096, 0x55), -ERR_IO);
+	cr_assert_eq(pair_is(&p.a, "vm", 0, 4096, 0x22), -ERR_IO);
+	cr_assert_eq(flush(&p.a), -ERR_IO);
+	cr_assert_lt(clock_mono_ns() - since, 30 * NS_PER_SEC);
+	OK(pair_host_start(&p, &p.b));
+	OK(pair_wait_link(&p.a, "vm", "SYNCED"));
+	cr_assert(detached());
+	OK(pair_is(&p.a, "vm", 0, 4096, 0x22));
+	OK(pair_write(&p.a, "vm", 0, 4096, 0x66));
+	OK(pair_is(&p.a, "vm", 0, 4096, 0x66));
+}
+
+Test(detach, it_stays_over_a_restart_of_the_primary)
+{
+	atomic_store(&fa.write, -ERR_IO);
+	OK(pair_write(&p.a, "vm", 0, 4096, 0x22));
+	OK(pair_write(&p.a, "vm", 1 << 20, 4096, 0x23));
+	pair_host_stop(&p.a);
+	mend(&fa);
+	OK(pair_host_start(&p, &p.a));
+	OK(pair_is(&p.a, "vm", 0, 4096, 0x22)); /* waits for the handshake, as any restarted primary */
+	cr_assert(detached());
+	OK(pair_is(&p.a, "vm", 1 << 20, 4096, 0x23));
+	OK(pair_write(&p.a, "vm", 2 << 20, 4096, 0x24));
+	OK(pair_disk_is(&p.b, "vm", 2 << 20, 4096, 0x24));
+	OK(pair_disk_is(&p.a, "vm", 2 << 20, 4096, 0x11));
+	cr_assert_eq(pair_status_int(&p.a, "vm", "dirty_bytes"), 0);
+	resync();
+	disks_are(0, 4096, 0x22);
+	disks_are(1 << 20, 4096, 0x23);
+	disks_are(2 << 20, 4096, 0x24);
+}
+
+Test(detach, without_its_peer_a_restarted_primary_serves_nothing_of_it)
+{
+	atomic_store(&fa.write, -ERR_IO);
+	OK(pair_write(&p.a, "vm", 0, 4096, 0x22));
+	pair_host_stop(&p.b);
+	pair_host_stop(&p.a);
+	mend(&fa);
+	OK(pair_host_start(&p, &p.a));
+	cr_assert_eq(pair_is(&p.a, "vm", 0, 4096, 0x11), -ERR_IO, "a stale disk passes for current");
+	cr_assert_eq(pair_write(&p.a, "vm", 0, 4096, 0x77), -ERR_IO);
+	OK(pair_host_start(&p, &p.b));
+	OK(pair_wait_link(&p.a, "vm", "SYNCED"));
+	OK(pair_is(&p.a, "vm", 0, 4096, 0x22));
+}
+
+Test(detach, resync_brings_the_disk_back_under_writes)
+{
+	atomic_store(&fa.write, -ERR_IO);
+	OK(write_all(&p.a, 0, 3 << 20, 0x22));
+	OK(pair_do(&p.a, "checkpoint", named(), NULL));
+	/* it fails still: nothing is gained, nothing lost */
+	OK(pair_do(&p.a, "resync", named(), NULL));
+	for (uint64_t end = clock_mono_ns() + 10 * NS_PER_SEC; clock_mono_ns() < end; (void)poll(NULL, 0, 5)) {
+		json_t *r = NULL;
+		OK(pair_do(&p.a, "error", named(), &r));
+		json_t *x = json_object_get(r, "error");
+		const char *op = json_string_value(json_object_get(x, "operation"));
+		bool there = op && strcmp(op, "resync") == 0;
+		json_decref(r);
+		if (there)
+			break;
+		OK(pair_write(&p.a, "vm", 100, 5000, 0x25));
+	}
+	cr_assert(detached());
+	mend(&fa);
+	OK(pair_do(&p.a, "resync", named(), NULL));
+	for (unsigned i = 0; i < 200; i++)
+		OK(pair_write(&p.a, "vm", (uint64_t)i * 20000, 20000, (uint8_t)(0x30 + i % 7)));
+	OK(pair_do(&p.a, "wait", json_pack("{s:s, s:s, s:i}", "name", "vm", "for", "in-sync", "timeout_ms", 10000),
+		   NULL));
+	cr_assert_not(detached());
+	for (unsigned i = 0; i < 200; i++)
+		disks_are((uint64_t)i * 20000, 20000, (uint8_t)(0x30 + i % 7));
+	disks_are(4000000, SIZE - 4000000, 0x11);
+	/* an ordinary pair again */
+	OK(pair_write(&p.a, "vm", 0, 4096, 0x77));
+	disks_are(0, 4096, 0x77);
+	pair_host_stop(&p.a);
+	OK(pair_host_start(&p, &p.a));
+	OK(pair_wait_link(&p.a, "vm", "SYNCED"));
+	cr_assert_not(detached());
+	OK(pair_is(&p.a, "vm", 0, 4096, 0x77));
+	OK(pair_do(&p.a, "stop", named(), NULL));
+}
+
+/* The whole store fails, as a lost medium does: the record cannot be saved here. The peer's tells, after the restart.
+ */
+Test(detach, the_peer_tells_a_primary_whose_record_could_not_be_saved, .init = NULL)
+{
+	begin("/");
+	atomic_store(&fa.write, -ERR_IO);
+	atomic_store(&fa.sync, -ERR_IO);
+	OK(pair_write(&p.a, "vm", 65536, 4096, 0x22));
+	OK(flush(&p.a));
+	OK(pair_is(&p.a, "vm", 65536, 4096, 0x22));
+	pair_host_stop(&p.a);
+	mend(&fa);
+	OK(pair_host_start(&p, &p.a));
+	OK(pair_is(&p.a, "vm", 65536, 4096, 0x22));
+	cr_assert(detached());
+	resync();
+	disks_are(65536, 4096, 0x22);
+}
+
+Test(detach, a_rebuild_goes_on_after_a_restart)
+{
+	atomic_store(&fa.write, -ERR_IO);
+	OK(write_all(&p.a, 0, SIZE, 0x22));
+	mend(&fa);
+	set("resync_rate", "512K");
+	OK(pair_do(&p.a, "resync", named(), NULL));
+	OK(pair_write(&p.a, "vm", 3 << 20, 4096, 0x33));
+	pair_host_stop(&p.a);
+	OK(pair_host_start(&p, &p.a));
+	OK(pair_wait_link(&p.a, "vm", "SYNCED"));
+	cr_assert(detached());
+	set("resync_rate", "0");
+	OK(pair_do(&p.a, "wait", json_pack("{s:s, s:s, s:i}", "name", "vm", "for", "in-sync", "timeout_ms", 20000),
+		   NULL));
+	cr_assert_not(detached());
+	disks_are(0, 3 << 20, 0x22);
+	disks_are(3 << 20, 4096, 0x33);
+	disks_are((3 << 20) + 4096, SIZE - (3 << 20) - 4096, 0x22);
+}
+
+Test(detach, pass_answers_the_error_and_syncs_the_range_again)
+{
+	set("on_io_error", "pass");
+	atomic_store(&fa.write, -ERR_IO);
+	cr_assert_eq(pair_write(&p.a, "vm", 65536, 8192, 0x22), -ERR_IO);
+	cr_assert_not(detached());
+	mend(&fa);
+	OK(pair_wait_link(&p.a, "vm", "SYNCED"));
+	OK(pair_do(&p.a, "wait", json_pack("{s:s, s:s, s:i}", "name", "vm", "for", "in-sync", "timeout_ms", 10000),
+		   NULL));
+	/* the half that was written is on both */
+	disks_are(65536, 4096, 0x22);
+	disks_are(65536 + 4096, 4096, 0x11);
+}
+
+Test(detach, without_a_synced_peer_an_error_is_the_guests)
+{
+	pair_host_stop(&p.b);
+	OK(pair_wait_link(&p.a, "vm", "DOWN"));
+	atomic_store(&fa.write, -ERR_IO);
+	cr_assert_eq(pair_write(&p.a, "vm", 0, 4096, 0x22), -ERR_IO);
+	cr_assert_not(detached());
+}
