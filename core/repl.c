@@ -1256,7 +1256,7 @@ static void cmd_start(struct repl *r, struct repl_command *c)
 	}
 }
 
-static bool peer_stale(const struct repl_meta *m)
+bool repl_peer_stale(const struct repl_meta *m)
 {
 	for (uint32_t i = 0; i < m->n_volumes; i++)
 		if (m->volumes[i].flags & VOLUME_PEER_STALE)
@@ -1282,7 +1282,7 @@ static void cmd_stop(struct repl *r, struct repl_command *c)
 		repl_command_done(
 		    r, c, -ERR_STATE,
 		    "a local disk is detached: only the peer holds its content; `resync` it first, or fail over there");
-	} else if (peer_stale(m)) {
+	} else if (repl_peer_stale(m)) {
 		repl_command_done(
 		    r, c, -ERR_STATE,
 		    "the primary's disk is detached: it writes through this host; `resync` it there first, "

@@ -288,6 +288,7 @@ struct tx *repl_tx_queued(struct repl *r, enum tx_kind kind); /* one that has no
 void repl_tx_run(struct repl *r);
 bool repl_tx_pending(const struct repl *r, enum tx_kind kind);
 void repl_gate_run(struct repl *r);
+bool repl_peer_stale(const struct repl_meta *m); /* a secondary's: a disk of the primary is detached */
 void repl_io_granted(struct repl *r, struct repl_io *io);
 void repl_io_finish(struct repl *r, struct repl_io *io, int error); /* ends its claim, completes it */
 /* Sets the io's claim: exclusive, over the whole blocks that it touches. */

@@ -24,6 +24,7 @@
  */
 #include "core/repl_internal.h"
 
+#include <stdio.h>
 #include <string.h>
 
 #include "core/check.h"
@@ -263,7 +264,7 @@ static void answer_read(struct repl *r, struct repl_io *io, int error)
 	a.frame.offset = io->off;
 	a.frame.length = io->len;
 	if (error) {
-		(void)strcpy(x.text, err_short(error));
+		(void)snprintf(x.text, sizeof(x.text), "%s", err_short(error));
 		int n = wire_refuse_encode(&x, r->scratch, sizeof(r->scratch));
 		a.io = NULL;
 		a.data = r->scratch;
@@ -402,7 +403,7 @@ void secondary_ack(struct repl *r, bool now)
 	uint64_t p = r->meta->settings.protocol;
 	bool due = now || r->now_ns - r->acked_ns >= ACK_LAZY_NS ||
 		   (p == PROTOCOL_B && a.received != r->acked.received) ||
-		   (p == PROTOCOL_C && a.applied != r->acked.applied);
+		   ((p == PROTOCOL_C || repl_peer_stale(r->meta)) && a.applied != r->acked.applied);
 	if (!due)
 		return;
 	r->acked = a;

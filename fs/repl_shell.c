@@ -144,7 +144,8 @@ static void emit_send(struct group *g, const struct repl_action *a)
 	/* Under A and F nobody waits for a write to be sent; a barrier that somebody waits for takes it along. */
 	unsigned t = a->frame.type;
 	uint64_t p = repl_meta(g->core)->settings.protocol;
-	bool lazy = (t == WIRE_WRITE || t == WIRE_ZERO || t == WIRE_DISCARD) && (p == PROTOCOL_A || p == PROTOCOL_F);
+	bool lazy = (t == WIRE_WRITE || t == WIRE_ZERO || t == WIRE_DISCARD) && (p == PROTOCOL_A || p == PROTOCOL_F) &&
+		    !a->io->strict;
 	if (t == WIRE_READ_REPLY && payload) {
 		send_reply(g, c, &a->frame, payload);
 		return;

@@ -3124,6 +3124,8 @@ Test(repl, a_secondary_syncs_and_records_a_detach_before_it_says_so)
 	EXPECT(h, "send:ACK done:b do:c/disk");
 	fin(h, "c"); /* the read overlaps it, and comes after it */
 	EXPECT(h, "do:d/disk done:c");
+	step(h, (struct repl_event){.type = EV_BATCH, .session = h->session});
+	EXPECT(h, "send:ACK"); /* under F too: the primary waits for each write */
 	fin_full(h, "d", -ERR_IO, false, 0, false);
 	EXPECT(h, "send:READ_REPLY#77 done:d=ERR_IO");
 	host_free(h);
