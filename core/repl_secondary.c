@@ -1319,10 +1319,24 @@ static void failover_synced(struct repl *r, int error)
 	t->arg = r->mark_io.ext_len;
 }
 
+static void adopt_synced(struct repl *r, uint64_t session, int error)
+{
+	if (!r->adopting || session != r->session || r->closing)
+		return; /* its connection has ended: nothing was given up */
+	if (error)
+		session_refuse(r, ERR_IO, "that host could not flush its disk before the sync");
+	else
+		repl_tx(r, TX_SECONDARY)->arg = 1;
+}
+
 static void synced(struct repl *r, int error)
 {
+	uint64_t session = r->sync_io.session; /* an adoption's has one */
+	r->sync_io.session = 0;
 	r->sync_busy = false;
-	if (r->failing_over) {
+	if (session) {
+		adopt_synced(r, session, error);
+	} else if (r->failing_over) {
 		failover_synced(r, error);
 	} else if (error) {
 		commit_failed(r, NULL, error);
@@ -1332,12 +1346,6 @@ static void synced(struct repl *r, int error)
 		r->presynced = r->throttled = true;
 		secondary_commit_pump(r);
 	}
-	if (!r->adopting || r->sync_io.session != r->session || r->closing)
-		return;
-	if (error)
-		session_refuse(r, ERR_IO, "that host could not flush its disk before the sync");
-	else
-		repl_tx(r, TX_SECONDARY)->arg = 1;
 }
 
 static void merged(struct repl *r, int error)

@@ -1824,6 +1824,22 @@ Test(lineage_core, an_adopted_copy_is_kept_in_the_write_that_makes_it_follow)
 	EXPECT(h, "");
 	fin(h, "a");
 	EXPECT(h, "done:a do:sync/ckpt");
+	guest(h, 'b', REPL_WRITE, 0, 4096);
+	EXPECT(h, "");
+	link_down(h); /* nothing is given up yet: its guests go on, at full speed */
+	EXPECT(h, "do:b/disk");
+	fin(h, "b");
+	fin_full(h, "sync", -ERR_IO, false, 0, false);
+	EXPECT(h, "done:b");
+	for (char c = 'c'; c < 'i'; c++)
+		guest(h, c, REPL_WRITE, 65536 * (uint64_t)c, 4096);
+	cr_assert_eq(h->n_submitted, 6);
+	for (char c[2] = "c"; c[0] < 'i'; c[0]++)
+		fin(h, c);
+	forget(h);
+	link_up(h, false);
+	join_frame(h, &peer_meta, WIRE_JOIN_PROTECT | WIRE_JOIN_ADOPT);
+	EXPECT(h, "do:sync/ckpt");
 	fin(h, "sync");
 	EXPECT(h, "save:secondary/NONE +2");
 	cr_assert(h->saved.inconsistent && h->saved.own_dirty && !h->saved.fresh);
