@@ -857,7 +857,7 @@ static void io_local(struct repl *r, struct repl_io *io)
 void repl_guest_failed(struct repl *r, struct repl_io *io, int error)
 {
 	/* Without its bit it is not written here: the map lies on the disk that fails. */
-	if (io->target == TARGET_INTENT && detach_failed(r, io->volume, error) && detach_route(r, io))
+	if (io->target == TARGET_INTENT && detach_failed(r, io->volume, io, error) && detach_route(r, io))
 		return;
 	r->writes_in_flight--;
 	if (io->target == TARGET_INTENT) {
@@ -899,7 +899,7 @@ static void read_done(struct repl *r, struct repl_io *io, int error)
 {
 	io->error = error;
 	io->tried = true;
-	if (error && detach_failed(r, io->volume, error) && detach_route(r, io))
+	if (error && detach_failed(r, io->volume, io, error) && detach_route(r, io))
 		return;
 	if (error)
 		repl_set_error(r, error, "read", (int)io->volume, io->off, io->len, "a local read of %s failed: %s",

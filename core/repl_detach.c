@@ -134,7 +134,7 @@ static bool is_disk_error(int error)
 	return error != -ERR_NOMEM && error != -ERR_CANCELED && error != -ERR_RANGE;
 }
 
-bool detach_failed(struct repl *r, uint32_t volume, int error)
+bool detach_failed(struct repl *r, uint32_t volume, const struct repl_io *io, int error)
 {
 	const char *name = r->meta->volumes[volume].name;
 	if (detach_of(r, volume)) {
@@ -147,8 +147,13 @@ bool detach_failed(struct repl *r, uint32_t volume, int error)
 	if (r->meta->settings.on_io_error != ON_IO_ERROR_DETACH || !is_disk_error(error) || !primary_live(r) ||
 	    r->link != LINK_SYNCED || r->stopping)
 		return false;
-	repl_log(r, 0, "the local disk of %s failed (%s) and is detached: its I/O goes to the peer", name,
-		 err_short(error));
+	const char *operation = io == NULL		      ? "flush"
+				: io->kind == REPL_READ	      ? "read"
+				: io->target == TARGET_INTENT ? "intent"
+							      : "write";
+	repl_set_error(r, error, operation, (int)volume, io ? io->off : 0, io ? io->len : 0,
+		       "a local %s of %s failed: %s; the disk is detached, its I/O goes to the peer", operation, name,
+		       err_short(error));
 	r->detaching |= mask_of(volume);
 	if (!r->lineage_pending)
 		r->detach_lineage = r->meta->lineage;
@@ -173,9 +178,11 @@ bool detach_flush_failed(struct repl *r, uint64_t failed, int error)
 	for (uint32_t i = 0; i < r->meta->n_volumes; i++) {
 		if (!(failed & mask_of(i)))
 			continue;
+		if (detach_failed(r, i, NULL, error))
+			continue;
+		all = false;
 		repl_set_error(r, error, "flush", (int)i, 0, 0, "a local flush of %s failed: %s",
 			       r->meta->volumes[i].name, err_short(error));
-		all = detach_failed(r, i, error) && all;
 	}
 	return all;
 }

@@ -353,7 +353,8 @@ void primary_send_write(struct repl *r, struct repl_io *io); /* numbers it, send
 
 /* repl_detach.c */
 void detach_init(struct repl *r);
-bool detach_failed(struct repl *r, uint32_t volume, int error); /* is, or is being, or now begins to be, detached */
+/* The volume is, or is being, or now begins to be, detached. io: what failed, NULL: a sync. */
+bool detach_failed(struct repl *r, uint32_t volume, const struct repl_io *io, int error);
 bool detach_flush_failed(struct repl *r, uint64_t failed, int error); /* the same of each volume in the mask */
 bool detach_route(struct repl *r, struct repl_io *io);		      /* took it: it goes through the peer */
 bool detach_flush(struct repl *r, struct repl_io *io);		      /* took it: it waits for the peer */

@@ -124,7 +124,7 @@ void primary_local_done(struct repl *r, struct repl_io *io)
 	if (r->meta->has_peer && !(stale && !(r->rebuild >> io->volume & 1)))
 		repl_mark_written(r, io);
 	if (io->error)
-		(void)detach_failed(r, io->volume, io->error);
+		(void)detach_failed(r, io->volume, io, io->error);
 	if (detach_route(r, io))
 		return;
 	if (io->error) {

@@ -2876,6 +2876,11 @@ Test(repl, nothing_is_answered_before_the_peer_has_the_detach)
 	guest(h, 'a', REPL_WRITE, 65536, 4096);
 	fin_full(h, "a", -ERR_IO, false, 0, false);
 	EXPECT(h, "do:a/disk send:DETACH#4");
+	struct repl_status st;
+	repl_status(h->r, h->now, &st);
+	cr_assert(st.error.code == ERR_IO && st.error.off == 65536 && st.error.len == 4096);
+	cr_assert_str_eq(st.error.operation, "write");
+	cr_assert_str_eq(st.error.volume, "vm");
 	/* What comes meanwhile waits, in order; what overlaps behind the claim. */
 	guest(h, 'b', REPL_WRITE, 65536, 4096);
 	guest(h, 'c', REPL_WRITE, 0, 512);
