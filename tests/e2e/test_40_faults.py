@@ -459,7 +459,8 @@ def test_full_primary():
                 image[i * 256 * KIB:(i + 1) * 256 * KIB] = data
         if pol == "pass":
             check(failed and all(e in (errno.ENOSPC, errno.EIO) for _, e in failed), "writes to a full disk: %r" % failed)
-            a.wait_status("vm1", 10, health="degraded")
+            check("a local write to vm1 failed" in a.log_text(), "the log does not say so", a.log_tail)
+            a.wait_status("vm1", 60, link="SYNCED", error=None)  # what the disk holds of those ranges was read and sent
         else:
             check(all(e in (errno.ENOSPC, errno.EIO) for _, e in failed), "writes to a full disk: %r" % failed)
         bad = {i for i, _ in failed}
