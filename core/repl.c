@@ -1687,7 +1687,7 @@ void repl_status(const struct repl *r, uint64_t now_ns, struct repl_status *s)
 		reason(s, "the peer has failed over; this copy waits for a failback");
 	if (m->state == STATE_FAILOVER_FAILED)
 		reason(s, "the commit of the failover met an error; run `failover` again when it is mended");
-	if (r->error.code)
+	if (r->error.code && !(m->split_brain && r->error.code == ERR_SPLIT)) /* that is said above */
 		reason(s, "%s", r->error.text);
 	if (m->role == ROLE_PRIMARY && m->state == STATE_DONE)
 		s->degraded = r->error.code != 0 || m->split_brain || s->link != LINK_SYNCED;

@@ -196,6 +196,19 @@ Test(roles, the_survivor_is_given_up_from_either_side)
 	cr_assert_eq(pair_status_int(&p.b, "vm", "split_brain"), -1);
 }
 
+Test(roles, status_says_it_once)
+{
+	split();
+	json_t *r = NULL;
+	OK(pair_do(&p.a, "status", named(), &r));
+	const json_t *g = json_array_get(json_object_get(r, "groups"), 0);
+	cr_assert_eq(json_array_size(json_object_get(g, "reasons")), 1);
+	cr_assert_str_eq(json_string_value(json_object_get(g, "health")), "split_brain");
+	cr_assert_str_eq(json_string_value(json_object_get(g, "link")), "DOWN");
+	cr_assert_str_eq(json_string_value(json_object_get(json_object_get(g, "error"), "code")), "ERR_SPLIT");
+	json_decref(r);
+}
+
 Test(roles, what_differs_is_told_on_both_sides)
 {
 	static const struct {
