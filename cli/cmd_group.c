@@ -67,7 +67,8 @@ int cmd_protect(struct cli *c)
 	bool wait = cli_has(c, "wait");
 	json_t *args = json_pack("{s:s, s:s}", "name", c->args[0], "peer", peer);
 	if (!args || !put_text(args, "protocol", cli_value(c, "protocol")) ||
-	    !put_flag(args, "adopt", cli_has(c, "adopt")) || !put_flag(args, "wait", wait)) {
+	    !put_flag(args, "adopt", cli_has(c, "adopt")) || !put_flag(args, "hash", cli_has(c, "hash")) ||
+	    !put_flag(args, "wait", wait)) {
 		json_decref(ids);
 		return no_memory(c, args);
 	}

@@ -57,7 +57,7 @@ static const struct cli_opt protect_opts[] = {
     {.name = "adopt", .help = "use the peer's volumes of the same names, their content kept as a checkpoint"},
     {.name = "id", .arg = "NAME=ID", .help = "the volume's id on the wire; may be given for each volume"},
     {.name = "wait", .help = "return when in sync, not when replication runs"},
-    {.name = "hash", .later = true, .help = "ship only blocks whose hash differs"},
+    {.name = "hash", .help = "compare hashes first and ship only what differs: for a copy that is there already"},
     {.name = NULL},
 };
 static const struct cli_opt checkpoint_opts[] = {

@@ -258,6 +258,7 @@ static void prepare_activate(struct repl *r, struct repl_meta *m)
 	if (r->protect) {
 		(void)snprintf(m->peer, sizeof(m->peer), "%s", r->dial_addr);
 		memset(m->peer_store, 0, sizeof(m->peer_store));
+		m->hash_sync = (r->protect->flags & PROTECT_HASH) != 0;
 	}
 }
 
@@ -305,6 +306,8 @@ static bool tx_prepare(struct repl *r, struct tx *t, struct repl_meta *m)
 	case TX_IN_SYNC:
 		if (t->session != r->session)
 			return false;
+		if (r->link == LINK_SYNCED && m->lineage.current == t->number)
+			m->hash_sync = false;
 		lineage_followed(&m->lineage, t->number);
 		if (m->lineage.bitmap == 0)
 			m->diverged_ns = 0;
@@ -390,7 +393,7 @@ void repl_tx_run(struct repl *r)
 		r->tx.active_id = r->meta->active_id;
 		bool applies = tx_prepare(r, &r->tx, r->next);
 		if (r->next->role != ROLE_PRIMARY)
-			r->next->paused = false;
+			r->next->paused = r->next->hash_sync = false;
 		if (!applies) {
 			struct tx t = r->tx;
 			int error = t.kind == TX_BUMP || t.kind == TX_SPLIT ? 0 : -ERR_CANCELED;
@@ -656,6 +659,7 @@ void repl_ready_claims(struct repl *r, struct reqset_claim *ready)
 		switch (io->kind) {
 		case REPL_RESYNC_SCAN:
 		case REPL_RESYNC_READ:
+		case REPL_RESYNC_HASH:
 			primary_resync_granted(r, io);
 			break;
 		case REPL_COMMIT:
@@ -968,7 +972,7 @@ static void ev_io_done(struct repl *r, struct repl_io *io, int error)
 		}
 	} else if (io == &r->union_io)
 		session_union_done(r, error);
-	else if (io->kind == REPL_RESYNC_SCAN || io->kind == REPL_RESYNC_READ)
+	else if (io->kind == REPL_RESYNC_SCAN || io->kind == REPL_RESYNC_READ || io->kind == REPL_RESYNC_HASH)
 		primary_resync_io_done(r, io, error);
 	else if (io->kind == REPL_REBUILD || io == &r->reopen_io || io == &r->attach_io)
 		detach_internal_done(r, io, error);
@@ -1604,6 +1608,24 @@ static enum link_state repl_link(const struct repl *r, uint64_t now_ns)
 	return r->closing || silent || r->meta->split_brain ? LINK_DOWN : r->link;
 }
 
+/* The rate is that of the last seconds: what the ETA needs, and what a changed resync_rate shows at once. */
+static void status_resync(const struct repl *r, uint64_t now_ns, struct repl_status *s)
+{
+	if (r->behind) { /* all that is dirty, once it begins */
+		s->resync_total = s->dirty_bytes;
+		return;
+	}
+	s->resync_total = r->rs_total;
+	s->resync_done = r->rs_total - min_u64(primary_resync_left(r), r->rs_total);
+	if (r->rs_n_samples == 0)
+		return;
+	uint64_t first = r->rs_n_samples > RATE_SAMPLES ? r->rs_n_samples - RATE_SAMPLES : 0;
+	uint64_t ns = r->rs_samples[first % RATE_SAMPLES].ns, done = r->rs_samples[first % RATE_SAMPLES].done;
+	uint64_t elapsed_ms = (now_ns - min_u64(now_ns, ns)) / UINT64_C(1000000);
+	if (elapsed_ms && s->resync_done > done)
+		s->resync_rate = (s->resync_done - done) * 1000 / elapsed_ms;
+}
+
 void repl_status(const struct repl *r, uint64_t now_ns, struct repl_status *s)
 {
 	const struct repl_meta *m = r->meta;
@@ -1630,14 +1652,7 @@ void repl_status(const struct repl *r, uint64_t now_ns, struct repl_status *s)
 		if (elapsed > UINT64_C(1000000))
 			s->resync_rate = s->resync_done * 1000 / (elapsed / UINT64_C(1000000));
 	} else if (s->resync) {
-		uint64_t left = 0;
-		for (uint32_t i = 0; i < m->n_volumes; i++)
-			left += r->rebuild >> i & 1 ? 0 : r->vol[i].todo.count << REGION_SHIFT;
-		s->resync_total = r->rs_total;
-		s->resync_done = r->rs_total - min_u64(left, r->rs_total);
-		uint64_t elapsed = now_ns - min_u64(now_ns, r->rs_started_ns);
-		if (elapsed > UINT64_C(1000000))
-			s->resync_rate = s->resync_done * 1000 / (elapsed / UINT64_C(1000000));
+		status_resync(r, now_ns, s);
 	}
 	s->commit = m->state == STATE_FAILOVER || m->state == STATE_FAILOVER_FAILED;
 	s->commit_done = r->commit_done;

@@ -44,10 +44,12 @@ enum repl_kind {
 	/* of the peer's stream only */
 	REPL_CHECKPOINT,
 	REPL_RESYNC_BEGIN,
+	REPL_HASH, /* compare the disk with payload's hashes: shell sets ext_len, a mask of the regions that differ */
 	REPL_RESYNC_DONE,
 	/* the core's own; see enum repl_target for what the shell does */
 	REPL_RESYNC_SCAN, /* find the extent at off: shell sets hole, ext_len (<= len) */
 	REPL_RESYNC_READ, /* read [off, off + len) into a buffer that the following ACT_SEND of this io sends */
+	REPL_RESYNC_HASH, /* the same with the hashes of its regions, seeded with hash_seed (docs/protocol.md, HASH) */
 	REPL_MARK,	  /* repl_mark every block in undo(base) .. live and active as dirty; then as REPL_INTENT_ALL */
 	REPL_COMMIT,	  /* volume_commit over [off, off + len) */
 	REPL_INTENT_CLEAR, /* clear the intent bits in the volumes' `clearing` maps */
@@ -67,8 +69,8 @@ enum repl_kind {
 
 /* What ACT_SUBMIT asks for. */
 enum repl_target {
-	TARGET_DISK,   /* WRITE ZERO DISCARD: volume_write; FLUSH: volume_sync of all volumes of the group but those in
-			* repl_unsynced; sets `failed` */
+	TARGET_DISK, /* WRITE ZERO DISCARD: volume_write; HASH; FLUSH: volume_sync of all volumes of the group but those
+		      * in repl_unsynced; sets `failed` */
 	TARGET_ACTIVE, /* WRITE ZERO DISCARD: volume_write_active; FLUSH: volume_sync_active of all, and the disks */
 	/* Set intent bits [mark_first, mark_first + mark_units), durably. Those that are asked for while a sync of the
 	 * map runs may share the next one. */
@@ -89,11 +91,12 @@ struct repl_io {
 	uint64_t arg;		 /* CHECKPOINT, MERGE: number. RESYNC_BEGIN: the source's generation */
 	uint32_t flags;		 /* CHECKPOINT: enum wire_ckpt_flags. MERGE: REPL_MERGE_FOR_ROOM */
 	struct lineage lineage;	 /* RESYNC_DONE: the source's. */
+	uint64_t hash_seed;	 /* RESYNC_HASH */
 	enum repl_target target; /* with ACT_SUBMIT */
 	uint64_t mark_first, mark_units; /* TARGET_INTENT */
 	/* results the shell sets before EV_IO_DONE */
 	bool hole;		    /* RESYNC_SCAN. MARK: active is not empty */
-	uint64_t ext_len;	    /* RESYNC_SCAN */
+	uint64_t ext_len;	    /* RESYNC_SCAN; HASH: which regions differ */
 	bool save_failed;	    /* old content could not be saved: the disk was not touched */
 	uint64_t failed;	    /* FLUSH of disks: a bit for each volume whose sync failed */
 	void *payload;		    /* the shell's own: bytes of a RESYNC_READ or of a stream's WRITE */
@@ -122,7 +125,7 @@ enum link_state { LINK_DOWN, LINK_HANDSHAKE, LINK_RESYNC, LINK_SYNCED };
 const char *link_state_name(unsigned s);
 
 enum repl_cmd {
-	CMD_PROTECT,  /* text: peer; flags: WIRE_JOIN_ADOPT; ids set in the record by the shell before */
+	CMD_PROTECT,  /* text: peer; flags: WIRE_JOIN_ADOPT, PROTECT_HASH; ids set in the record by the shell before */
 	CMD_FAILBACK, /* text: peer */
 	CMD_UNPROTECT,
 	CMD_RESOLVE, /* number: enum repl_discard; result: the loser's kept checkpoint, where this host is the loser */
@@ -137,6 +140,7 @@ enum repl_cmd {
 	CMD_RESUME,   /* answered when resync may begin; in sync is what `wait` waits for */
 	CMD_RESYNC,   /* rebuild detached disks from the peer; done when that has begun */
 };
+#define PROTECT_HASH (1U << 31) /* compare hashes before anything is sent, until the first time in sync */
 #define FAILOVER_DEFAULT 0
 #define FAILOVER_LATEST UINT64_MAX
 enum repl_discard { DISCARD_LOCAL, DISCARD_PEER };

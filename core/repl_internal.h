@@ -11,6 +11,10 @@
 #define REBUILDS_MAX 4
 #define RESYNC_RETRY_NS UINT64_C(2000000000) /* after a local read for a resync failed */
 #define RESYNC_READ_MAX (512U << 10)
+#define HASHES_MAX 16 /* hashed ranges whose answer is not there, or that are to be sent */
+#define RATE_SAMPLES 16
+#define RATE_SAMPLE_NS UINT64_C(500000000)
+#define RATE_BURST_NS UINT64_C(250000000)
 #define RESYNC_SCAN_MAX (UINT64_C(1) << 30)
 #define RESYNC_ZERO_FRAME_MAX (UINT64_C(64) << 20)
 #define RESYNC_QUEUE_MAX (UINT64_C(8) << 20)   /* bytes queued to the peer above which resync waits */
@@ -208,7 +212,17 @@ struct repl {
 	uint64_t rs_off;
 	uint32_t rs_data_vol;
 	uint64_t rs_data_off, rs_data_end;
-	uint64_t rs_total, rs_started_ns, rs_allow_ns;
+	uint64_t rs_total, rs_allow_ns;
+	struct {
+		uint64_t ns, done;
+	} rs_samples[RATE_SAMPLES]; /* of the last seconds, a ring; rs_n_samples counts on */
+	uint64_t rs_n_samples;
+	/* Ranges that were hashed: `seq` of the HASH, `mask` of the regions that the target says to differ. */
+	struct rs_hash {
+		bool used;
+		uint32_t volume;
+		uint64_t off, len, seq, mask;
+	} rs_hash[HASHES_MAX];
 
 	/* local disk errors (repl_detach.c): masks of volume indices */
 	uint64_t detaching; /* DETACH is sent and not confirmed */
@@ -330,6 +344,7 @@ bool primary_live(const struct repl *r);       /* a session as source stands */
 bool primary_forwarding(const struct repl *r); /* and it is not behind */
 void primary_congestion(struct repl *r);
 void primary_catch_up(struct repl *r);
+uint64_t primary_resync_left(const struct repl *r);
 void primary_local_done(struct repl *r, struct repl_io *io);
 void primary_flush_start(struct repl *r, struct repl_io *io);
 void primary_flush_done(struct repl *r, struct repl_io *io);

@@ -27,7 +27,8 @@
 	X(shut_out, 5)                                                                                                 \
 	X(broken, 6)                                                                                                   \
 	X(own_dirty, 7)                                                                                                \
-	X(paused, 12)
+	X(paused, 12)                                                                                                  \
+	X(hash_sync, 13)
 #define META_FLAG_BIT(field, bit) | UINT32_C(1) << (bit)
 #define META_FLAGS_ALL (0 META_FLAGS(META_FLAG_BIT))
 #define META_FLAGS_VERSION_1 0xffU

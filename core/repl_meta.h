@@ -71,6 +71,7 @@ struct repl_meta {
 	bool broken;	/* on_cow_error=break: no checkpoint is valid until the next */
 	bool own_dirty; /* an inconsistent target that had dirty regions of its own: `kept` stays pinned for good */
 	bool paused;	/* a primary that forwards nothing until `resume` */
+	bool hash_sync; /* a primary whose first sync compares hashes, and has not ended */
 	struct lineage lineage;
 	uint64_t sync_from;   /* with inconsistent: the source's generation */
 	uint64_t ckpt_max;    /* the highest number ever used or heard of; only grows */

@@ -8,8 +8,15 @@
  * [LOCALDUR, NEWER]. A write touches its regions when it starts and again when it is sent, so a write in flight over
  * the cut counts as newer.
  *
- * Resync: `todo` is the dirty set at the start of the session. Regions are read and sent under an exclusive claim
- * [RSLOCK]; a guest's write to a region still in `todo` is not forwarded, it will be read later. One pass converges.
+ * Resync: `todo` is the dirty set at its start. Regions are read and sent under an exclusive claim [RSLOCK]; a guest's
+ * write to a region still in `todo` is not forwarded, it will be read later. One pass converges. With `hash_sync` a
+ * region's hash is sent first, and its content only if the target says that it differs.
+ *
+ * Behind: a session stands, but nothing is forwarded: paused, or the queue was full (on_congestion=ahead). The host is
+ * alone as without a session: a generation is durable before anything completes [BUMPFIRST, BUMPFLUSH, BUMPC], what
+ * waited for the peer included; the clear cycle ends what it had begun, and no other begins. Catching up is a new
+ * resync in the same session: new requests wait for one save that ends being alone [BUMPAGAIN], `todo` becomes the
+ * dirty set, RESYNC_BEGIN follows all that was sent before. The same function begins a session's first resync.
  */
 #include "core/repl_internal.h"
 
@@ -27,6 +34,11 @@ bool primary_forwarding(const struct repl *r)
 	return primary_live(r) && !r->behind;
 }
 
+static uint32_t hash_payload(uint64_t len)
+{
+	return (uint32_t)(8 + WIRE_HASH_SIZE * units_of(len, WIRE_HASH_SHIFT));
+}
+
 void primary_send_io(struct repl *r, struct repl_io *io, unsigned type)
 {
 	struct repl_action a = {.type = ACT_SEND, .io = io};
@@ -36,7 +48,9 @@ void primary_send_io(struct repl *r, struct repl_io *io, unsigned type)
 	a.frame.volume = r->meta->volumes[io->volume].id;
 	a.frame.offset = io->off;
 	a.frame.length = io->len;
-	a.frame.length_payload = type == WIRE_WRITE || type == WIRE_RESYNC_WRITE ? (uint32_t)io->len : 0;
+	a.frame.length_payload = type == WIRE_WRITE || type == WIRE_RESYNC_WRITE ? (uint32_t)io->len
+				 : type == WIRE_HASH				 ? hash_payload(io->len)
+										 : 0;
 	r->last_was_flush = false;
 	r->queue_bytes += WIRE_HEADER_SIZE + a.frame.length_payload;
 	repl_emit(r, &a);
@@ -364,6 +378,30 @@ static void on_history_lost(struct repl *r, const struct repl_event *ev)
 		repl_tx(r, TX_PEER_BROKEN);
 }
 
+/* What differs is put back into todo, so that guests' writes there are not forwarded, and is read and sent as it is by
+ * then. Also while behind: the clear cycle asks todo what may not become clean. */
+static void on_hash_answer(struct repl *r, const struct wire_frame *f)
+{
+	struct rs_hash *h = NULL;
+	for (unsigned i = 0; i < HASHES_MAX; i++)
+		if (r->rs_hash[i].used && r->rs_hash[i].seq == f->seq)
+			h = &r->rs_hash[i];
+	r->progress_ns = r->now_ns;
+	if (f->seq != 0 && f->seq < r->rs_begin_seq) /* of a resync that has begun anew */
+		return;
+	if (h == NULL || h->mask != 0 || f->seq == 0 ||
+	    (units_of(h->len, REGION_SHIFT) < 64 && f->offset >> units_of(h->len, REGION_SHIFT) != 0)) {
+		session_protocol_error(r, "HASH_ANSWER out of order");
+		return;
+	}
+	h->mask = f->offset;
+	h->used = h->mask != 0;
+	for (uint64_t b = 0; b < 64; b++)
+		if (h->mask >> b & 1)
+			bitmap_set(&r->vol[h->volume].todo, (h->off >> REGION_SHIFT) + b);
+	primary_resync_pump(r);
+}
+
 void primary_frame(struct repl *r, const struct repl_event *ev)
 {
 	const struct wire_frame *f = ev->frame;
@@ -384,6 +422,9 @@ void primary_frame(struct repl *r, const struct repl_event *ev)
 		r->progress_ns = r->now_ns;
 		session_resolved(r); /* the loser has it durably */
 		primary_resync_pump(r);
+		break;
+	case WIRE_HASH_ANSWER:
+		on_hash_answer(r, f);
 		break;
 	case WIRE_RESYNC_ACK:
 		on_resync_ack(r, f);
@@ -642,7 +683,9 @@ static void resync_begin(struct repl *r)
 	r->rs_off = 0;
 	r->rs_data_end = r->rs_data_off = 0;
 	r->rs_total = 0;
-	r->rs_started_ns = r->rs_allow_ns = r->progress_ns = r->now_ns;
+	r->rs_allow_ns = r->progress_ns = r->now_ns;
+	r->rs_n_samples = 0;
+	memset(r->rs_hash, 0, sizeof(r->rs_hash));
 	r->cycle_on = false;
 	for (uint32_t i = 0; i < r->meta->n_volumes; i++) {
 		struct repl_volume_state *v = &r->vol[i];
@@ -793,6 +836,7 @@ void primary_session_lost(struct repl *r)
 	}
 	r->cycle_on = r->behind = r->congested = false;
 	r->rs_run++;
+	memset(r->rs_hash, 0, sizeof(r->rs_hash));
 	r->auto_ckpt = 0;
 	r->ckpt_wanted = false;
 	if (!repl_tx_pending(r, TX_STOPPED)) {
@@ -809,10 +853,29 @@ void primary_session_lost(struct repl *r)
 
 /* ---- time ---- */
 
+uint64_t primary_resync_left(const struct repl *r)
+{
+	uint64_t left = 0;
+	for (uint32_t i = 0; i < r->meta->n_volumes; i++) /* a detached disk's is what its rebuild has to read */
+		left += detach_of(r, i) ? 0 : r->vol[i].todo.count << REGION_SHIFT;
+	return left;
+}
+
+static void sample_rate(struct repl *r)
+{
+	if (r->rs_n_samples && r->now_ns - r->rs_samples[(r->rs_n_samples - 1) % RATE_SAMPLES].ns < RATE_SAMPLE_NS)
+		return;
+	uint64_t at = r->rs_n_samples++ % RATE_SAMPLES;
+	r->rs_samples[at].ns = r->now_ns;
+	r->rs_samples[at].done = r->rs_total - min_u64(primary_resync_left(r), r->rs_total);
+}
+
 void primary_tick(struct repl *r)
 {
 	const struct settings *s = &r->meta->settings;
-	if (r->now_ns - r->intent_looked_ns >= INTENT_LOOK_NS && r->meta->has_peer)
+	/* Often during a resync, so that after a crash it goes on about where it was. */
+	uint64_t look = primary_live(r) && r->link == LINK_RESYNC ? CYCLE_NS : INTENT_LOOK_NS;
+	if (r->now_ns - r->intent_looked_ns >= look && r->meta->has_peer)
 		intent_look(r);
 	while (r->frozen.head && !repl_frozen(r)) /* the setting was changed, or replication stopped */
 		repl_alone(r, list_pop(&r->frozen));
@@ -830,6 +893,8 @@ void primary_tick(struct repl *r)
 		r->progress_ns = r->now_ns;
 	if (r->link == LINK_SYNCED)
 		sample_received(r);
+	else if (!r->behind)
+		sample_rate(r);
 	pause_check(r);
 	primary_catch_up(r);
 	if (!r->behind && !r->cycle_on && r->now_ns >= r->cycle_next_ns)
@@ -882,7 +947,9 @@ static bool resync_may_go(struct repl *r)
 {
 	if (!resyncing(r))
 		return false;
-	if (r->queue_bytes > RESYNC_QUEUE_MAX || r->seq - r->applied > RESYNC_WINDOW_MAX / RESYNC_READ_MAX * 4)
+	/* The queue is for guests: a resync, the reads under way included, never fills it. */
+	uint64_t most = min_u64(RESYNC_QUEUE_MAX, r->meta->settings.queue_max_bytes / 4);
+	if (r->queue_bytes > most || r->seq - r->applied > RESYNC_WINDOW_MAX / RESYNC_READ_MAX * 4)
 		return false;
 	uint64_t rate = r->meta->settings.resync_rate;
 	return r->now_ns >= r->rs_retry_ns && (rate == 0 || r->now_ns >= r->rs_allow_ns);
@@ -900,48 +967,116 @@ static void resync_end(struct repl *r)
 	r->sample_ns = r->now_ns;
 }
 
+/* The bytes that one step may move: small under a low rate, so that it is kept evenly. */
+static uint64_t resync_step(const struct repl *r)
+{
+	uint64_t rate = r->meta->settings.resync_rate;
+	uint64_t step = rate ? round_down_u64(rate / 8, REGION_SIZE) : RESYNC_READ_MAX;
+	return min_u64(step < REGION_SIZE ? REGION_SIZE : step, RESYNC_READ_MAX);
+}
+
+/* A slow moment is made up for, up to RATE_BURST_NS: steps start on ticks. */
+static void resync_charge(struct repl *r, uint64_t bytes)
+{
+	uint64_t rate = r->meta->settings.resync_rate;
+	if (rate)
+		r->rs_allow_ns =
+		    max_u64(r->rs_allow_ns, r->now_ns - RATE_BURST_NS) + bytes * UINT64_C(1000000000) / rate;
+}
+
+static void resync_start(struct repl *r, struct repl_io *io, enum repl_kind kind, struct range range)
+{
+	io->kind = kind;
+	io->off = range.off;
+	io->len = range.len;
+	io->arg = r->rs_run;
+	if (kind != REPL_RESYNC_SCAN)
+		resync_charge(r, io->len);
+	repl_claim_blocks(io);
+	r->rs_busy[io - r->rs] = true;
+	if (reqset_add(&r->claims, &io->claim))
+		repl_submit(r, io, TARGET_OWN);
+}
+
+/* Sends a run of what a target has said to differ. */
+static bool resync_differing(struct repl *r, struct repl_io *io)
+{
+	for (unsigned i = 0; i < HASHES_MAX; i++) {
+		struct rs_hash *h = &r->rs_hash[i];
+		if (!h->used || h->mask == 0)
+			continue;
+		uint64_t first = 0, n = 0, most = resync_step(r) >> REGION_SHIFT;
+		while (!(h->mask >> first & 1))
+			first++;
+		for (; n < most && first + n < 64 && (h->mask >> (first + n) & 1); n++)
+			h->mask &= ~(UINT64_C(1) << (first + n));
+		h->used = h->mask != 0;
+		uint64_t off = first << REGION_SHIFT;
+		io->volume = h->volume;
+		resync_start(r, io, REPL_RESYNC_READ,
+			     (struct range){h->off + off, min_u64(n << REGION_SHIFT, h->len - off)});
+		return true;
+	}
+	return false;
+}
+
+static struct rs_hash *hash_slot(struct repl *r)
+{
+	for (unsigned i = 0; i < HASHES_MAX; i++)
+		if (!r->rs_hash[i].used)
+			return &r->rs_hash[i];
+	return NULL;
+}
+
+/* Starts the next step from the cursor on. False: there is none, or it has to wait. */
+static bool resync_go_on(struct repl *r, struct repl_io *io)
+{
+	uint32_t vol = 0;
+	struct range run;
+	if (!resync_next(r, &vol, &run))
+		return false;
+	bool data = r->rs_data_vol == vol && run.off >= r->rs_data_off && run.off < r->rs_data_end;
+	bool hash = data && r->meta->hash_sync;
+	struct rs_hash *h = hash ? hash_slot(r) : NULL;
+	if (hash && h == NULL)
+		return false;
+	run.len = min_u64(run.len, data ? resync_step(r) : RESYNC_SCAN_MAX);
+	if (h)
+		*h = (struct rs_hash){.used = true, .volume = vol, .off = run.off, .len = run.len};
+	io->volume = vol;
+	io->hash_seed = hash ? repl_random(r) : 0;
+	io->flags = h ? (uint32_t)(h - r->rs_hash) : 0;
+	r->rs_off = run.off + run.len;
+	resync_start(r, io, hash ? REPL_RESYNC_HASH : data ? REPL_RESYNC_READ : REPL_RESYNC_SCAN, run);
+	/* A scan decides where to go on: nothing else is started before it has ended. */
+	return data;
+}
+
+static bool resync_idle(const struct repl *r)
+{
+	for (unsigned i = 0; i < RESYNC_READS_MAX; i++)
+		if (r->rs_busy[i])
+			return false;
+	for (unsigned i = 0; i < HASHES_MAX; i++)
+		if (r->rs_hash[i].used)
+			return false;
+	return true;
+}
+
 void primary_resync_pump(struct repl *r)
 {
 	for (unsigned i = 0; i < RESYNC_READS_MAX; i++)
 		if (r->rs_busy[i] && r->rs[i].kind == REPL_RESYNC_SCAN)
 			return;
-	for (unsigned i = 0; i < RESYNC_READS_MAX && resync_may_go(r); i++) {
-		if (r->rs_busy[i])
-			continue;
-		uint32_t vol = 0;
-		struct range run;
-		if (!resync_next(r, &vol, &run))
+	for (unsigned i = 0; i < RESYNC_READS_MAX && resync_may_go(r); i++)
+		if (!r->rs_busy[i] && !resync_differing(r, &r->rs[i]) && !resync_go_on(r, &r->rs[i]))
 			break;
-		struct repl_io *io = &r->rs[i];
-		bool data = r->rs_data_vol == vol && run.off >= r->rs_data_off && run.off < r->rs_data_end;
-		io->kind = data ? REPL_RESYNC_READ : REPL_RESYNC_SCAN;
-		io->volume = vol;
-		io->off = run.off;
-		io->len = min_u64(run.len, data ? RESYNC_READ_MAX : RESYNC_SCAN_MAX);
-		io->arg = r->rs_run;
-		repl_claim_blocks(io);
-		r->rs_busy[i] = true;
-		/* A scan decides where to go on: nothing else is started before it has ended. */
-		r->rs_off = io->off + io->len;
-		bool scan = !data;
-		if (reqset_add(&r->claims, &io->claim))
-			repl_submit(r, io, TARGET_OWN);
-		if (scan)
-			break;
-	}
-	if (!resyncing(r))
+	if (!resyncing(r) || !resync_idle(r))
 		return;
-	for (unsigned i = 0; i < RESYNC_READS_MAX; i++)
-		if (r->rs_busy[i])
-			return;
-	for (uint32_t i = 0; i < r->meta->n_volumes; i++)
-		if (r->vol[i].todo.count && !detach_of(r, i)) {
-			if (r->rs_vol >=
-			    r->meta->n_volumes) /* a region that failed or was passed over: go round again */
-				r->rs_vol = 0, r->rs_off = 0;
-			return;
-		}
-	resync_end(r);
+	if (primary_resync_left(r) == 0)
+		resync_end(r);
+	else if (r->rs_vol >= r->meta->n_volumes) /* a region that failed or was passed over: go round again */
+		r->rs_vol = 0, r->rs_off = 0;
 }
 
 void primary_resync_granted(struct repl *r, struct repl_io *io)
@@ -1011,12 +1146,13 @@ void primary_resync_io_done(struct repl *r, struct repl_io *io, int error)
 	if (io->kind == REPL_RESYNC_SCAN) {
 		scan_done(r, io);
 	} else {
-		primary_send_io(r, io, WIRE_RESYNC_WRITE);
+		bool hash = io->kind == REPL_RESYNC_HASH;
+		primary_send_io(r, io, hash ? WIRE_HASH : WIRE_RESYNC_WRITE);
+		/* What is hashed counts as sent: guests' writes go out behind it. */
 		resync_sent(r, io, io->len);
-		r->counters.resync_bytes += io->len;
-		uint64_t rate = r->meta->settings.resync_rate;
-		if (rate)
-			r->rs_allow_ns = max_u64(r->rs_allow_ns, r->now_ns) + io->len * UINT64_C(1000000000) / rate;
+		r->counters.resync_bytes += hash ? hash_payload(io->len) : io->len;
+		if (hash)
+			r->rs_hash[io->flags].seq = io->seq;
 	}
 	repl_release_claim(r, io);
 	primary_resync_pump(r);

@@ -289,6 +289,8 @@ void secondary_apply_end(struct repl *r, struct repl_io *io, int error)
 	else if (error)
 		stop_applying(r, io, error, io->save_failed ? "saving the old content" : "writing a block");
 	bool counts = current(r, io) && !r->apply_stopped;
+	if (io->kind == REPL_HASH && counts) /* before the ACK that covers it, so the source clears nothing too early */
+		session_send(r, WIRE_HASH_ANSWER, io->seq, io->ext_len, 0, 0, NULL, 0);
 	repl_complete(r, io, error);
 	if (counts)
 		applied_up_to(r, last);

@@ -74,6 +74,7 @@ enum range_rule {
 	RANGE_ANY,   /* may be empty */
 	RANGE_READ,  /* 1 to WIRE_PAYLOAD_MAX bytes, no payload */
 	RANGE_REPLY, /* the same range: its bytes as payload, unless the flags say otherwise */
+	RANGE_HASH,  /* as many regions as the payload has hashes for */
 };
 
 struct type_rule {
@@ -126,6 +127,9 @@ static const struct type_rule rules[] = {
     [WIRE_READ_REPLY] = {SEQUENCED, PAYLOAD(0, WIRE_PAYLOAD_MAX), .range = RANGE_REPLY,
 			 .flags = WIRE_READ_ZERO | WIRE_READ_ERROR},
     [WIRE_WRITE_FAILED] = {PLAIN, PAYLOAD(REFUSE_MIN, REFUSE_MAX), .range = RANGE_ANY},
+    [WIRE_HASH] = {SEQUENCED, PAYLOAD(8 + WIRE_HASH_SIZE, 8 + WIRE_HASH_SIZE * WIRE_HASH_REGIONS_MAX),
+		   .range = RANGE_HASH},
+    [WIRE_HASH_ANSWER] = {PLAIN},
 };
 
 const char *wire_type_name(unsigned type)
@@ -193,6 +197,10 @@ static int range_check(const struct wire_frame *f, const struct type_rule *rule,
 	}
 	if (rule->range == RANGE_DATA && f->length != f->length_payload)
 		return frame_bad(e, f, "length", "not its payload's");
+	if (rule->range == RANGE_HASH &&
+	    (f->length == 0 || f->length > (uint64_t)WIRE_HASH_REGION * WIRE_HASH_REGIONS_MAX ||
+	     f->length_payload != 8 + WIRE_HASH_SIZE * units_of(f->length, WIRE_HASH_SHIFT)))
+		return frame_bad(e, f, "length", "not that of its hashes");
 	if (rule->range == RANGE_SPAN && (f->length == 0 || f->length > WIRE_SPAN_MAX))
 		return frame_bad(e, f, "length", "out of bounds");
 	if ((rule->range == RANGE_READ || rule->range == RANGE_REPLY) &&

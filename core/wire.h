@@ -61,6 +61,8 @@ enum wire_features {
 	X(SETTINGS_ACK, 38)    /* seq: token */                                                                        \
 	X(STOP_WANT, 39)       /* secondary → primary: stop the group cleanly */                                     \
 	X(BEHIND, 44)	       /* source → target: nothing more is forwarded; offset: enum wire_behind */            \
+	X(HASH, 45)	       /* seq volume offset length; payload: u64 seed, then a hash for each region */          \
+	X(HASH_ANSWER, 46)     /* seq: of HASH; offset: mask of its regions that differ */                             \
 	X(DETACH, 50)	       /* seq volume; payload: wire_lineage: the source's disk of it is gone. A barrier */     \
 	X(ATTACH, 51)	       /* seq volume: and is whole again. A barrier */                                         \
 	X(READ_REQ, 52)	       /* volume offset length; seq: token: the receiver's disk, behind all sent before */     \
@@ -80,6 +82,11 @@ enum wire_ckpt_flags {
 	WIRE_CKPT_STOP = 1 << 2, /* the clean stop's last one: the secondary moves to DONE with it */
 };
 enum wire_void { WIRE_VOID_NONE, WIRE_VOID_ACTIVE = 1, WIRE_VOID_ERROR = 2 };
+/* HASH: one hash for each WIRE_HASH_REGION bytes of its range, the last for what is left. */
+#define WIRE_HASH_SHIFT 16
+#define WIRE_HASH_REGION (1U << WIRE_HASH_SHIFT)
+#define WIRE_HASH_REGIONS_MAX 64U
+#define WIRE_HASH_SIZE 16U
 enum wire_behind { WIRE_BEHIND_PAUSED, WIRE_BEHIND_CONGESTED, WIRE_BEHIND_FAILED };
 enum wire_read_flags {
 	WIRE_READ_ZERO = 1 << 0,  /* the range is all zeroes: no payload */

@@ -3,7 +3,9 @@
 
 #include <stdlib.h>
 #include <string.h>
+#include <xxhash.h>
 
+#include "core/bytes.h"
 #include "core/check.h"
 #include "core/os/cleanup.h"
 
@@ -25,7 +27,7 @@ static int open_volume(struct repl_exec *x, const struct repl_meta *m, uint32_t 
 	if (!err)
 		err = intent_open(s, a.name, a.size,
 				  (a.durability == DURABILITY_POWER ? INTENT_DURABLE : 0U) |
-				      (m->has_peer ? INTENT_NEW_SET : 0U),
+				      (m->has_peer && !m->fresh ? INTENT_NEW_SET : 0U),
 				  &x->intents[i], e);
 	if (err)
 		return err;
@@ -82,6 +84,48 @@ int repl_exec_end(struct repl_exec *x)
 	return first;
 }
 
+/* ---- hashes ---- */
+
+/* One for each region, behind the 8 bytes of the seed (docs/protocol.md, HASH). */
+static int hash_range(struct repl_exec *x, const struct repl_io *io, uint64_t seed, uint8_t *out)
+{
+	_cleanup_free_ uint8_t *buf = malloc(io->len);
+	if (buf == NULL)
+		return -ERR_NOMEM;
+	int err = volume_read_disk(x->vols[io->volume], io->off, io->len, buf);
+	for (uint64_t at = 0; at < io->len && !err; at += WIRE_HASH_REGION, out += WIRE_HASH_SIZE) {
+		XXH128_hash_t h = XXH3_128bits_withSeed(buf + at, min_u64(io->len - at, WIRE_HASH_REGION), seed);
+		XXH128_canonicalFromHash((XXH128_canonical_t *)out, h);
+	}
+	return err;
+}
+
+static int hash_for_resync(struct repl_exec *x, struct repl_io *io)
+{
+	uint8_t *out = malloc(8 + WIRE_HASH_SIZE * units_of(io->len, WIRE_HASH_SHIFT));
+	if (out == NULL)
+		return -ERR_NOMEM;
+	put_u64(out, io->hash_seed);
+	int err = hash_range(x, io, io->hash_seed, out + 8);
+	if (err)
+		free(out);
+	else
+		io->payload = out;
+	return err;
+}
+
+/* What can't be read here differs: the resync writes it. */
+static void hash_compare(struct repl_exec *x, struct repl_io *io)
+{
+	const uint8_t *theirs = (const uint8_t *)io->payload + 8;
+	uint8_t mine[WIRE_HASH_SIZE * WIRE_HASH_REGIONS_MAX];
+	int err = hash_range(x, io, get_u64(io->payload), mine);
+	io->ext_len = 0;
+	for (uint64_t i = 0; i < units_of(io->len, WIRE_HASH_SHIFT); i++)
+		if (err || memcmp(mine + i * WIRE_HASH_SIZE, theirs + i * WIRE_HASH_SIZE, WIRE_HASH_SIZE) != 0)
+			io->ext_len |= UINT64_C(1) << i;
+}
+
 /* ---- writes, flushes ---- */
 
 static struct volume_req req_of(const struct repl_io *io, const void *buf)
@@ -93,16 +137,63 @@ static struct volume_req req_of(const struct repl_io *io, const void *buf)
 	return q;
 }
 
+static bool all_zero(const uint8_t *buf, uint64_t len)
+{
+	return len == 0 || (buf[0] == 0 && memcmp(buf, buf + 1, len - 1) == 0);
+}
+
+/* Of a resync: only what does not read as zeroes already is changed, so that a copy that is equal costs no undo blocks.
+ */
+static int resync_zero(struct repl_exec *x, struct repl_io *io)
+{
+	struct volume *v = x->vols[io->volume];
+	_cleanup_free_ uint8_t *buf = NULL;
+	int err = 0;
+	io->save_failed = false;
+	for (uint64_t off = io->off, end = io->off + io->len; off < end && !err;) {
+		struct extent ext;
+		if ((err = volume_extent(v, LAYER_DISK, 0, off, &ext)) < 0)
+			return err;
+		uint64_t n = min_u64(ext.off + ext.len, end) - off;
+		if (ext.data) {
+			n = min_u64(n, REGION_SIZE);
+			if (buf == NULL && (buf = malloc(REGION_SIZE)) == NULL)
+				return -ERR_NOMEM;
+			struct volume_req q = {.kind = VOLUME_ZERO, .off = off, .len = n};
+			/* What can't be read is no reason not to overwrite it. */
+			if (volume_read_disk(v, off, n, buf) < 0 || !all_zero(buf, n)) {
+				err = volume_write(v, &q, 1);
+				io->save_failed = q.save_failed;
+			}
+		}
+		off += n;
+	}
+	return err;
+}
+
 void repl_exec_apply(struct repl_exec *x, struct repl_io *const *ios, unsigned n, int *errors)
 {
 	struct volume_req reqs[VOLUME_BATCH_MAX];
+	unsigned at[VOLUME_BATCH_MAX], k = 0;
 	PRE(n > 0 && n <= VOLUME_BATCH_MAX);
-	for (unsigned i = 0; i < n; i++)
-		reqs[i] = req_of(ios[i], ios[i]->payload);
-	(void)volume_write(x->vols[ios[0]->volume], reqs, n);
 	for (unsigned i = 0; i < n; i++) {
-		ios[i]->save_failed = reqs[i].save_failed;
-		errors[i] = reqs[i].error;
+		errors[i] = 0;
+		if (ios[i]->kind == REPL_HASH) {
+			hash_compare(x, ios[i]);
+			continue;
+		}
+		if (ios[i]->resync && ios[i]->kind == REPL_ZERO) {
+			errors[i] = resync_zero(x, ios[i]);
+			continue;
+		}
+		reqs[k] = req_of(ios[i], ios[i]->payload);
+		at[k++] = i;
+	}
+	if (k)
+		(void)volume_write(x->vols[ios[0]->volume], reqs, k);
+	for (unsigned i = 0; i < k; i++) {
+		ios[at[i]]->save_failed = reqs[i].save_failed;
+		errors[at[i]] = reqs[i].error;
 	}
 }
 
@@ -303,11 +394,6 @@ static int merge(struct repl_exec *x, struct repl_io *io)
 	return err;
 }
 
-static bool all_zero(const uint8_t *p, uint64_t len)
-{
-	return len == 0 || (p[0] == 0 && memcmp(p, p + 1, len - 1) == 0);
-}
-
 /* Of a guest, into its buffer; of the peer, into one that its answer takes along, if there is anything to tell. */
 static int read_disk(struct repl_exec *x, struct repl_io *io, void *into)
 {
@@ -374,6 +460,8 @@ int repl_exec_io(struct repl_exec *x, struct repl_io *io, const void *buf, void 
 		return scan(x, io);
 	case REPL_RESYNC_READ:
 		return read_for_resync(x, io);
+	case REPL_RESYNC_HASH:
+		return hash_for_resync(x, io);
 	case REPL_MARK:
 		return mark(x, io);
 	case REPL_COMMIT:
@@ -397,7 +485,7 @@ int repl_exec_io(struct repl_exec *x, struct repl_io *io, const void *buf, void 
 
 bool repl_exec_is_stream(unsigned type)
 {
-	return (type >= WIRE_WRITE && type <= WIRE_RESYNC_DONE) || type == WIRE_RESYNC_BEGIN ||
+	return (type >= WIRE_WRITE && type <= WIRE_RESYNC_DONE) || type == WIRE_RESYNC_BEGIN || type == WIRE_HASH ||
 	       (type >= WIRE_DETACH && type <= WIRE_READ_REQ);
 }
 
@@ -416,6 +504,8 @@ static enum repl_kind stream_kind(unsigned type)
 		return REPL_CHECKPOINT;
 	case WIRE_RESYNC_BEGIN:
 		return REPL_RESYNC_BEGIN;
+	case WIRE_HASH:
+		return REPL_HASH;
 	case WIRE_RESYNC_DONE:
 		return REPL_RESYNC_DONE;
 	case WIRE_DETACH:
@@ -468,7 +558,7 @@ const char *repl_exec_stream_io(struct repl_exec *x, const struct wire_frame *f,
 	const char *why = NULL;
 	io->kind = stream_kind(f->type);
 	io->seq = f->seq;
-	io->resync = f->type == WIRE_RESYNC_WRITE || f->type == WIRE_RESYNC_ZERO;
+	io->resync = f->type == WIRE_RESYNC_WRITE || f->type == WIRE_RESYNC_ZERO || f->type == WIRE_HASH;
 	if (io->kind == REPL_CHECKPOINT) {
 		io->arg = f->offset;
 		io->flags = f->flags;
@@ -487,7 +577,7 @@ const char *repl_exec_stream_io(struct repl_exec *x, const struct wire_frame *f,
 	} else if (io->kind != REPL_FLUSH) {
 		why = stream_range(x, f, io);
 	}
-	if (why == NULL && io->kind == REPL_WRITE)
+	if (why == NULL && (io->kind == REPL_WRITE || io->kind == REPL_HASH))
 		io->payload = payload;
 	return why;
 }

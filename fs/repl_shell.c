@@ -286,7 +286,7 @@ static void io_done(struct group *g, struct repl_io *io, int error)
 	struct outbox o;
 	outbox_init(&o);
 	lock_with(g, &o);
-	bool read = io->kind == REPL_RESYNC_READ;
+	bool read = io->kind == REPL_RESYNC_READ || io->kind == REPL_RESYNC_HASH;
 	step(g, &ev);
 	if (read) { /* not sent after all: its session had ended. It is not read again before the lock is released. */
 		free(io->payload);

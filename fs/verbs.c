@@ -661,7 +661,8 @@ static int do_protect(const struct call *c)
 			err = err_set(c->e, ERR_NOMEM, "out of memory");
 		} else {
 			(void)snprintf(sc->c.text, sizeof(sc->c.text), "%s", peer);
-			sc->c.flags = arg_bool(c, "adopt", false) ? WIRE_JOIN_ADOPT : 0;
+			sc->c.flags = (arg_bool(c, "adopt", false) ? (uint32_t)WIRE_JOIN_ADOPT : 0U) |
+				      (arg_bool(c, "hash", false) ? PROTECT_HASH : 0U);
 			err = group_command(g, sc, c->ctl, deadline(c), c->e);
 			shell_command_unref(sc);
 		}

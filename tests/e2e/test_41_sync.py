@@ -2,6 +2,8 @@
 """Falling behind and catching up: pause and resume, on_congestion=ahead, resyncs that are cut on either side, rate,
 hashes, failover in the middle of one (SPEC 5, 6, 8: I1 to I5, I12, I16, I17)."""
 
+import errno
+import json
 import os
 import sys
 import threading
@@ -146,6 +148,176 @@ def test_pause_under_load_by_protocol():
     log.verify({"vm1": p.b.checkpoint_file("vm1", n)}, required=log.completed_before(now), what="checkpoint %d" % n)
     w.stop()
     p.same()
+
+
+def resync(p):
+    return p.a.status("vm1")["resync"]
+
+
+def half_done(p, at_most):
+    """The initial sync has so much behind it that at most `at_most` bytes are not known to be durable on both."""
+    def there():
+        s = p.a.status("vm1")
+        check(s["link"] == "RESYNC", "the resync ended too soon: %r" % s)
+        return s["resync"]["done"] > 0 and s["dirty_bytes"] <= at_most
+    wait_for(there, "half of the sync", WAIT)
+
+
+def test_killed_on_either_side_it_goes_on():
+    """A resync that is cut by kill -9 of the target, then of the source, sends again only what was not known to be durable."""
+    p = Pair()
+    size = 48 * MIB
+    vol = p.a.create("vm1", size)
+    e2e.pwrite(vol, 0, os.urandom(size), sync=True)
+    p.a.repctl("set", "vm1", "resync_rate=8M", "checkpoint_interval=0")
+    p.a.repctl("protect", "vm1", "--peer", p.peer)
+    half_done(p, 32 * MIB)
+    p.b.kill9()
+    p.a.wait_status("vm1", WAIT, link="DOWN")
+    left, sent = p.a.status("vm1")["dirty_bytes"], counter(p.a, "resync_bytes")
+    check(left <= 32 * MIB, "dirty after the target was killed: %d" % left)
+    p.b.start()
+    p.a.wait_status("vm1", WAIT, link="RESYNC")
+    check_eq(resync(p)["total"], left, "bytes to do when the target is back")
+    half_done(p, 16 * MIB)
+    e2e.pwrite(vol, 0, b"w" * BLOCK, sync=True)  # the guest goes on
+    check(counter(p.a, "resync_bytes") - sent <= left, "sent after the target was back: %d of %d" % (counter(p.a, "resync_bytes") - sent, left))
+    p.a.kill9()
+    p.a.start()
+    p.a.wait_status("vm1", WAIT, link="RESYNC")
+    again = resync(p)["total"]
+    check(again <= 32 * MIB, "bytes to do after kill -9 of the source: %d" % again)
+    p.b.repctl("failover", "vm1", code=5).says("--force")  # an unfinished first sync has nothing to go back to
+    p.a.repctl("set", "vm1", "resync_rate=0")
+    p.a.repctl("wait", "vm1", "--for=in-sync")
+    check(counter(p.a, "resync_bytes") <= again + MIB, "sent after kill -9 of the source: %d" % counter(p.a, "resync_bytes"))
+    same_and_checkpoint(p)
+
+
+def test_rate_and_progress():
+    p = Pair()
+    size = 64 * MIB
+    vol = p.a.create("vm1", size)
+    e2e.pwrite(vol, 0, os.urandom(size), sync=True)
+    p.a.repctl("set", "vm1", "resync_rate=4M", "checkpoint_interval=0")
+    p.a.repctl("protect", "vm1", "--peer", p.peer)
+    begun = time.monotonic()
+    wait_for(lambda: resync(p)["done"] >= 8 * MIB, "8 MiB", WAIT)
+    check(time.monotonic() - begun >= 1.5, "8 MiB at 4 MiB/s took %.1f s" % (time.monotonic() - begun))
+    r = resync(p)
+    check(r["rate"] <= 6 * MIB, "rate: %r" % r)
+    check(r["rate"] > 0 and abs(r["eta_s"] - (r["total"] - r["done"]) / r["rate"]) < 0.01 * r["eta_s"] + 0.1, "eta: %r" % r)
+    check_eq(r["total"], size, "total")
+    check("resync" in p.a.repctl("status", "vm1").out and "left" in p.a.repctl("status", "vm1").out, "status text")
+    answers = []
+    t = threading.Thread(target=lambda: answers.append(p.a.repctl("--json", "wait", "vm1", "--for=in-sync")))
+    t.start()
+    wait_for(lambda: resync(p)["done"] >= 14 * MIB, "14 MiB", WAIT)
+    p.a.repctl("set", "vm1", "resync_rate=0")
+    t.join(WAIT)
+    lines = [json.loads(x) for x in answers[0].err.splitlines()]
+    check(lines and all(0 <= x["done"] <= x["total"] and "rate" in x and "eta_s" in x for x in lines), "progress of wait: %r" % lines)
+    p.a.wait_status("vm1", 1, link="SYNCED")
+    check_eq(resync(p), None, "resync when in sync")
+    same_and_checkpoint(p)
+
+
+def test_hash():
+    """A copy that is there already costs hashes, not data; what differs, and only that, is sent and kept; cut in the middle too."""
+    p = Pair()
+    size = 32 * MIB
+    va, vb = p.a.create("vm1", size), p.b.create("vm1", size)
+    data = bytearray(os.urandom(20 * MIB))
+    e2e.pwrite(va, 0, bytes(data), sync=True)
+    old = bytearray(data)
+    old[5 * MIB:5 * MIB + BLOCK] = b"o" * BLOCK
+    e2e.pwrite(vb, 0, bytes(old))
+    e2e.pwrite(vb, 24 * MIB, b"h" * 2 * BLOCK)  # a hole on the source
+    e2e.pwrite(vb, 28 * MIB, bytes(MIB), sync=True)  # zeroes there, a hole here: equal
+    p.a.repctl("set", "vm1", "resync_rate=8M", "checkpoint_interval=0")
+    p.a.repctl("protect", "vm1", "--peer", p.peer, "--hash", code=5).says("--adopt")
+    p.a.repctl("protect", "vm1", "--peer", p.peer, "--adopt", "--hash")
+    wait_for(lambda: (resync(p) or {"done": size})["done"] >= 6 * MIB, "some of it", WAIT)
+    sent = counter(p.a, "resync_bytes")
+    p.a.kill9()
+    p.a.start()
+    p.a.repctl("set", "vm1", "resync_rate=0")
+    p.a.repctl("wait", "vm1", "--for=in-sync")
+    sent += counter(p.a, "resync_bytes")
+    check(sent <= 192 * KIB, "%d bytes were sent for one block" % sent)
+    check(counter(p.b, "cow_bytes") <= 256 * KIB, "%d bytes of old content were saved" % counter(p.b, "cow_bytes"))
+    same_and_checkpoint(p)
+    kept = [c["number"] for c in p.b.ctl("checkpoints", name="vm1")["checkpoints"] if c["kind"] == "local" and c["pinned"]]
+    check_eq(len(kept), 1, "pinned checkpoints of what was there")
+    e2e.check_bytes(p.b.checkpoint_file("vm1", kept[0]), 5 * MIB, BLOCK, ord("o"), "what was there", direct=False)
+    e2e.check_bytes(p.b.checkpoint_file("vm1", kept[0]), 24 * MIB, 2 * BLOCK, ord("h"), "what was there", direct=False)
+    # later resyncs send what is dirty as it is
+    p.a.repctl("pause", "vm1")
+    e2e.pwrite(va, 0, bytes(data[:MIB]), sync=True)
+    before = counter(p.a, "resync_bytes")
+    p.a.repctl("resume", "vm1")
+    p.a.repctl("wait", "vm1", "--for=in-sync")
+    check(counter(p.a, "resync_bytes") - before >= MIB, "a resync of dirty regions compared hashes")
+
+
+def mid_resync(restart):
+    """b: checkpoint of 0x11, then 0x22 in its first half; then, in a resync that has not ended, 0x33 over the first MiBs."""
+    p = Pair()
+    (vol,) = p.protect(size=SIZE)
+    e2e.pwrite(vol, 0, b"\x11" * SIZE, sync=True)
+    n = p.checkpoint()
+    e2e.pwrite(vol, 0, b"\x22" * (SIZE // 2), sync=True)
+    clean(p)
+    p.a.repctl("pause", "vm1")
+    e2e.pwrite(vol, 0, b"\x33" * SIZE, sync=True)
+    p.a.repctl("set", "vm1", "resync_rate=1M")
+    p.a.repctl("resume", "vm1")
+    wait_for(lambda: e2e.pread(p.b.disk("vm1"), MIB, BLOCK, direct=False) == b"\x33" * BLOCK, "the resync to write", WAIT)
+    e2e.check_bytes(p.b.volume("vm1"), 0, SIZE, 0x11, "the view during a resync")
+    p.a.wait_status("vm1", 1, link="RESYNC")
+    p.b.repctl("checkpoint", "vm1", code=5)
+    p.a.kill9()
+    p.b.wait_status("vm1", WAIT, link="DOWN")
+    if restart:
+        p.b.kill9()
+        p.b.start()
+    return p, n
+
+
+def test_failover_in_a_resync_goes_back_to_the_last_checkpoint():
+    p, n = mid_resync(restart=True)
+    r = p.b.ctl("failover", name="vm1", wait=True)
+    check_eq(r["checkpoint"], n, "the outcome")
+    e2e.check_bytes(p.b.volume("vm1"), 0, SIZE, 0x11, "after the failover")
+    e2e.check_bytes(p.b.disk("vm1"), 0, SIZE, 0x11, "the disk after the commit", direct=False)
+
+
+def test_failover_to_latest_in_a_resync_is_the_disk_as_it_began():
+    p, n = mid_resync(restart=False)
+    p.b.repctl("failover", "vm1", "--to", "latest", "--wait")
+    for path, direct in ((p.b.volume("vm1"), True), (p.b.disk("vm1"), False)):
+        e2e.check_bytes(path, 0, SIZE // 2, 0x22, "what was flushed in sync", direct=direct)
+        e2e.check_bytes(path, SIZE // 2, SIZE // 2, 0x11, "what was there before", direct=direct)
+
+
+def test_a_frozen_group_that_is_paused_or_ended():
+    """freeze holds what the peer's loss holds; a pause is no loss; a shutdown answers EIO."""
+    p = Pair(proxy=True)
+    (vol,) = p.protect(size=MIB, on_disconnect="freeze", peer_timeout="1s")
+    p.a.repctl("pause", "vm1")
+    e2e.pwrite(vol, 0, b"p" * BLOCK, sync=True)
+    p.a.repctl("resume", "vm1")
+    p.a.wait_synced("vm1", WAIT)
+    p.proxy.down()
+    p.a.wait_status("vm1", WAIT, link="DOWN")
+    done = []
+    t = threading.Thread(target=lambda: done.append(e2e.errno_of(e2e.pwrite, vol, 0, b"f" * BLOCK)))
+    t.start()
+    t.join(1.0)
+    check(t.is_alive(), "a write went through a frozen group (%r)" % done)
+    p.a.stop()
+    t.join(WAIT)
+    check(done and done[0] in (errno.EIO, errno.ENOTCONN, errno.ECONNABORTED), "the frozen write at the end: %r" % done)
 
 
 if __name__ == "__main__":

@@ -39,9 +39,9 @@ static void note(struct host *h, const char *fmt, ...)
 
 static const char *name_of(const struct repl_io *io)
 {
-	static const char *const kinds[] = {"write", "zero",   "discard", "sync",    "ckpt",   "rbegin",  "rdone",
-					    "scan",  "read",   "mark",	  "commit",  "iclear", "intents", "merge",
-					    "gread", "detach", "attach",  "rebuild", "reopen"};
+	static const char *const kinds[] = {"write",   "zero",	"discard", "sync",   "ckpt",   "rbegin",  "hash",
+					    "rdone",   "scan",	"read",	   "rhash",  "mark",   "commit",  "iclear",
+					    "intents", "merge", "gread",   "detach", "attach", "rebuild", "reopen"};
 	static char letter[2];
 	if (io->internal)
 		return kinds[io->kind];
@@ -1161,6 +1161,177 @@ Test(repl, a_full_queue_delays_or_falls_behind_until_it_has_drained)
 		EXPECT(h, "send:RESYNC_BEGIN#9");
 		host_free(h);
 	}
+}
+
+/* ---- hashes ---- */
+
+/* A first sync that compares, at its first data extent: two regions are dirty, the second differs. */
+static struct host *hashing(void)
+{
+	static struct repl_meta m;
+	meta_of(&m, ROLE_PRIMARY, STATE_RUNNING);
+	meta_of(&peer_meta, ROLE_SECONDARY, STATE_RUNNING);
+	m.hash_sync = true;
+	struct host *h = host_new(&m);
+	tick(h, 6 * SEC);
+	link_up(h, true);
+	guest(h, 'a', REPL_WRITE, 0, 65536 + 4096);
+	saved(h);
+	fin(h, "a");
+	fin(h, "a");
+	join_frame(h, &peer_meta, 0);
+	frame(h, WIRE_DIRTY_END, 0, 0, 0, NULL, 0);
+	fin(h, "intents");
+	saved(h);
+	frame(h, WIRE_RESYNC_READY, 1, 2, 0, NULL, 0);
+	forget(h);
+	fin_full(h, "scan", 0, false, 131072, false);
+	EXPECT(h, "do:rhash/own");
+	return h;
+}
+
+Test(repl, a_hash_counts_as_sent_and_what_differs_is_read_anew)
+{
+	struct host *h = hashing();
+	guest(h, 'b', REPL_WRITE, 65536, 4096);
+	EXPECT(h, ""); /* waits for the hash */
+	fin(h, "rhash");
+	EXPECT(h, "send:HASH#2 do:b/disk"); /* not the end: the answer is not there */
+	fin(h, "b");
+	EXPECT(h, "send:WRITE#3 done:b"); /* behind the hash, in order */
+	frame(h, WIRE_HASH_ANSWER, 2, 2, 0, NULL, 0);
+	EXPECT(h, "do:read/own"); /* the second region alone */
+	cr_assert_eq(h->submitted[0]->off, 65536);
+	cr_assert_eq(h->submitted[0]->len, 65536);
+	guest(h, 'c', REPL_WRITE, 0, 4096);
+	fin(h, "c");
+	EXPECT(h, "do:c/disk send:WRITE#4 done:c");
+	fin(h, "read");
+	EXPECT(h, "send:RESYNC_WRITE#5 send:RESYNC_DONE#6");
+	cr_assert(repl_meta(h->r)->hash_sync);
+	frame(h, WIRE_RESYNC_ACK, 6, 0, 0, NULL, 0);
+	cr_assert_not(h->saved.hash_sync, "in sync once: from now on dirty regions travel as they are");
+	host_free(h);
+}
+
+Test(repl, equal_hashes_send_nothing)
+{
+	struct host *h = hashing();
+	fin(h, "rhash");
+	frame(h, WIRE_HASH_ANSWER, 2, 0, 0, NULL, 0);
+	EXPECT(h, "send:HASH#2 send:RESYNC_DONE#3");
+	frame(h, WIRE_HASH_ANSWER, 2, 0, 0, NULL, 0);
+	EXPECT(h, "send:REFUSE close");
+	host_free(h);
+}
+
+Test(repl, answers_about_more_than_was_hashed_are_refused)
+{
+	struct host *h = hashing();
+	fin(h, "rhash");
+	forget(h);
+	frame(h, WIRE_HASH_ANSWER, 2, 4, 0, NULL, 0);
+	EXPECT(h, "send:REFUSE close");
+	host_free(h);
+}
+
+/* Paused while an answer is on its way: the clear cycle must not take a region for clean that the answer says differs.
+ */
+Test(repl, an_answer_that_comes_while_behind_keeps_its_regions_dirty)
+{
+	struct host *h = hashing();
+	fin(h, "rhash");
+	EXPECT(h, "send:HASH#2");
+	pause_now(h);
+	EXPECT(h, "send:FLUSH#3 do:sync/disk send:BEHIND cmd");
+	fin(h, "sync");
+	frame(h, WIRE_HASH_ANSWER, 2, 2, 0, NULL, 0);
+	ack(h, 3, 3, 3);
+	EXPECT(h, "");
+	cr_assert_not(dirty(h, 0));
+	cr_assert(dirty(h, 65536));
+	command(h, CMD_RESUME, 0);
+	saved(h);
+	forget(h);
+	frame(h, WIRE_RESYNC_READY, 4, 2, 0, NULL, 0);
+	EXPECT(h, "do:scan/own");
+	fin_full(h, "scan", 0, false, 65536, false);
+	EXPECT(h, "do:rhash/own"); /* it still compares */
+	host_free(h);
+}
+
+Test(repl, a_target_answers_a_hash_before_it_acknowledges_it)
+{
+	struct host *h = secondary();
+	stream(h, 'r', WIRE_RESYNC_BEGIN, REPL_RESYNC_BEGIN, 2, 100, 0);
+	fin(h, "r");
+	saved(h);
+	forget(h);
+	stream(h, 'w', WIRE_WRITE, REPL_WRITE, 3, 0, 4096);
+	stream(h, 'h', WIRE_HASH, REPL_HASH, 4, 0, 65536);
+	stream(h, 'f', WIRE_FLUSH, REPL_FLUSH, 5, 0, 0);
+	EXPECT(h, "do:w/disk"); /* at its place in the order */
+	fin(h, "w");
+	EXPECT(h, "do:h/disk done:w");
+	fin_full(h, "h", 0, false, 1, false);
+	EXPECT(h, "send:HASH_ANSWER#4 done:h do:f/disk");
+	fin(h, "f");
+	EXPECT(h, "send:ACK done:f");
+	host_free(h);
+}
+
+/* ---- rate ---- */
+
+/* Steps that start in the `ms` to come, each done at once. */
+static uint64_t steps(struct host *h, unsigned ms)
+{
+	uint64_t bytes = 0;
+	for (unsigned t = 0; t < ms; t += 50) {
+		tick(h, SEC / 20);
+		while (h->n_submitted) {
+			struct repl_io *io = h->submitted[0];
+			const char *name = name_of(io);
+			if (strcmp(name, "read") == 0)
+				bytes += io->len;
+			fin_full(h, name, 0, false, SIZE, false);
+		}
+		forget(h);
+	}
+	return bytes;
+}
+
+Test(repl, a_resync_keeps_to_its_rate_and_follows_a_change_at_once)
+{
+	struct host *h = primary(PROTOCOL_F);
+	link_down(h);
+	for (unsigned i = 0; i < 8; i++) {
+		guest(h, 'a', REPL_WRITE, (uint64_t)i << 20, 1 << 20);
+		if (h->saving)
+			saved(h);
+		fin(h, "a");
+		fin(h, "a");
+	}
+	struct settings s = repl_meta(h->r)->settings;
+	s.resync_rate = 1 << 20;
+	set_now(h, s);
+	connect(h, &peer_meta);
+	frame(h, WIRE_RESYNC_READY, 1, 2, 0, NULL, 0);
+	(void)steps(h, 500);
+	uint64_t got = steps(h, 2000);
+	cr_assert(got >= 1800 << 10 && got <= 2400 << 10, "%lu bytes in 2 s at 1 MiB/s", (unsigned long)got);
+	struct repl_status st;
+	repl_status(h->r, h->now, &st);
+	cr_assert_eq(st.resync_total, SIZE);
+	cr_assert(st.resync_rate >= 800 << 10 && st.resync_rate <= 1300 << 10, "%lu", (unsigned long)st.resync_rate);
+	s.resync_rate = 1024; /* a step of 64 KiB takes a minute */
+	set_now(h, s);
+	frame(h, WIRE_SETTINGS_ACK, 1, 0, 0, NULL, 0);
+	(void)steps(h, 100);
+	cr_assert_eq(steps(h, 2000), 0);
+	s.resync_rate = 0;
+	set_now(h, s);
+	cr_assert_gt(steps(h, 50), 2 << 20);
+	host_free(h);
 }
 
 /* ---- the known suspects of completion ---- */

@@ -129,8 +129,8 @@ Test(repl_meta, round_trip)
 
 	assert_decodes_to(m, encode(m));
 	/* each boolean by itself: none may stand for another */
-	bool *flags[] = {&m->has_peer, &m->alone,  &m->inconsistent, &m->fresh, &m->split_brain,
-			 &m->shut_out, &m->broken, &m->own_dirty,    &m->paused};
+	bool *flags[] = {&m->has_peer, &m->alone,  &m->inconsistent, &m->fresh,	 &m->split_brain,
+			 &m->shut_out, &m->broken, &m->own_dirty,    &m->paused, &m->hash_sync};
 	const unsigned n = sizeof(flags) / sizeof(flags[0]);
 	for (unsigned i = 0; i < n; i++) {
 		for (unsigned k = 0; k < n; k++)

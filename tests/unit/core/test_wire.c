@@ -96,6 +96,10 @@ static struct wire_frame frame_min(unsigned type)
 	case WIRE_READ_REQ:
 		f.length = 1;
 		break;
+	case WIRE_HASH:
+		f.length_payload = 24;
+		f.length = 1;
+		break;
 	case WIRE_CHECKPOINT:
 	case WIRE_CHECKPOINT_ACK:
 	case WIRE_RESYNC_BEGIN:
@@ -196,6 +200,7 @@ Test(wire_header, payload_bounds_of_each_type)
 	    {WIRE_DETACH, 144, 144, 1},
 	    {WIRE_READ_REPLY, 1, WIRE_PAYLOAD_MAX, 1},
 	    {WIRE_WRITE_FAILED, 4, 483, 1},
+	    {WIRE_HASH, 24, 1032, 1},
 	};
 
 	for (unsigned i = 0; i < N_TYPES; i++) {
@@ -218,7 +223,7 @@ Test(wire_header, payload_bounds_of_each_type)
 		}
 		f.length_payload = max;
 		f.crc_payload = max != 0;
-		f.length = data ? max : f.length;
+		f.length = data ? max : types[i] == WIRE_HASH ? WIRE_HASH_REGIONS_MAX * WIRE_HASH_REGION : f.length;
 		assert_taken(f);
 		if (step > 1) {
 			f.length_payload = max - 1;
@@ -276,7 +281,7 @@ Test(wire_header, flags_seq_and_reserved)
 		}
 		struct wire_frame f = frame_min(t);
 		f.seq = 0;
-		if ((t >= WIRE_WRITE && t <= WIRE_RESYNC_DONE) || t == WIRE_RESYNC_BEGIN ||
+		if ((t >= WIRE_WRITE && t <= WIRE_RESYNC_DONE) || t == WIRE_RESYNC_BEGIN || t == WIRE_HASH ||
 		    (t >= WIRE_DETACH && t <= WIRE_READ_REPLY))
 			assert_refused(f, "seq");
 		else
@@ -341,6 +346,38 @@ Test(wire_header, ranges)
 		else
 			assert_taken(f);
 	}
+}
+
+Test(wire_header, hash_lengths)
+{
+	static const struct {
+		uint64_t length;
+		uint32_t hashes;
+		bool taken;
+	} cases[] = {{1, 1, true},
+		     {0, 1, false},
+		     {WIRE_HASH_REGION, 1, true},
+		     {WIRE_HASH_REGION, 2, false},
+		     {WIRE_HASH_REGION + 1, 1, false},
+		     {WIRE_HASH_REGION + 1, 2, true},
+		     {UINT64_C(1) << 22, 64, true},
+		     {(UINT64_C(1) << 22) + 1, 64, false},
+		     {(UINT64_C(1) << 32) + 1, 1, false},
+		     {UINT64_MAX, 1, false}};
+
+	for (unsigned i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
+		struct wire_frame f = frame_min(WIRE_HASH);
+		f.length = cases[i].length;
+		f.length_payload = 8 + 16 * cases[i].hashes;
+		f.crc_payload = 1;
+		if (cases[i].taken)
+			assert_taken(f);
+		else
+			assert_refused(f, "length");
+	}
+	struct wire_frame f = frame_min(WIRE_HASH);
+	f.offset = VOLUME_SIZE_MAX;
+	assert_refused(f, "offset");
 }
 
 Test(wire_header, values_in_offset_and_length)
