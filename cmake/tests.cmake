@@ -1,5 +1,5 @@
 # Tests: one Criterion binary per room, stress, sim and bench programs with a main of their own, fuzz targets, and the
-# checks over the source text. Labels: unit, stress, sim, lint.
+# checks over the source text. Labels: unit, stress, sim, seeds (many of the simulator's), lint.
 
 set(repfs_rooms repfs_fuse repfs_daemon repfs_image repfs_net repfs_os repfs_core)
 if(REPFS_SANITIZE)
@@ -85,7 +85,13 @@ endforeach()
 file(GLOB bench_sources CONFIGURE_DEPENDS tests/bench/*.c)
 repfs_programs(bench_programs ${bench_sources})
 
-# The simulator: what is in tests/sim without a main is shared by the programs there.
+# The simulator: what is in tests/sim without a main is shared by the programs there. In the world's threads are
+# coroutines: locks and random numbers are replaced at link time (tests/sim/co.c, world.c).
+set(sim_wraps mutex_init mutex_destroy mutex_lock mutex_unlock random_bytes random_u64_nonzero)
+foreach(call init destroy rdlock wrlock unlock)
+	list(APPEND sim_wraps pthread_rwlock_${call})
+endforeach()
+list(TRANSFORM sim_wraps PREPEND "-Wl,--wrap=")
 file(GLOB sim_sources CONFIGURE_DEPENDS tests/sim/*.c)
 set(sim_mains "")
 foreach(source IN LISTS sim_sources)
@@ -97,7 +103,7 @@ endforeach()
 if(sim_mains)
 	list(REMOVE_ITEM sim_sources ${sim_mains})
 endif()
-repfs_library(repfs_sim SOURCES ${sim_sources} LINKS repfs_image repfs_os repfs_core)
+repfs_library(repfs_sim SOURCES ${sim_sources} LINKS repfs_daemon repfs_image repfs_net repfs_os repfs_core)
 if(TARGET repfs_sim)
 	# Allocations that fail (tests/sim/simalloc.h).
 	target_link_options(repfs_sim INTERFACE -Wl,--wrap=malloc,--wrap=calloc,--wrap=realloc,--wrap=aligned_alloc)
@@ -106,9 +112,25 @@ foreach(source IN LISTS sim_mains)
 	cmake_path(GET source STEM name)
 	add_executable(${name} ${source})
 	repfs_link(${name} repfs_flags repfs_sim repfs_testlib ${repfs_rooms} Threads::Threads)
-	add_test(NAME ${name} COMMAND ${name})
-	repfs_test_properties(${name} sim 900)
+	file(STRINGS ${source} has_world REGEX "^#include \"tests/sim/world")
+	if(has_world)
+		target_link_options(${name} PRIVATE ${sim_wraps})
+	endif()
+	if(NOT name STREQUAL "sim")
+		add_test(NAME ${name} COMMAND ${name})
+		repfs_test_properties(${name} sim 900)
+	endif()
 endforeach()
+if(TARGET repfs_sim)
+	target_compile_options(repfs_sim PRIVATE -O2)
+endif()
+if(TARGET sim)
+	# The quick one is for every landing; the other takes REPFS_SIM_SEEDS seeds, 2,000 if that is not set.
+	add_test(NAME sim_quick COMMAND sim --seeds 60 --jobs 2 --list ${PROJECT_SOURCE_DIR}/tests/sim/seeds.txt)
+	repfs_test_properties(sim_quick sim 900)
+	add_test(NAME sim COMMAND sim --jobs 2 --list ${PROJECT_SOURCE_DIR}/tests/sim/seeds.txt)
+	repfs_test_properties(sim seeds 36000)
+endif()
 
 if(REPFS_FUZZ)
 	file(GLOB fuzz_sources CONFIGURE_DEPENDS tests/fuzz/*.c)

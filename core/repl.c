@@ -943,10 +943,9 @@ static void guest_io_done(struct repl *r, struct repl_io *io, int error)
 	if (io->target == TARGET_ACTIVE) {
 		if (committing_state(r->meta)) {
 			r->active_writes--;
-			if (!error)
-				bitmap_set_range(&r->vol[io->volume].todo, io->off >> REGION_SHIFT,
-						 ((io->off + io->len - 1) >> REGION_SHIFT) - (io->off >> REGION_SHIFT) +
-						     1);
+			/* After an error too: what of it is in active is shown by the view. */
+			uint64_t first = io->off >> REGION_SHIFT, last = (io->off + io->len - 1) >> REGION_SHIFT;
+			bitmap_set_range(&r->vol[io->volume].todo, first, last - first + 1);
 		}
 		repl_io_finish(r, io, error);
 		secondary_commit_pump(r);
@@ -1177,7 +1176,7 @@ static bool own_stale(const struct repl_meta *m)
 static void cmd_unprotect(struct repl *r, struct repl_command *c)
 {
 	const struct repl_meta *m = r->meta;
-	if (m->role == ROLE_STANDALONE && !m->has_peer)
+	if (m->role == ROLE_STANDALONE && !m->has_peer && !m->split_brain)
 		repl_command_done(r, c, -ERR_STATE, "it is standalone already: it has no peer to forget");
 	else if (m->state == STATE_FAILOVER || m->state == STATE_FAILOVER_FAILED)
 		repl_command_done(r, c, -ERR_STATE, "a failover is being committed (%s); wait with `wait --for=done`",
@@ -1579,12 +1578,14 @@ void repl_check(const struct repl *r)
 	for (uint32_t i = 0; i < r->meta->n_volumes; i++) {
 		const struct repl_volume_state *v = &r->vol[i];
 		bitmap_check(&v->dirty);
-		if (!r->meta->has_peer)
+		if (!r->meta->has_peer || r->dirty_unsaved)
 			continue;
-		/* Every dirty region has its intent bit. */
+		/* Every dirty region has its intent bit, or it is being set. */
 		for (uint64_t b = bitmap_next_set(&v->dirty, 0); b != BITMAP_NONE;
-		     b = bitmap_next_set(&v->dirty, b + 1))
-			INVARIANT(bitmap_test(&v->intent, b >> (INTENT_SHIFT - REGION_SHIFT)));
+		     b = bitmap_next_set(&v->dirty, b + 1)) {
+			uint64_t unit = b >> (INTENT_SHIFT - REGION_SHIFT);
+			INVARIANT(bitmap_test(&v->intent, unit) || bitmap_test(&v->marking, unit));
+		}
 	}
 }
 

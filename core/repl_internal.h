@@ -204,6 +204,8 @@ struct repl {
 	bool rs_whole;	 /* the peer is no unfinished target: with nothing dirty RESYNC_DONE may come alone */
 	uint64_t rs_run; /* of this resync; what was read for another one is not sent */
 	uint64_t rs_begin_seq, rs_done_seq, rs_done_generation, rs_adopted_seq;
+	bool dirty_unsaved; /* regions are dirty whose intent bits could not be, or are yet to be, set: none is lost by
+			       it */
 	struct repl_io union_io;
 	/* behind: the session stands, nothing of guests' is forwarded (the top of repl_primary.c) */
 	bool behind, congested;

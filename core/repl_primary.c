@@ -126,7 +126,8 @@ static void report_failed_write(struct repl *r, const struct repl_io *io)
 	a.frame.length = io->len;
 	a.frame.length_payload = a.data_len;
 	repl_emit(r, &a);
-	if (r->link == LINK_SYNCED) /* from here on it must not be said to be */
+	/* From here on it must not be said to be, nor be said when the end of the resync is answered. */
+	if (primary_forwarding(r) && r->rs_done_sent)
 		fall_behind(r, WIRE_BEHIND_FAILED);
 }
 

@@ -216,7 +216,7 @@ static void stop_applying(struct repl *r, const struct repl_io *io, int error, c
 	repl_set_error(r, error, io->save_failed ? "cow" : "apply", (int)io->volume, io->off, io->len,
 		       "%s: %s of %s: %s; applying stopped, the last checkpoint stays good", r->meta->group, what, name,
 		       err_short(error));
-	if (r->link == LINK_DOWN || r->closing)
+	if (!current(r, io) || r->closing)
 		return;
 	struct wire_refuse x = {.code = (uint16_t)-error};
 	(void)memcpy(x.text, r->error.text, min_u64(sizeof(x.text) - 1, strlen(r->error.text)));
@@ -236,7 +236,7 @@ static void stop_applying(struct repl *r, const struct repl_io *io, int error, c
 void secondary_unsure(struct repl *r)
 {
 	if (r->is_target)
-		stop_applying(r, &(struct repl_io){0}, r->save_error, "saving the group's record");
+		stop_applying(r, &(struct repl_io){.session = r->session}, r->save_error, "saving the group's record");
 	secondary_run(r);
 }
 
@@ -1283,6 +1283,7 @@ static void mark_done(struct repl *r, int error)
 {
 	r->mark_busy = false;
 	repl_marking_done(r, error == 0);
+	r->dirty_unsaved = r->dirty_unsaved || error;
 	if (error && r->failing_over) {
 		failover_failed(r, error, "the dirty map could not be written");
 		return;

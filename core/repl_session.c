@@ -449,6 +449,7 @@ static void on_join(struct repl *r, const struct repl_event *ev)
 
 static void set_all_dirty(struct repl *r)
 {
+	r->dirty_unsaved = true;
 	for (uint32_t i = 0; i < r->meta->n_volumes; i++) {
 		struct repl_volume_state *v = &r->vol[i];
 		bitmap_set_range(&v->dirty, 0, v->dirty.nbits);
@@ -633,6 +634,7 @@ static void union_start(struct repl *r)
 	for (uint32_t i = 0; i < r->meta->n_volumes; i++)
 		bitmap_or(&r->vol[i].dirty, &r->vol[i].theirs);
 	detach_clear_maps(r);
+	r->dirty_unsaved = true;
 	marking_from_dirty(r);
 	r->union_io.kind = REPL_INTENT_ALL;
 	r->union_io.session = r->session;
@@ -651,6 +653,7 @@ void session_union_done(struct repl *r, int error)
 		session_refuse(r, ERR_IO, "the source could not write its dirty map");
 		return;
 	}
+	r->dirty_unsaved = false;
 	/* New requests wait for the few milliseconds of the save, so that `todo` and what is forwarded are cut at one
 	 * point. */
 	r->activating = true;

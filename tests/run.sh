@@ -3,7 +3,7 @@
 #
 #   (plain)  preset dev with its ctest tests, the unit tests under AddressSanitizer and UBSan, tests/e2e/test_*
 #   --fast   preset dev with its ctest tests, no more
-#   --long   also the stress programs under ThreadSanitizer, tests/e2e/test_* with daemons under AddressSanitizer and UBSan
+#   --long   200,000 seeds in the simulator instead of 2,000, also the stress programs under ThreadSanitizer, tests/e2e/test_* with daemons under AddressSanitizer and UBSan
 #            and under ThreadSanitizer, and tests/e2e/long_*
 #
 # One line a test: PASS, FAIL or SKIP, its name, its seconds. The last line is `N passed, N failed`, with `, N skipped`
@@ -27,9 +27,12 @@ for arg in "$@"; do
 	esac
 done
 
+[ $long -eq 1 ] && export REPFS_SIM_SEEDS=${REPFS_SIM_SEEDS-200000}
+
 log_dir=$root/build/log
 build_timeout_s=3600
 ctest_timeout_s=1800
+[ $long -eq 1 ] && ctest_timeout_s=36000
 e2e_timeout_s=1200
 long_timeout_s=7200
 tail_lines=40

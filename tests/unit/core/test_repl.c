@@ -913,6 +913,34 @@ Test(repl, a_write_to_a_region_still_to_be_sent_is_not_forwarded)
 	host_free(h);
 }
 
+/* Found by the simulator: in sync was said with the range unsent, and what the guest wrote there later was unsent too.
+ */
+Test(repl, a_write_that_fails_behind_the_end_of_a_resync_keeps_it_from_being_in_sync)
+{
+	struct repl_status s;
+	struct host *h = primary(PROTOCOL_F);
+	pass(h);
+	link_down(h);
+	guest(h, 'a', REPL_WRITE, 0, 4096);
+	saved(h);
+	fin(h, "a");
+	fin(h, "a");
+	forget(h);
+	connect(h, &peer_meta);
+	frame(h, WIRE_RESYNC_READY, 1, 2, 0, NULL, 0);
+	fin_full(h, "scan", 0, false, 65536, false);
+	forget(h);
+	fin(h, "read");
+	EXPECT(h, "send:RESYNC_WRITE#2 send:RESYNC_DONE#3");
+	guest(h, 'b', REPL_WRITE, 0, 4096);
+	fin_full(h, "b", -ERR_IO, false, 0, false);
+	EXPECT(h, "do:b/disk send:WRITE_FAILED send:FLUSH#4 do:sync/disk send:BEHIND done:b=ERR_IO");
+	frame(h, WIRE_RESYNC_ACK, 3, 0, 0, NULL, 0);
+	repl_status(h->r, h->now, &s);
+	cr_assert_neq(s.link, LINK_SYNCED, "a range was not sent");
+	host_free(h);
+}
+
 Test(repl, a_peer_that_never_gets_ready_is_given_up)
 {
 	struct host *h = primary(PROTOCOL_F);
@@ -1912,6 +1940,23 @@ Test(lineage_core, unprotect_stops_first_and_ends_all_partial_syncs)
 	host_free(h);
 }
 
+/* Found by the simulator: unprotected, it protected again into a copy that had written too; then that one was
+ * unprotected. Nothing could end the split brain here. */
+Test(lineage_core, unprotect_ends_a_split_brain_where_there_is_no_peer)
+{
+	static struct repl_meta m;
+	meta_of(&m, ROLE_STANDALONE, STATE_DONE);
+	m.has_peer = false;
+	m.split_brain = m.alone = true;
+	struct host *h = host_new(&m);
+	command(h, CMD_UNPROTECT, 0);
+	EXPECT(h, "save:standalone/DONE");
+	cr_assert_not(h->saved.split_brain);
+	saved(h);
+	EXPECT(h, "cmd");
+	host_free(h);
+}
+
 Test(lineage_core, an_incomplete_copy_is_not_unprotected)
 {
 	static struct repl_meta m;
@@ -2401,6 +2446,21 @@ Test(repl, what_was_received_is_applied_before_a_new_join_is_answered)
 	EXPECT(h, "done:a do:f/disk done:f do:b/disk");
 	fin(h, "b");
 	EXPECT(h, "done:b send:JOIN send:DIRTY_END");
+	host_free(h);
+}
+
+/* Found by the simulator: the new session was told of it, in the middle of its handshake. */
+Test(repl, what_an_old_session_fails_to_apply_is_no_matter_of_the_new_one)
+{
+	struct host *h = secondary();
+	stream(h, 'a', WIRE_WRITE, REPL_WRITE, 2, 0, 4096);
+	EXPECT(h, "do:a/disk");
+	link_down(h);
+	link_up(h, false);
+	join_frame(h, &peer_meta, 0);
+	EXPECT(h, "");
+	fin_full(h, "a", -ERR_NOSPC, false, 0, true);
+	EXPECT(h, "done:a=ERR_NOSPC send:JOIN send:DIRTY_END");
 	host_free(h);
 }
 
@@ -2902,6 +2962,24 @@ Test(repl, a_failover_applies_marks_saves_answers_and_commits_racing_writes)
 	EXPECT(h, "save:standalone/DONE");
 	saved(h);
 	EXPECT(h, "do:j/disk");
+	host_free(h);
+}
+
+/* Found by the simulator: it may have changed active in part, which the view shows and the disk has to. */
+Test(repl, a_write_to_active_that_failed_is_committed_too)
+{
+	struct host *h = secondary();
+	command(h, CMD_FAILOVER, FAILOVER_DEFAULT);
+	repl_mark(h->r, 0, 0, 4096);
+	fin(h, "mark");
+	fin(h, "sync");
+	saved(h);
+	fin(h, "commit");
+	forget(h);
+	guest(h, 'i', REPL_WRITE, 65536, 4096);
+	EXPECT(h, "do:i/active");
+	fin_full(h, "i", -ERR_IO, false, 0, false);
+	EXPECT(h, "done:i=ERR_IO do:commit/own");
 	host_free(h);
 }
 

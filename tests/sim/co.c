@@ -1,0 +1,221 @@
+/* Coroutines over ucontext, and the locks that know of them (co.h). */
+#include "tests/sim/co.h"
+
+#include <errno.h>
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include "core/check.h"
+#include "core/os/thread.h"
+
+/* The image code keeps its scratch on the stack; pages never touched cost nothing. */
+#define STACK_SIZE (512U << 10)
+
+struct co {
+	ucontext_t ctx;
+	void (*fn)(void *arg);
+	void *arg, *owner, *stack;
+	bool ended;
+	uint64_t turn;
+	struct co *next;
+};
+
+static struct co *current, *pool;
+static ucontext_t scheduler;
+void (*co_lock_wait)(void) = co_yield;
+
+static void co_main(void)
+{
+	struct co *c = current;
+	c->fn(c->arg);
+	c->ended = true;
+	swapcontext(&c->ctx, &scheduler);
+	UNREACHABLE();
+}
+
+static struct co *co_alloc(void)
+{
+	struct co *c = pool;
+	if (c) {
+		pool = c->next;
+		return c;
+	}
+	c = calloc(1, sizeof(*c));
+	PRE(c != NULL);
+	c->stack = mmap(NULL, STACK_SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	PRE(c->stack != MAP_FAILED);
+	return c;
+}
+
+static void context_make(struct co *c)
+{
+	PRE(getcontext(&c->ctx) == 0);
+	c->ctx.uc_stack.ss_sp = c->stack;
+	c->ctx.uc_stack.ss_size = STACK_SIZE;
+	c->ctx.uc_link = NULL;
+	makecontext(&c->ctx, co_main, 0);
+}
+
+struct co *co_new(void (*fn)(void *arg), void *arg, void *owner)
+{
+	struct co *c = co_alloc();
+	c->fn = fn;
+	c->arg = arg;
+	c->owner = owner;
+	c->ended = false;
+	context_make(c);
+	return c;
+}
+
+bool co_resume(struct co *c)
+{
+	PRE(current == NULL && !c->ended);
+	c->turn++;
+	current = c;
+	swapcontext(&scheduler, &c->ctx);
+	current = NULL;
+	if (!c->ended)
+		return false;
+	c->next = pool;
+	pool = c;
+	return true;
+}
+
+void co_yield (void)
+{
+	struct co *c = current;
+	PRE(c != NULL);
+	swapcontext(&c->ctx, &scheduler);
+}
+
+struct co *co_current(void)
+{
+	return current;
+}
+
+void *co_owner(const struct co *c)
+{
+	return c->owner;
+}
+
+uint64_t co_turn(const struct co *c)
+{
+	return c->turn;
+}
+
+void co_free_all(void)
+{
+	while (pool) {
+		struct co *c = pool;
+		pool = c->next;
+		(void)munmap(c->stack, STACK_SIZE);
+		free(c);
+	}
+}
+
+/* ---- locks ----
+ *
+ * In the memory of the real ones. Readers come in beside waiting writers; a writer gets its turn because readers end.
+ */
+
+struct sim_lock {
+	uint32_t readers, writer;
+};
+_Static_assert(sizeof(struct sim_lock) <= sizeof(pthread_mutex_t), "a lock fits");
+
+static void wait_turn(void)
+{
+	/* What runs outside of coroutines never finds a lock held across a stop. */
+	PRE(current != NULL);
+	co_lock_wait();
+}
+
+static void lock_write(void *p)
+{
+	struct sim_lock *l = p;
+	while (l->readers || l->writer)
+		wait_turn();
+	l->writer = 1;
+}
+
+static void lock_read(void *p)
+{
+	struct sim_lock *l = p;
+	while (l->writer)
+		wait_turn();
+	l->readers++;
+}
+
+static void lock_release(void *p)
+{
+	struct sim_lock *l = p;
+	PRE(l->writer ? l->readers == 0 : l->readers > 0);
+	if (l->writer)
+		l->writer = 0;
+	else
+		l->readers--;
+}
+
+void __wrap_mutex_init(struct mutex *m);
+void __wrap_mutex_destroy(struct mutex *m);
+void __wrap_mutex_lock(struct mutex *m) NO_THREAD_ANALYSIS;
+void __wrap_mutex_unlock(struct mutex *m) NO_THREAD_ANALYSIS;
+int __wrap_pthread_rwlock_init(pthread_rwlock_t *l, const pthread_rwlockattr_t *a);
+int __wrap_pthread_rwlock_destroy(pthread_rwlock_t *l);
+int __wrap_pthread_rwlock_rdlock(pthread_rwlock_t *l);
+int __wrap_pthread_rwlock_wrlock(pthread_rwlock_t *l);
+int __wrap_pthread_rwlock_unlock(pthread_rwlock_t *l);
+
+void __wrap_mutex_init(struct mutex *m)
+{
+	memset(m, 0, sizeof(*m));
+}
+
+void __wrap_mutex_destroy(struct mutex *m)
+{
+	PRE(((struct sim_lock *)(void *)m)->writer == 0);
+}
+
+void __wrap_mutex_lock(struct mutex *m)
+{
+	lock_write(m);
+}
+
+void __wrap_mutex_unlock(struct mutex *m)
+{
+	lock_release(m);
+}
+
+int __wrap_pthread_rwlock_init(pthread_rwlock_t *l, const pthread_rwlockattr_t *a)
+{
+	(void)a;
+	memset(l, 0, sizeof(*l));
+	return 0;
+}
+
+int __wrap_pthread_rwlock_destroy(pthread_rwlock_t *l)
+{
+	struct sim_lock *s = (void *)l;
+	return s->readers || s->writer ? EBUSY : 0;
+}
+
+int __wrap_pthread_rwlock_rdlock(pthread_rwlock_t *l)
+{
+	lock_read(l);
+	return 0;
+}
+
+int __wrap_pthread_rwlock_wrlock(pthread_rwlock_t *l)
+{
+	lock_write(l);
+	return 0;
+}
+
+int __wrap_pthread_rwlock_unlock(pthread_rwlock_t *l)
+{
+	lock_release(l);
+	return 0;
+}

@@ -1,0 +1,1230 @@
+/* The model: which write every 128 bytes must hold, on each host's disks, active overlays, checkpoints and on the wire.
+ *
+ * Every guest's write gets a number when it is carried out; overlapping ones are carried out one after the other, so
+ * for one unit the numbers say which is newer. A unit's bytes name the write that made them. Zeroes and discards have
+ * numbers too, but leave nothing that names them: a unit of zeroes is whichever of the writes allowed there is one of
+ * zeroes.
+ *
+ * What is kept (struct host):
+ *   disk.now      what the disk reads as. Changed by what is carried out: guests' writes, the peer's stream, a commit
+ *   disk.durable  what is there after a power cut at the least, by the syncs that succeeded; `log` is what may be there
+ *   act           the same of the active overlays; NOT_THERE where they hold nothing
+ *   ghosts        what every kept checkpoint must read as, noted when it was made
+ *   str           source: what the target will hold when all that was sent is applied. Its state at a CHECKPOINT frame
+ * is what that checkpoint must be, at RESYNC_DONE what the target must hold durably when it adopts prom_*        what
+ * this secondary has to have with `--to latest`, because a guest was told so (I2)
+ *
+ * Checked: every read; what is there after each crash; what each flush and each write under C and B promised, when it
+ * is answered and at failover; the order of barriers; checkpoints against the stream; failover's outcome; that what
+ * differs between the hosts is in a dirty set of theirs (I4), numbers, SYNCED; and at the end, everything.
+ */
+#include <inttypes.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "core/check.h"
+#include "tests/sim/world_internal.h"
+
+#define GARBAGE (UINT32_MAX - 1)
+
+/* ---- bytes ---- */
+
+static uint64_t hash(uint64_t z)
+{
+	z = (z ^ (z >> 33)) * UINT64_C(0xff51afd7ed558ccd);
+	return z ^ (z >> 29);
+}
+
+static void unit_fill(uint64_t out[static WORLD_UNIT / 8], ver v, uint32_t vol, uint32_t unit)
+{
+	uint64_t base = hash(((uint64_t)v << 33) ^ ((uint64_t)vol << 32) ^ unit);
+	out[0] = (base & ~UINT64_C(0xffffffff)) | v;
+	for (unsigned i = 1; i < WORLD_UNIT / 8; i++)
+		out[i] = base + i * UINT64_C(0x9e3779b97f4a7c15);
+}
+
+/* The write that the unit names, 0 for zeroes, or GARBAGE. */
+static ver unit_read(const struct world *w, const uint8_t *p, uint32_t vol, uint32_t unit)
+{
+	uint64_t have[WORLD_UNIT / 8], want[WORLD_UNIT / 8];
+	memcpy(have, p, sizeof(have));
+	ver v = (ver)have[0];
+	if (v == 0) {
+		uint64_t any = 0;
+		for (unsigned i = 0; i < WORLD_UNIT / 8; i++)
+			any |= have[i];
+		return any ? GARBAGE : 0;
+	}
+	if (v >= w->n_writes)
+		return GARBAGE;
+	unit_fill(want, v, vol, unit);
+	return memcmp(have, want, sizeof(want)) == 0 ? v : GARBAGE;
+}
+
+/* What a unit that holds v reads as. */
+static ver shows(const struct world *w, ver v)
+{
+	return v == NOT_THERE ? v : v == 0 || w->writes[v].zero ? 0 : v;
+}
+
+static const char *text_of(const struct world *w, ver v)
+{
+	static char bufs[4][96];
+	static unsigned at;
+	char *b = bufs[at++ % 4];
+	if (v == GARBAGE)
+		return "garbage";
+	if (v == NOT_THERE)
+		return "nothing";
+	if (v == 0 || v >= w->n_writes)
+		return "zeroes";
+	const struct write *x = &w->writes[v];
+	(void)snprintf(b, sizeof(bufs[0]), "write %u (%s of host %u, units %u+%u)", v, x->zero ? "zeroes" : "data",
+		       x->host, x->first, x->n);
+	return b;
+}
+
+static ver write_new(struct world *w, unsigned host, uint32_t vol, uint32_t first, uint32_t n, bool zero)
+{
+	if (w->n_writes == w->cap_writes) {
+		w->cap_writes = w->cap_writes ? 2 * w->cap_writes : 1024;
+		w->writes = simrealloc(w->writes, w->cap_writes * sizeof(*w->writes));
+	}
+	w->writes[w->n_writes] =
+	    (struct write){.zero = zero, .host = (uint8_t)host, .vol = (uint8_t)vol, .first = first, .n = n};
+	return w->n_writes++;
+}
+
+/* ---- making ---- */
+
+static ver *units_new(struct world *w, uint32_t vol)
+{
+	return simalloc(w->units[vol] * sizeof(ver));
+}
+
+static void units_copy(struct world *w, uint32_t vol, ver *to, const ver *from)
+{
+	memcpy(to, from, w->units[vol] * sizeof(ver));
+}
+
+static ver *units_dup(struct world *w, uint32_t vol, const ver *from)
+{
+	return simdup(from, w->units[vol] * sizeof(ver));
+}
+
+static void units_set(struct world *w, uint32_t vol, ver *to, ver v)
+{
+	for (uint32_t u = 0; u < w->units[vol]; u++)
+		to[u] = v;
+}
+
+void model_new(struct world *w)
+{
+	(void)write_new(w, 0, 0, 0, 0, true); /* number 0: never written */
+	for (unsigned i = 0; i < WORLD_HOSTS; i++) {
+		struct host *h = &w->h[i];
+		h->execs = simalloc(EXECS_MAX * sizeof(*h->execs));
+		h->seen = simalloc(sizeof(*h->seen));
+		for (uint32_t v = 0; v < WORLD_VOLUMES; v++) {
+			ver **all[] = {&h->disk[v].now,	     &h->disk[v].durable, &h->act[v].now,
+				       &h->act[v].durable,   &h->prom_flushed[v], &h->prom_applied[v],
+				       &h->prom_received[v], &h->str[v],	  &h->adopt[v]};
+			for (unsigned k = 0; k < ARRAY_LEN(all); k++)
+				*all[k] = units_new(w, v);
+			h->failed[v] = simalloc(w->units[v]);
+			units_set(w, v, h->act[v].now, NOT_THERE);
+			units_set(w, v, h->act[v].durable, NOT_THERE);
+		}
+	}
+}
+
+static void exec_drop(struct exec *x)
+{
+	simfree(x->vers);
+	x->vers = NULL;
+}
+
+static void ghost_free(struct ghost *g)
+{
+	for (uint32_t v = 0; v < WORLD_VOLUMES; v++) {
+		simfree(g->v[v]);
+		simfree(g->durable[v]);
+	}
+	simfree(g);
+}
+
+void model_free(struct world *w)
+{
+	for (unsigned i = 0; i < WORLD_HOSTS; i++) {
+		struct host *h = &w->h[i];
+		for (uint32_t v = 0; v < WORLD_VOLUMES; v++) {
+			ver *all[] = {h->disk[v].now,	   h->disk[v].durable, h->act[v].now,
+				      h->act[v].durable,   h->prom_flushed[v], h->prom_applied[v],
+				      h->prom_received[v], h->str[v],	       h->adopt[v]};
+			for (unsigned k = 0; k < ARRAY_LEN(all); k++)
+				simfree(all[k]);
+			simfree(h->failed[v]);
+		}
+		for (unsigned k = 0; k < h->n_log; k++)
+			exec_drop(&h->log[k]);
+		while (h->running) {
+			struct running *r = h->running;
+			h->running = r->next;
+			exec_drop(&r->x);
+			simfree(r);
+		}
+		while (h->ghosts) {
+			struct ghost *g = h->ghosts;
+			h->ghosts = g->next;
+			ghost_free(g);
+		}
+		simfree(h->log);
+		simfree(h->execs);
+		simfree(h->seen);
+		simfree(h->done.d);
+		simfree(h->done_peer.d);
+	}
+	simfree(w->writes);
+}
+
+/* ---- checkpoints ---- */
+
+static struct ghost *ghost_find(struct host *h, uint64_t number)
+{
+	struct ghost *g = h->ghosts;
+	while (g && g->number != number)
+		g = g->next;
+	return g;
+}
+
+static void ghost_add(struct host *h, uint64_t number, enum ckpt_kind kind)
+{
+	struct ghost *g = simalloc(sizeof(*g));
+	g->number = number;
+	g->kind = kind;
+	for (uint32_t v = 0; v < WORLD_VOLUMES; v++) {
+		g->v[v] = units_dup(h->w, v, h->disk[v].now);
+		if (kind != CKPT_STREAM)
+			g->durable[v] = units_dup(h->w, v, h->disk[v].durable);
+	}
+	g->next = h->ghosts;
+	h->ghosts = g;
+}
+
+static void ghosts_keep(struct host *h, const struct repl_meta *m)
+{
+	for (struct ghost **at = &h->ghosts; *at;) {
+		struct ghost *g = *at;
+		if (repl_meta_find_ckpt(m, g->number) >= 0) {
+			at = &g->next;
+			continue;
+		}
+		*at = g->next;
+		ghost_free(g);
+	}
+}
+
+/* ---- what a host shows ---- */
+
+/* A unit of the view: active over the image of the base. */
+static ver view_ver(struct host *h, const struct ghost *base, uint32_t vol, uint32_t u)
+{
+	ver v = h->act[vol].now[u];
+	return v != NOT_THERE ? v : base ? base->v[vol][u] : h->disk[vol].now[u];
+}
+
+static struct ghost *base_of(struct host *h, uint64_t number)
+{
+	struct ghost *g = number ? ghost_find(h, number) : NULL;
+	if (number && !g)
+		world_fail(h->w, "host %u: stands on checkpoint %" PRIu64 ", which was never made", h->id, number);
+	return g;
+}
+
+/* ---- carrying out writes ---- */
+
+void model_fill(struct host *h, struct sim_io *s)
+{
+	struct world *w = h->w;
+	uint32_t first = UNITS_IN(s->io.off), n = UNITS_IN(s->io.len);
+	if (s->v)
+		return;
+	s->v = write_new(w, h->id, s->io.volume, first, n, s->io.kind != REPL_WRITE);
+	for (uint32_t i = 0; s->io.kind == REPL_WRITE && i < n; i++) {
+		uint64_t unit[WORLD_UNIT / 8];
+		unit_fill(unit, s->v, s->io.volume, first + i);
+		memcpy(s->data + (size_t)i * WORLD_UNIT, unit, WORLD_UNIT);
+	}
+}
+
+static ver exec_ver(const struct exec *x, uint32_t u)
+{
+	return x->vers ? x->vers[u - x->first] : x->v;
+}
+
+static bool exec_covers(const struct exec *x, bool active, uint32_t vol, uint32_t u)
+{
+	return x->active == active && x->vol == vol && u >= x->first && u < x->first + x->n;
+}
+
+struct exec *model_begin(struct host *h, const struct repl_io *io, struct sim_io *s)
+{
+	struct world *w = h->w;
+	if (h->dying)
+		return NULL;
+	struct running *r = simalloc(sizeof(*r));
+	struct exec *x = &r->x;
+	x->active = io->target == TARGET_ACTIVE;
+	x->vol = io->volume;
+	x->first = UNITS_IN(io->off);
+	x->n = UNITS_IN(io->len);
+	x->begin = ++w->tick;
+	for (struct running *o = h->running; o; o = o->next)
+		if (o->x.vol == x->vol && o->x.active == x->active && o->x.first < x->first + x->n &&
+		    x->first < o->x.first + o->x.n)
+			world_fail(w,
+				   "host %u: two writes to the same blocks at once: units %u+%u and %u+%u of volume %u",
+				   h->id, x->first, x->n, o->x.first, o->x.n, x->vol);
+	if (io->kind == REPL_COMMIT) {
+		struct ghost *base = base_of(h, h->base);
+		x->vers = simalloc(x->n * sizeof(ver));
+		for (uint32_t i = 0; i < x->n; i++)
+			x->vers[i] = view_ver(h, base, x->vol, x->first + i);
+	} else if (s->stream) {
+		INVARIANT(s->sent != NULL && s->sent->vol == x->vol && s->sent->first == x->first &&
+			  s->sent->n == x->n);
+		/* I12: nothing is applied across a barrier. */
+		if (s->io.session == h->barrier_session && s->io.seq < h->last_flush_seq)
+			world_fail(w, "host %u: frame %" PRIu64 " is applied behind barrier %" PRIu64, h->id, s->io.seq,
+				   h->last_flush_seq);
+		x->v = s->sent->v;
+		if (s->sent->vers)
+			x->vers = simdup(s->sent->vers, x->n * sizeof(ver));
+	} else {
+		x->v = s->v;
+	}
+	r->next = h->running;
+	h->running = r;
+	return x;
+}
+
+static void log_add(struct host *h, struct exec *x)
+{
+	if (h->n_log == h->cap_log) {
+		h->cap_log = h->cap_log ? 2 * h->cap_log : 64;
+		h->log = simrealloc(h->log, h->cap_log * sizeof(*h->log));
+	}
+	h->log[h->n_log++] = *x;
+}
+
+static void running_end(struct host *h, struct exec *x)
+{
+	struct running *r = CONTAINER_OF(x, struct running, x), **at = &h->running;
+	while (*at != r)
+		at = &(*at)->next;
+	*at = r->next;
+	x->end = ++h->w->tick;
+	struct exec *ring = &h->execs[h->n_execs++ % EXECS_MAX];
+	*ring = *x;
+	ring->vers = NULL;
+	log_add(h, x); /* takes vers */
+	simfree(r);
+}
+
+static ver *now_of(struct host *h, const struct exec *x)
+{
+	return x->active ? h->act[x->vol].now : h->disk[x->vol].now;
+}
+
+/* Reads the disk beside all faults. */
+static void peek(struct host *h, uint32_t vol, bool durable, uint32_t first, uint32_t n, uint8_t *buf)
+{
+	static const char *const paths[WORLD_VOLUMES] = {"volumes/a/disk.raw", "volumes/b/disk.raw"};
+	if (simstore_peek(h->ss, paths[vol], durable, (uint64_t)first * WORLD_UNIT, buf, (size_t)n * WORLD_UNIT) < 0)
+		world_fail(h->w, "host %u: %s is not there", h->id, paths[vol]);
+}
+
+/* A write that failed may have been done in part: what is there is looked at. */
+static void settle_failed(struct host *h, const struct exec *x)
+{
+	struct world *w = h->w;
+	uint8_t *buf = simalloc((size_t)x->n * WORLD_UNIT);
+	ver *now = now_of(h, x);
+	if (x->active) {
+		world_quiet(h, true);
+		int err = volume_read_view(h->x.vols[x->vol], h->base, (uint64_t)x->first * WORLD_UNIT,
+					   (uint64_t)x->n * WORLD_UNIT, buf);
+		world_quiet(h, false);
+		if (err)
+			world_fail(w, "host %u: the view can't be read after a failed write: %s", h->id, err_name(err));
+	} else {
+		peek(h, x->vol, false, x->first, x->n, buf);
+	}
+	struct ghost *base = x->active ? base_of(h, h->base) : NULL;
+	for (uint32_t i = 0; i < x->n; i++) {
+		uint32_t u = x->first + i;
+		ver c = unit_read(w, buf + (size_t)i * WORLD_UNIT, x->vol, u);
+		ver old = x->active ? view_ver(h, base, x->vol, u) : now[u];
+		if (c == shows(w, old))
+			continue;
+		if (c != shows(w, exec_ver(x, u)))
+			world_fail(w, "host %u: after a failed write unit %u of volume %u is %s, neither %s nor %s",
+				   h->id, u, x->vol, text_of(w, c), text_of(w, old), text_of(w, exec_ver(x, u)));
+		now[u] = exec_ver(x, u);
+	}
+	simfree(buf);
+}
+
+void model_end(struct host *h, struct exec *x, int error, bool save_failed)
+{
+	if (h->dying || simstore_stopped(h->ss)) /* model_died takes it over */
+		return;
+	(void)save_failed;
+	for (uint32_t i = 0; error && !x->active && i < x->n; i++)
+		h->failed[x->vol][x->first + i] = 1;
+	ver *now = now_of(h, x) + x->first;
+	if (error)
+		settle_failed(h, x);
+	if (error && x->active) { /* words that were not published may be found by the next start */
+		x->lost = true;
+		running_end(h, x);
+		return;
+	}
+	if (error) { /* from here on it is the write that was done */
+		simfree(x->vers);
+		x->vers = simdup(now, x->n * sizeof(ver));
+	}
+	for (uint32_t i = 0; i < x->n; i++)
+		now[i] = exec_ver(x, x->first + i);
+	running_end(h, x);
+}
+
+/* ---- syncs ---- */
+
+void model_sync_begin(struct host *h, uint64_t *mark)
+{
+	*mark = ++h->w->tick;
+}
+
+static void fold(struct host *h, const struct exec *x)
+{
+	ver *d = x->active ? h->act[x->vol].durable : h->disk[x->vol].durable;
+	for (uint32_t i = 0; i < x->n; i++)
+		d[x->first + i] = exec_ver(x, x->first + i);
+}
+
+/* What had ended when the sync began is durable. After a failed one nothing that was not durable yet ever will be,
+ * except by being written again. */
+void model_sync_end(struct host *h, uint64_t mark, int disk, int error)
+{
+	unsigned kept = 0;
+	if (h->dying || simstore_stopped(h->ss))
+		return;
+	for (unsigned i = 0; i < h->n_log; i++) {
+		struct exec *x = &h->log[i];
+		bool theirs = disk == MODEL_ACTIVES ? x->active : !x->active && x->vol == (uint32_t)disk;
+		if (theirs && x->end < mark && !error && !x->lost) {
+			fold(h, x);
+			exec_drop(x);
+			continue;
+		}
+		if (theirs && error)
+			x->lost = true;
+		h->log[kept++] = *x;
+	}
+	h->n_log = kept;
+	for (struct running *r = h->running; error && r; r = r->next)
+		r->x.lost |= disk == MODEL_ACTIVES ? r->x.active : !r->x.active && r->x.vol == (uint32_t)disk;
+}
+
+/* ---- the stream ---- */
+
+static void str_begin(struct host *h)
+{
+	if (h->str_valid)
+		return;
+	h->str_valid = true;
+	for (uint32_t v = 0; v < WORLD_VOLUMES; v++)
+		units_copy(h->w, v, h->str[v], peer_of(h)->disk[v].now);
+}
+
+void model_session(struct host *h)
+{
+	h->str_valid = false;
+	h->last_flush_seq = 0;
+	h->peer_life = peer_of(h)->life;
+	for (uint32_t v = 0; v < WORLD_VOLUMES; v++)
+		memset(h->failed[v], 0, h->w->units[v]);
+}
+
+/* I4 to the letter: the disk is what the peer will hold, or the unit is in flight. */
+static bool in_flight(struct host *h, uint32_t vol, uint32_t u)
+{
+	for (struct running *r = h->running; r; r = r->next)
+		if (exec_covers(&r->x, false, vol, u))
+			return true;
+	for (struct sim_io *s = h->ios; s; s = s->next)
+		if (s->v && !s->forwarded && s->io.volume == vol && u >= UNITS_IN(s->io.off) &&
+		    u < UNITS_IN(s->io.off + s->io.len))
+			return true;
+	return false;
+}
+
+static void str_check(struct host *h, const char *when)
+{
+	struct world *w = h->w;
+	for (uint32_t v = 0; v < WORLD_VOLUMES; v++)
+		for (uint32_t u = 0; u < w->units[v]; u++)
+			if (h->str[v][u] != h->disk[v].now[u] &&
+			    shows(w, h->str[v][u]) != shows(w, h->disk[v].now[u]) && !h->failed[v][u] &&
+			    !in_flight(h, v, u))
+				world_fail(w, "host %u: %s unit %u of volume %u is %s, and what was sent is %s", h->id,
+					   when, u, v, text_of(w, h->disk[v].now[u]), text_of(w, h->str[v][u]));
+}
+
+static uint32_t volume_by_id(struct host *h, uint32_t id)
+{
+	const struct repl_meta *m = repl_meta(h->core);
+	for (uint32_t i = 0; i < m->n_volumes; i++)
+		if (m->volumes[i].id == id)
+			return i;
+	world_fail(h->w, "host %u sends a frame for volume id %u", h->id, id);
+}
+
+void model_sent(struct host *h, const struct repl_action *a, struct sim_io *s, struct sent *sent)
+{
+	struct world *w = h->w;
+	if (a->frame.type == WIRE_RESYNC_BEGIN || sent)
+		str_begin(h);
+	if (!sent)
+		return;
+	if (a->io) {
+		if (s) {
+			model_fill(h, s);
+			s->forwarded = true;
+		}
+		sent->vol = volume_by_id(h, a->frame.volume);
+		sent->first = UNITS_IN(a->frame.offset);
+		sent->n = UNITS_IN(a->frame.length);
+		ver *str = h->str[sent->vol] + sent->first;
+		if (a->frame.type == WIRE_RESYNC_WRITE || a->frame.type == WIRE_RESYNC_ZERO) {
+			/* [RSLOCK] the region is read and sent while nobody writes it. */
+			sent->vers = simdup(h->disk[sent->vol].now + sent->first, sent->n * sizeof(ver));
+			for (struct running *r = h->running; r; r = r->next)
+				if (!r->x.active && r->x.vol == sent->vol && r->x.first < sent->first + sent->n &&
+				    sent->first < r->x.first + r->x.n)
+					world_fail(w, "host %u: a resync sends units %u+%u while %u+%u are written",
+						   h->id, sent->first, sent->n, r->x.first, r->x.n);
+			memcpy(str, sent->vers, sent->n * sizeof(ver));
+		} else {
+			sent->v = s->v;
+			for (uint32_t i = 0; i < sent->n; i++)
+				str[i] = s->v;
+			memset(h->failed[sent->vol] + sent->first, 0, sent->n);
+		}
+		return;
+	}
+	if (a->frame.type == WIRE_CHECKPOINT || a->frame.type == WIRE_RESYNC_DONE) {
+		sent->number = a->frame.offset;
+		for (uint32_t v = 0; v < WORLD_VOLUMES; v++) {
+			sent->snap[v] = units_dup(w, v, h->str[v]);
+			if (a->frame.type == WIRE_RESYNC_DONE)
+				units_copy(w, v, h->adopt[v], h->str[v]);
+		}
+		if (a->frame.type == WIRE_RESYNC_DONE)
+			str_check(h, "at the end of the resync");
+	}
+}
+
+void model_received(struct host *h, struct sim_io *s)
+{
+	(void)h;
+	(void)s;
+}
+
+/* A barrier of the stream is about to be carried out: everything before it is applied. */
+void model_barrier(struct host *h, const struct repl_io *io)
+{
+	struct world *w = h->w;
+	if (h->dying)
+		return;
+	if (io->session == h->barrier_session && io->seq < h->last_flush_seq)
+		world_fail(w, "host %u: barrier %" PRIu64 " after %" PRIu64, h->id, io->seq, h->last_flush_seq);
+	for (struct sim_io *s = h->streams; s; s = s->next)
+		if (s->io.session == io->session && s->io.seq < io->seq && s->io.kind != REPL_FLUSH)
+			world_fail(w, "host %u: barrier %" PRIu64 " before frame %" PRIu64 " is applied", h->id,
+				   io->seq, s->io.seq);
+	h->barrier_session = io->session;
+	h->last_flush_seq = io->seq;
+	const struct sim_io *s = CONTAINER_OF(io, struct sim_io, io);
+	for (uint32_t v = 0; s->sent && s->sent->snap[v] && v < WORLD_VOLUMES; v++)
+		for (uint32_t u = 0; u < w->units[v]; u++)
+			if (h->disk[v].now[u] != s->sent->snap[v][u])
+				world_fail(
+				    w, "host %u: at the barrier %s the disk's unit %u of volume %u is %s, sent was %s",
+				    h->id, wire_type_name(s->sent->type), u, v, text_of(w, h->disk[v].now[u]),
+				    text_of(w, s->sent->snap[v][u]));
+}
+
+/* ---- what guests were told ---- */
+
+static void done_push(struct done_list *l, const struct done *d)
+{
+	if (l->n == l->cap) {
+		l->cap = l->cap ? 2 * l->cap : 64;
+		l->d = simrealloc(l->d, l->cap * sizeof(*l->d));
+	}
+	l->d[l->n++] = *d;
+}
+
+static void done_drop(struct done_list *l, uint64_t n)
+{
+	memmove(l->d, l->d + n, (l->n - n) * sizeof(*l->d));
+	l->n -= n;
+	l->base += n;
+}
+
+static void done_clear(struct done_list *l)
+{
+	done_drop(l, l->n);
+}
+
+/* ---- changes of the record ---- */
+
+static void promises_check(struct host *h, const ver *const have[WORLD_VOLUMES])
+{
+	struct world *w = h->w;
+	static const char *const what[] = {"flushed", "applied", "received"};
+	for (uint32_t v = 0; v < WORLD_VOLUMES; v++) {
+		const ver *need[] = {h->prom_flushed[v], h->prom_applied[v], h->prom_received[v]};
+		for (unsigned k = 0; k < ARRAY_LEN(need); k++)
+			for (uint32_t u = 0; u < w->units[v]; u++)
+				if (have[v][u] < need[k][u])
+					world_fail(w,
+						   "host %u: failover to latest has %s in unit %u of volume %u, but "
+						   "the guest was told that "
+						   "%s is %s by it",
+						   h->id, text_of(w, have[v][u]), u, v, text_of(w, need[k][u]),
+						   what[k]);
+	}
+}
+
+static void promises_forget(struct host *h)
+{
+	for (uint32_t v = 0; v < WORLD_VOLUMES; v++) {
+		units_set(h->w, v, h->prom_flushed[v], 0);
+		units_set(h->w, v, h->prom_applied[v], 0);
+		units_set(h->w, v, h->prom_received[v], 0);
+	}
+}
+
+static void failed_over(struct host *h, const struct repl_meta *old, const struct repl_meta *m)
+{
+	struct world *w = h->w;
+	w->count.failovers++;
+	world_note(w, "host %u: failed over to %" PRIu64 ", received %" PRIu64, h->id, m->target, m->received);
+	if (m->received && !ghost_find(h, m->received))
+		world_fail(w, "host %u: the checkpoint as received, %" PRIu64 ", was not opened", h->id, m->received);
+	const ver *have[WORLD_VOLUMES];
+	struct ghost *g = m->target ? base_of(h, m->target) : NULL;
+	for (uint32_t v = 0; v < WORLD_VOLUMES; v++)
+		have[v] = g ? g->v[v] : h->disk[v].now;
+	/* Latest of an unfinished resync is what was kept before it. */
+	if (old->inconsistent ? m->target && m->target == old->kept : m->target == 0)
+		promises_check(h, have);
+	promises_forget(h);
+	done_clear(&h->done_peer);
+}
+
+static void committed(struct host *h, const struct repl_meta *old)
+{
+	struct world *w = h->w;
+	struct ghost *base = base_of(h, old->base);
+	for (uint32_t v = 0; v < WORLD_VOLUMES; v++)
+		for (uint32_t u = 0; u < w->units[v]; u++) {
+			ver want = view_ver(h, base, v, u);
+			if (shows(w, h->disk[v].now[u]) != shows(w, want))
+				world_fail(w, "host %u: the commit has ended and unit %u of volume %u is %s, not %s",
+					   h->id, u, v, text_of(w, h->disk[v].now[u]), text_of(w, want));
+			if (shows(w, h->disk[v].durable[u]) != shows(w, want))
+				world_fail(
+				    w,
+				    "host %u: the commit has ended and unit %u of volume %u is durable as %s, not %s",
+				    h->id, u, v, text_of(w, h->disk[v].durable[u]), text_of(w, want));
+			h->disk[v].now[u] = h->disk[v].durable[u] = want;
+		}
+}
+
+static void adopted(struct host *h, const struct repl_meta *m)
+{
+	struct world *w = h->w;
+	w->count.resyncs++;
+	struct host *s = peer_of(h);
+	if (s->seen->lineage.current == m->lineage.current)
+		s->wrote_alone = false;
+	for (uint32_t v = 0; v < WORLD_VOLUMES; v++)
+		for (uint32_t u = 0; u < w->units[v]; u++) {
+			if (shows(w, h->disk[v].durable[u]) != shows(w, h->disk[v].now[u]))
+				world_fail(
+				    w, "host %u: adopts with unit %u of volume %u not durable: %s, durable is %s",
+				    h->id, u, v, text_of(w, h->disk[v].now[u]), text_of(w, h->disk[v].durable[u]));
+			ver have = h->disk[v].now[u]; /* a source that lost power may have lost what was not flushed */
+			ver *need[] = {&h->prom_flushed[v][u], &h->prom_applied[v][u], &h->prom_received[v][u]};
+			for (unsigned k = 0; k < ARRAY_LEN(need); k++)
+				*need[k] = *need[k] < have ? *need[k] : have;
+		}
+}
+
+static void active_emptied(struct host *h, bool is_committed)
+{
+	unsigned kept = 0;
+	h->emptied_ns = h->w->now;
+	if (!is_committed) /* the secondary's own writes are given up */
+		done_clear(&h->done);
+	for (uint32_t v = 0; v < WORLD_VOLUMES; v++) {
+		units_set(h->w, v, h->act[v].now, NOT_THERE);
+		units_set(h->w, v, h->act[v].durable, NOT_THERE);
+	}
+	for (unsigned i = 0; i < h->n_log; i++) {
+		if (h->log[i].active)
+			exec_drop(&h->log[i]);
+		else
+			h->log[kept++] = h->log[i];
+	}
+	h->n_log = kept;
+	for (unsigned i = 0; i < EXECS_MAX; i++)
+		if (h->execs[i].active)
+			h->execs[i].n = 0;
+	for (struct running *r = h->running; r; r = r->next)
+		if (r->x.active)
+			world_fail(h->w, "host %u: the active overlay is emptied while it is written", h->id);
+}
+
+static void number_check(struct host *h, uint64_t number)
+{
+	if (number <= h->numbers_max)
+		world_fail(h->w, "host %u: checkpoint %" PRIu64 " is made after %" PRIu64, h->id, number,
+			   h->numbers_max);
+	h->numbers_max = number;
+}
+
+/* The record is on the disk and the switch is made in memory: what the next start finds if nothing else happens. */
+void model_publish(struct host *h, const struct repl_meta *m, const struct repl_save *s)
+{
+	struct world *w = h->w;
+	const struct repl_meta *old = h->seen;
+	if (m->ckpt_max < old->ckpt_max)
+		world_fail(w, "host %u: ckpt_max goes back from %" PRIu64 " to %" PRIu64, h->id, old->ckpt_max,
+			   m->ckpt_max);
+	world_note(w,
+		   "host %u: record %s %s base %" PRIu64 " last %" PRIu64 " kept %" PRIu64 " cur %" PRIx64
+		   " bm %" PRIx64 "%s%s%s%s ckpt %" PRIu64 " drop %" PRIu64,
+		   h->id, role_name(m->role), state_name(m->state), m->base, m->last_stream, m->kept,
+		   m->lineage.current, m->lineage.bitmap, m->alone ? " alone" : "",
+		   m->inconsistent ? " inconsistent" : "", m->split_brain ? " split" : "",
+		   m->shut_out ? " shut_out" : "", s->ckpt, s->drop);
+	bool failover = m->failover_generation != 0 && m->failover_generation != old->failover_generation;
+	if (s->ckpt) {
+		number_check(h, s->ckpt);
+		w->count.checkpoints++;
+		ghost_add(h, s->ckpt, (enum ckpt_kind)m->ckpts[m->n_ckpts - 1].kind);
+	}
+	if (failover)
+		failed_over(h, old, m);
+	bool is_committed = old->state == STATE_FAILOVER && m->state == STATE_DONE;
+	if (is_committed)
+		committed(h, old);
+	if (old->inconsistent && !m->inconsistent && m->role == ROLE_SECONDARY)
+		adopted(h, m);
+	if (m->shut_out && !old->shut_out && h->wrote_alone)
+		world_fail(w, "host %u steps down though it has answered guests alone: that is a split brain", h->id);
+	if (s->active_id != old->active_id)
+		active_emptied(h, is_committed);
+	if (m->role != old->role || (m->inconsistent && !old->inconsistent)) {
+		done_clear(&h->done);
+		done_clear(&h->done_peer);
+	}
+	*h->seen = *m;
+	ghosts_keep(h, m);
+}
+
+/* ---- guests' answers ---- */
+
+static ver at_least(ver a, ver b)
+{
+	return a > b ? a : b;
+}
+
+/* Whether `image` has write d or one after it. */
+static void done_check(struct host *h, const struct done *d, const ver *have, unsigned where, const char *what)
+{
+	for (uint32_t u = d->first; u < d->first + d->n; u++)
+		if (have[u] < d->v || have[u] == NOT_THERE)
+			world_fail(h->w, "host %u: %s, but unit %u of volume %u is %s on host %u, not %s", h->id, what,
+				   u, d->vol, text_of(h->w, have[u]), where, text_of(h->w, d->v));
+}
+
+/* Whether p is still what h's session was with: it may have failed over, or died with what it had not synced, while its
+ * answer was on the way. */
+static bool follows(struct host *p, struct host *h)
+{
+	return p->up && p->life == h->peer_life && p->seen->role == ROLE_SECONDARY &&
+	       p->seen->lineage.current == h->seen->lineage.current;
+}
+
+static void flush_done(struct host *h, struct sim_io *s)
+{
+	struct host *p = peer_of(h);
+	uint64_t n = s->done_before > h->done.base ? s->done_before - h->done.base : 0;
+	n = n < h->done.n ? n : h->done.n;
+	for (uint64_t i = 0; i < n; i++) {
+		const struct done *d = &h->done.d[i];
+		/* A commit that has ended meanwhile has brought it from active to the disk. */
+		bool active = s->io.target == TARGET_ACTIVE && h->emptied_ns < s->begun_ns;
+		done_check(h, d, active ? h->act[d->vol].durable : h->disk[d->vol].durable, h->id, "a flush has ended");
+	}
+	done_drop(&h->done, n);
+	uint64_t prot = repl_meta(h->core)->settings.protocol;
+	bool still = s->session && h->conn && h->conn->session == s->session && repl_forwarding(h->core) &&
+		     world_link(h->w, h->id) == LINK_SYNCED;
+	if (!s->promised || !still || !follows(p, h) || (prot != PROTOCOL_F && prot != PROTOCOL_C))
+		return;
+	/* I2: all before it is durable on the peer. */
+	n = s->done_before_peer > h->done_peer.base ? s->done_before_peer - h->done_peer.base : 0;
+	n = n < h->done_peer.n ? n : h->done_peer.n;
+	for (uint64_t i = 0; i < n; i++) {
+		const struct done *d = &h->done_peer.d[i];
+		done_check(h, d, p->disk[d->vol].durable, p->id, "a flush has ended in sync");
+		for (uint32_t u = d->first; u < d->first + d->n; u++)
+			p->prom_flushed[d->vol][u] = at_least(p->prom_flushed[d->vol][u], d->v);
+	}
+	done_drop(&h->done_peer, n);
+}
+
+void model_done(struct host *h, struct sim_io *s, int error)
+{
+	struct world *w = h->w;
+	if (s->io.kind == REPL_WRITE && !s->data)
+		return; /* a read */
+	world_note(w, "host %u: guest's %s %" PRIu64 "+%" PRIu64 " (write %u) ends: %s", h->id,
+		   s->io.kind == REPL_FLUSH ? "flush" : "write", s->io.off, s->io.len, s->v,
+		   error ? err_name(error) : "ok");
+	if (error)
+		return;
+	const struct repl_meta *m = repl_meta(h->core);
+	bool live = repl_forwarding(h->core);
+	bool disk = s->io.target == TARGET_DISK;
+	if (disk && m->has_peer && !live)
+		h->wrote_alone = true;
+	if (disk && m->has_peer && !live && !m->alone && (s->io.kind != REPL_FLUSH || m->lineage.current))
+		world_fail(w, "host %u: a %s was answered alone, and no generation was begun for it", h->id,
+			   s->io.kind == REPL_FLUSH ? "flush" : "write");
+	if (s->io.kind == REPL_FLUSH) {
+		flush_done(h, s);
+		return;
+	}
+	if (!s->v)
+		world_fail(w, "host %u: a write was answered that was never carried out", h->id);
+	struct done d = {s->v, s->io.volume, UNITS_IN(s->io.off), UNITS_IN(s->io.len)};
+	bool active = s->io.target == TARGET_ACTIVE;
+	if (active && h->emptied_ns >= s->begun_ns)
+		return; /* discarded meanwhile */
+	done_check(h, &d, active ? h->act[d.vol].now : h->disk[d.vol].now, h->id, "a write has ended");
+	done_push(&h->done, &d);
+	if (active)
+		return;
+	done_push(&h->done_peer, &d);
+	if (h->done_peer.n > 2048)
+		done_drop(&h->done_peer, 1024);
+	if (!s->forwarded || !live || world_link(w, h->id) != LINK_SYNCED || !h->conn || s->session != h->conn->session)
+		return;
+	struct host *p = peer_of(h);
+	uint64_t prot = m->settings.protocol;
+	if (!follows(p, h))
+		return;
+	if (prot == PROTOCOL_C)
+		done_check(h, &d, p->disk[d.vol].now, p->id, "a write has ended under C");
+	if (prot == PROTOCOL_B && (p->had_errors || p->full)) /* what it received it may not be able to apply */
+		return;
+	ver *prom = prot == PROTOCOL_C ? p->prom_applied[d.vol] : prot == PROTOCOL_B ? p->prom_received[d.vol] : NULL;
+	for (uint32_t u = d.first; prom && u < d.first + d.n; u++)
+		prom[u] = at_least(prom[u], d.v);
+}
+
+void model_command(struct host *h, const struct repl_command *c, int error)
+{
+	struct world *w = h->w;
+	if (error || c->cmd != CMD_CHECKPOINT)
+		return;
+	/* I17: answered after the secondary's completion, and numbers only grow. */
+	struct host *p = repl_meta(h->core)->role == ROLE_SECONDARY ? h : peer_of(h);
+	if (c->result > p->numbers_max)
+		world_fail(w, "host %u: checkpoint %" PRIu64 " is answered and was not taken", h->id, c->result);
+	const struct repl_meta *m = repl_meta(h->core);
+	if (m->ckpt_max < c->result)
+		world_fail(w, "host %u: checkpoint %" PRIu64 " is answered before it is durable here", h->id,
+			   c->result);
+}
+
+/* ---- after every step ---- */
+
+/* SYNCED is said: everything up to the end of the resync is durable over there [SPEC 6]. What is newer there came
+ * after. */
+static void synced_check(struct host *h)
+{
+	struct world *w = h->w;
+	struct host *p = peer_of(h);
+	for (uint32_t v = 0; v < WORLD_VOLUMES; v++)
+		for (uint32_t u = 0; u < w->units[v]; u++) {
+			ver there = p->disk[v].durable[u], want = h->adopt[v][u];
+			if (shows(w, there) != shows(w, want) && there <= want)
+				world_fail(w,
+					   "host %u says SYNCED, and unit %u of volume %u is durably %s there, not %s",
+					   h->id, u, v, text_of(w, there), text_of(w, want));
+		}
+}
+
+void model_after_step(struct host *h)
+{
+	bool synced = repl_forwarding(h->core) && world_link(h->w, h->id) == LINK_SYNCED;
+	if (synced && !h->synced_before)
+		synced_check(h);
+	h->synced_before = synced;
+}
+
+/* ---- crashes ---- */
+
+void model_died(struct host *h, enum world_crash how, bool evict)
+{
+	(void)how;
+	(void)evict;
+	while (h->running) {
+		struct running *r = h->running;
+		h->running = r->next;
+		r->x.end = ++h->w->tick;
+		r->x.cut = r->x.lost = true;
+		log_add(h, &r->x);
+		simfree(r);
+	}
+	done_clear(&h->done);
+	done_clear(&h->done_peer);
+	h->str_valid = false;
+	h->synced_before = false;
+	h->n_execs = 0;
+	memset(h->execs, 0, EXECS_MAX * sizeof(*h->execs));
+}
+
+/* Of what may be in unit u after a crash, what shows as c: the newest. */
+static bool may_be(struct host *h, bool active, uint32_t vol, uint32_t u, ver c, bool all, ver *ret)
+{
+	struct world *w = h->w;
+	for (unsigned i = h->n_log; i-- > 0;) {
+		const struct exec *x = &h->log[i];
+		if (!exec_covers(x, active, vol, u) || !(all || x->cut))
+			continue;
+		if (shows(w, exec_ver(x, u)) == c) {
+			*ret = exec_ver(x, u);
+			return true;
+		}
+	}
+	return false;
+}
+
+static bool lost_here(struct host *h, bool active, uint32_t vol, uint32_t u)
+{
+	for (unsigned i = 0; i < h->n_log; i++)
+		if (h->log[i].lost && exec_covers(&h->log[i], active, vol, u))
+			return true;
+	return false;
+}
+
+static void crash_look_disk(struct host *h, uint32_t vol, enum world_crash how, bool evict)
+{
+	struct world *w = h->w;
+	uint8_t *buf = simalloc((size_t)w->units[vol] * WORLD_UNIT);
+	struct image *d = &h->disk[vol];
+	peek(h, vol, false, 0, w->units[vol], buf);
+	for (uint32_t u = 0; u < w->units[vol]; u++) {
+		ver c = unit_read(w, buf + (size_t)u * WORLD_UNIT, vol, u), is = 0;
+		bool all = how == WORLD_POWER || (evict && lost_here(h, false, vol, u));
+		if (how != WORLD_POWER && c == shows(w, d->now[u]))
+			continue;
+		if (may_be(h, false, vol, u, c, all, &is))
+			d->now[u] = is;
+		else if (all && c == shows(w, d->durable[u]))
+			d->now[u] = d->durable[u];
+		else
+			world_fail(w, "host %u: after %s unit %u of volume %u is %s; it was %s, durable %s", h->id,
+				   how == WORLD_POWER ? "a power cut" : "a kill", u, vol, text_of(w, c),
+				   text_of(w, d->now[u]), text_of(w, d->durable[u]));
+	}
+	if (how == WORLD_POWER)
+		units_copy(w, vol, d->durable, d->now);
+	simfree(buf);
+}
+
+static void crash_look_active(struct host *h, uint32_t vol, enum world_crash how, bool evict)
+{
+	struct world *w = h->w;
+	uint8_t *buf = simalloc((size_t)w->units[vol] * WORLD_UNIT);
+	struct image *a = &h->act[vol];
+	struct ghost *base = base_of(h, h->base);
+	world_quiet(h, true);
+	int err = volume_read_view(h->x.vols[vol], h->base, 0, w->size[vol], buf);
+	world_quiet(h, false);
+	if (err)
+		world_fail(w, "host %u: the view of volume %u can't be read after a crash: %s", h->id, vol,
+			   err_name(err));
+	for (uint32_t u = 0; u < w->units[vol]; u++) {
+		ver c = unit_read(w, buf + (size_t)u * WORLD_UNIT, vol, u), is = 0;
+		ver below = base ? base->v[vol][u] : h->disk[vol].now[u];
+		ver dur = a->durable[u] == NOT_THERE ? below : a->durable[u];
+		bool all = how == WORLD_POWER || (evict && lost_here(h, true, vol, u));
+		if (how != WORLD_POWER && c == shows(w, view_ver(h, base, vol, u)))
+			continue;
+		if (may_be(h, true, vol, u, c, all, &is))
+			a->now[u] = is;
+		else if (all && c == shows(w, dur))
+			a->now[u] = a->durable[u];
+		else
+			world_fail(w, "host %u: after %s unit %u of the view of volume %u is %s; it was %s, durable %s",
+				   h->id, how == WORLD_POWER ? "a power cut" : "a kill", u, vol, text_of(w, c),
+				   text_of(w, view_ver(h, base, vol, u)), text_of(w, dur));
+	}
+	if (how == WORLD_POWER)
+		units_copy(w, vol, a->durable, a->now);
+	simfree(buf);
+}
+
+/* The record that was found may be one that was written and never reported: it counts as published. */
+static void record_look(struct host *h)
+{
+	const struct repl_meta *m = repl_meta(h->core);
+	struct repl_save s = {.active_id = m->active_id};
+	uint64_t last = m->n_ckpts ? m->ckpts[m->n_ckpts - 1].number : 0;
+	if (last && !ghost_find(h, last))
+		s.ckpt = last;
+	model_publish(h, m, &s);
+	for (uint32_t i = 0; i < m->n_ckpts; i++)
+		if (!ghost_find(h, m->ckpts[i].number))
+			world_fail(h->w, "host %u: checkpoint %" PRIu64 " is kept and was never made", h->id,
+				   m->ckpts[i].number);
+}
+
+void model_opened(struct host *h, enum world_crash how, bool evict)
+{
+	struct world *w = h->w;
+	if (!h->meta_seen) {
+		h->meta_seen = true;
+		*h->seen = *repl_meta(h->core);
+		return;
+	}
+	for (uint32_t v = 0; v < WORLD_VOLUMES; v++)
+		crash_look_disk(h, v, how, evict);
+	record_look(h);
+	/* Of the active overlays only where they are shown; what was not served before is of no account. */
+	if (h->serving == SERVING_VIEW)
+		for (uint32_t v = 0; v < WORLD_VOLUMES; v++)
+			crash_look_active(h, v, how, evict);
+	unsigned kept = 0;
+	for (unsigned i = 0; i < h->n_log; i++) {
+		h->log[i].cut = false;
+		if (how == WORLD_POWER)
+			exec_drop(&h->log[i]);
+		else
+			h->log[kept++] = h->log[i];
+	}
+	h->n_log = kept;
+	/* What the guest was told of this secondary's memory or cache is gone with them. */
+	for (uint32_t v = 0; v < WORLD_VOLUMES; v++) {
+		units_set(w, v, h->prom_received[v], 0);
+		if (how == WORLD_POWER || evict)
+			units_set(w, v, h->prom_applied[v], 0);
+	}
+	model_check(w);
+}
+
+/* ---- reads ---- */
+
+struct look {
+	struct host *h;
+	struct sim_io *s;
+	bool active; /* of the view */
+	struct ghost *ghost;
+	uint32_t vol, first, n;
+};
+
+static ver look_ver(const struct look *l, uint32_t u)
+{
+	if (l->ghost && !l->active)
+		return l->ghost->v[l->vol][u];
+	return l->active ? view_ver(l->h, l->ghost, l->vol, u) : l->h->disk[l->vol].now[u];
+}
+
+static bool busy_with(const struct look *l, uint32_t u, ver c, uint64_t since)
+{
+	struct host *h = l->h;
+	if (l->ghost && !l->active)
+		return false;
+	for (struct running *r = h->running; r; r = r->next)
+		if (exec_covers(&r->x, l->active, l->vol, u) && shows(h->w, exec_ver(&r->x, u)) == c)
+			return true;
+	for (unsigned i = 0; i < EXECS_MAX; i++) {
+		const struct exec *x = &h->execs[i];
+		if (x->n && x->end >= since && exec_covers(x, l->active, l->vol, u) && shows(h->w, x->v) == c)
+			return true;
+	}
+	return false;
+}
+
+static void look_check(const struct look *l, const uint8_t *buf, const ver *before, uint64_t since)
+{
+	struct world *w = l->h->w;
+	for (uint32_t i = 0; i < l->n; i++) {
+		uint32_t u = l->first + i;
+		ver c = unit_read(w, buf + (size_t)i * WORLD_UNIT, l->vol, u), now = look_ver(l, u);
+		if (c == shows(w, now) || (before && c == shows(w, before[i])) || busy_with(l, u, c, since))
+			continue;
+		if (c != GARBAGE && l->ghost && !l->active && l->ghost->durable[l->vol] &&
+		    l->ghost->durable[l->vol][u] != now)
+			continue; /* not synced before it was listed */
+		world_fail(w, "host %u: a read of unit %u of volume %u%s %" PRIu64 " gives %s, not %s", l->h->id, u,
+			   l->vol,
+			   l->active  ? ", the view over"
+			   : l->ghost ? ", checkpoint"
+				      : ", the disk",
+			   l->ghost ? l->ghost->number : 0, text_of(w, c), text_of(w, now));
+	}
+}
+
+static int look_read(struct host *h, struct look *l, uint8_t *buf)
+{
+	uint64_t off = (uint64_t)l->first * WORLD_UNIT, len = (uint64_t)l->n * WORLD_UNIT;
+	struct volume *v = h->x.vols[l->vol];
+	if (l->active)
+		return volume_read_view(v, h->base, off, len, buf);
+	if (l->ghost)
+		return volume_read_ckpt(v, l->ghost->number, off, len, buf);
+	return volume_read_disk(v, off, len, buf);
+}
+
+void model_read(struct host *h, struct sim_io *s, uint8_t *buf)
+{
+	struct world *w = h->w;
+	struct look l = {.h = h, .s = s, .vol = s->io.volume, .first = UNITS_IN(s->io.off), .n = UNITS_IN(s->io.len)};
+	const struct repl_meta *m = h->seen;
+	if (s->promised) { /* of a checkpoint */
+		if (m->n_ckpts == 0)
+			return;
+		l.ghost = base_of(h, m->ckpts[world_below(w, m->n_ckpts)].number);
+	} else if (h->serving == SERVING_VIEW) {
+		l.active = true;
+		l.ghost = base_of(h, h->base);
+	} else if (h->serving != SERVING_DISK) {
+		return;
+	}
+	w->count.reads++;
+	memset(buf, 0xa5, s->io.len);
+	uint64_t since = ++w->tick;
+	ver *before = simalloc(l.n * sizeof(ver));
+	for (uint32_t i = 0; i < l.n; i++)
+		before[i] = look_ver(&l, l.first + i);
+	uint64_t number = l.ghost ? l.ghost->number : 0;
+	int err = look_read(h, &l, buf);
+	if (h->dying || simstore_stopped(h->ss)) {
+		simfree(before);
+		return;
+	}
+	l.ghost = number ? ghost_find(h, number) : NULL;
+	if (err && !h->errors_one_in && !h->had_errors)
+		world_fail(w, "host %u: a read of volume %u fails: %s", h->id, l.vol, err_name(err));
+	if (!err && (number == 0 || l.ghost))
+		look_check(&l, buf, before, since);
+	simfree(before);
+}
+
+/* ---- both hosts ---- */
+
+static bool dirty_on(struct host *h, uint32_t vol, uint64_t region)
+{
+	return bitmap_test(&repl_volume_state(h->core, vol)->dirty, region);
+}
+
+/* Who would sync to whom if they met now, and whether the dirty sets would be enough for it. */
+static bool by_dirty_sets(struct world *w)
+{
+	static struct wire_join j[WORLD_HOSTS];
+	int source = 0;
+	for (unsigned i = 0; i < WORLD_HOSTS; i++)
+		repl_join(w->h[i].core, &j[i]);
+	enum lineage_decision d = lineage_decide(&j[0], &j[1], &source);
+	if (d == LINEAGE_SHUT_OUT || d == LINEAGE_NO_SOURCE) { /* as a failback will see it */
+		for (unsigned i = 0; i < WORLD_HOSTS; i++)
+			if (j[i].role == ROLE_STANDALONE && j[i].failover_generation && j[!i].role != ROLE_STANDALONE) {
+				j[i].flags |= WIRE_JOIN_FAILBACK;
+				j[i].role = ROLE_PRIMARY;
+				j[!i].role = ROLE_SECONDARY;
+				d = lineage_decide(&j[0], &j[1], &source);
+				break;
+			}
+	}
+	return d == LINEAGE_EQUAL || d == LINEAGE_PARTIAL;
+}
+
+void model_check(struct world *w)
+{
+	for (unsigned i = 0; i < WORLD_HOSTS; i++)
+		if (!w->h[i].up || w->h[i].dying)
+			return;
+	for (unsigned i = 0; i < WORLD_HOSTS; i++)
+		if (repl_forwarding(w->h[i].core) && world_link(w, i) == LINK_SYNCED && w->h[i].str_valid)
+			str_check(&w->h[i], "in sync");
+	if (!by_dirty_sets(w))
+		return;
+	/* I4 */
+	for (uint32_t v = 0; v < WORLD_VOLUMES; v++)
+		for (uint32_t u = 0; u < w->units[v]; u++) {
+			ver a = w->h[0].disk[v].now[u], b = w->h[1].disk[v].now[u];
+			if (a == b || shows(w, a) == shows(w, b))
+				continue;
+			uint64_t region = ((uint64_t)u * WORLD_UNIT) >> REGION_SHIFT;
+			if (!dirty_on(&w->h[0], v, region) && !dirty_on(&w->h[1], v, region))
+				world_fail(w,
+					   "unit %u of volume %u (region %" PRIu64
+					   ") is %s on host 0, %s on host 1, and dirty on neither",
+					   u, v, region, text_of(w, a), text_of(w, b));
+		}
+}
+
+static void check_bytes(struct host *h, uint32_t vol, struct ghost *g)
+{
+	struct world *w = h->w;
+	uint8_t *buf = simalloc(w->size[vol]);
+	struct look l = {.h = h, .vol = vol, .n = w->units[vol], .ghost = g};
+	int err = look_read(h, &l, buf);
+	if (err)
+		world_fail(w, "host %u: reading %s of volume %u: %s", h->id, g ? "a checkpoint" : "the disk", vol,
+			   err_name(err));
+	look_check(&l, buf, NULL, UINT64_MAX);
+	simfree(buf);
+}
+
+void model_check_all(struct world *w)
+{
+	for (unsigned i = 0; i < WORLD_HOSTS; i++) {
+		struct host *h = &w->h[i];
+		const struct repl_meta *m = repl_meta(h->core);
+		for (uint32_t v = 0; v < WORLD_VOLUMES; v++) {
+			check_bytes(h, v, NULL);
+			for (uint32_t k = 0; k < m->n_ckpts; k++)
+				check_bytes(h, v, base_of(h, m->ckpts[k].number));
+			for (uint32_t u = 0; u < w->units[v]; u++)
+				if (shows(w, h->disk[v].now[u]) != shows(w, w->h[0].disk[v].now[u]))
+					world_fail(w,
+						   "at the end unit %u of volume %u is %s on host 0 and %s on host %u",
+						   u, v, text_of(w, w->h[0].disk[v].now[u]),
+						   text_of(w, h->disk[v].now[u]), h->id);
+		}
+	}
+}
