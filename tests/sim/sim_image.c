@@ -379,6 +379,8 @@ static void intents_found(struct world *w, struct vol *v)
 		if (v->bit_durable[i] && !bitmap_test(&b, bit_at(i)))
 			violation(w, "intent bit %" PRIu64 " of volume %s was set durably and is not there", bit_at(i),
 				  v->name);
+		/* Once the map is in use, what was found set is taken for durable. */
+		v->bit_durable[i] = bitmap_test(&b, bit_at(i));
 	}
 	simfree(memory);
 }
@@ -394,7 +396,9 @@ static int open_volume(struct world *w, struct vol *v, struct err *e)
 	int rc = WATCHED(volume_open(w->s, &a, &v->v, e));
 
 	if (rc == 0)
-		rc = WATCHED(intent_open(w->s, v->name, INTENT_BYTES, true, &v->intent, e));
+		rc = WATCHED(intent_open(w->s, v->name, INTENT_BYTES, INTENT_DURABLE, &v->intent, e));
+	if (rc == 0)
+		rc = WATCHED(intent_begin(v->intent, e));
 	return rc;
 }
 
@@ -434,6 +438,8 @@ static int start(struct world *w)
 		w->start_error = e;
 		return rc;
 	}
+	for (unsigned v = 0; v < VOLUMES; v++)
+		intents_found(w, &w->vols[v]);
 	w->open = true;
 	for (unsigned v = 0; v < VOLUMES; v++)
 		w->vols[v].disk_dead = w->vols[v].active_dead = w->vols[v].intent_dead = false;
@@ -470,8 +476,6 @@ static void crash(struct world *w, enum crash how)
 	simstore_rules_clear(w->ss);
 	simalloc_fail_nth(0);
 	check_all(w, power ? SINCE_POWER_CUT : SINCE_OPENED);
-	for (unsigned v = 0; v < VOLUMES; v++)
-		intents_found(w, &w->vols[v]);
 }
 
 /* ---- operations: 0 or the error that the code under test gave ---- */
