@@ -10,6 +10,7 @@
 
 #include "core/check.h"
 #include "core/os/thread.h"
+#include "tests/sim/simalloc.h"
 
 /* The image code keeps its scratch on the stack; pages never touched cost nothing. */
 #define STACK_SIZE (512U << 10)
@@ -88,7 +89,9 @@ void co_yield (void)
 {
 	struct co *c = current;
 	PRE(c != NULL);
+	unsigned watching = simalloc_watch_swap(0);
 	swapcontext(&c->ctx, &scheduler);
+	(void)simalloc_watch_swap(watching);
 }
 
 struct co *co_current(void)

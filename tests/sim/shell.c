@@ -26,6 +26,15 @@ struct sim_command {
 	struct sim_command *next;
 };
 
+/* Allocations in it count (tests/sim/simalloc.h). */
+#define WATCHED(expr)                                                                                                  \
+	({                                                                                                             \
+		simalloc_watch(true);                                                                                  \
+		int watched_rc_ = (expr);                                                                              \
+		simalloc_watch(false);                                                                                 \
+		watched_rc_;                                                                                           \
+	})
+
 static struct sim_io *sim_io_of(struct repl_io *io)
 {
 	return io->internal ? NULL : CONTAINER_OF(io, struct sim_io, io);
@@ -110,7 +119,7 @@ static int execute(struct host *h, struct repl_io *io)
 		model_fill(h, s);
 	if (writes(io))
 		x = model_begin(h, io, s);
-	int err = repl_exec_io(&h->x, io, s ? s->data : NULL, NULL, h->base);
+	int err = WATCHED(repl_exec_io(&h->x, io, s ? s->data : NULL, NULL, h->base));
 	if (x)
 		model_end(h, x, err, io->save_failed);
 	if (active)
@@ -139,7 +148,7 @@ static void round_sync(struct host *h, struct round *s, struct repl_io *served, 
 {
 	uint64_t mark;
 	if (s == &h->marks) {
-		repl_exec_set_intents(&h->x, served, errors);
+		(void)WATCHED((repl_exec_set_intents(&h->x, served, errors), 0));
 		return;
 	}
 	model_sync_begin(h, &mark);
@@ -233,7 +242,7 @@ static void apply_job(void *arg)
 			break;
 		for (unsigned i = 0; i < n; i++)
 			x[i] = model_begin(h, ios[i], sim_io_of(ios[i]));
-		repl_exec_apply(&h->x, ios, n, errors);
+		(void)WATCHED((repl_exec_apply(&h->x, ios, n, errors), 0));
 		for (unsigned i = 0; i < n; i++)
 			model_end(h, x[i], errors[i], ios[i]->save_failed);
 		report_delay(h);
@@ -291,7 +300,7 @@ static void save_job(void *arg)
 	struct host *h = arg;
 	struct err e = {0};
 	uint64_t discarded = 0;
-	int err = repl_exec_save(&h->x, &h->save, &e);
+	int err = WATCHED(repl_exec_save(&h->x, &h->save, &e));
 	if (h->dying)
 		return;
 	if (err) {
@@ -509,11 +518,11 @@ int host_open(struct host *h)
 	struct repl_meta *m = NULL;
 	struct repl_init_args a = {
 	    .random_seed = world_random(w) | 1, .now_ns = w->now, .power = w->cfg.power, .emit = emit, .emit_arg = h};
-	int err = store_open_on(h->storage, "sim", -1, &h->store, &e);
+	int err = WATCHED(store_open_on(h->storage, "sim", -1, &h->store, &e));
 	if (!err)
-		err = store_load_group(h->store, GROUP_NAME, &m, &e);
+		err = WATCHED(store_load_group(h->store, GROUP_NAME, &m, &e));
 	if (!err)
-		err = repl_exec_open(&h->x, h->store, m, &e);
+		err = WATCHED(repl_exec_open(&h->x, h->store, m, &e));
 	if (err) {
 		world_note(w, "host %u: open: %s", h->id, e.text);
 		free(m);
@@ -545,7 +554,7 @@ int host_open(struct host *h)
 	h->in_step = 1; /* it may emit */
 	repl_init(h->core, &a);
 	h->in_step = 0;
-	err = repl_exec_load_intents(&h->x, &e);
+	err = WATCHED(repl_exec_load_intents(&h->x, &e));
 	if (err)
 		world_note(w, "host %u: open: %s", h->id, e.text);
 	return err;

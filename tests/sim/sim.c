@@ -3,6 +3,9 @@
  *
  *   sim [--seeds N] [--first S] [--ops N] [--jobs J] [--list FILE]    those of FILE, then N seeds from S on, in J
  * processes sim --seed S [-v]                                                  one seed; -v: with a trace
+ *   sim --crash-points|--fail-points|--alloc-points [--stride K] [--offset J]
+ *                                                                     every Kth point of the script in points.c
+ *   sim --point WHAT [-v]                                             one of them
  *
  * N is REPFS_SIM_SEEDS or 2,000 if it is not given. Exit 1: a promise was broken; the seed and how to replay it are
  * said.
@@ -18,26 +21,23 @@
 #include <unistd.h>
 
 #include "core/check.h"
+#include "tests/sim/sim.h"
 #include "tests/sim/world_internal.h"
-
-struct sim {
-	struct world *w;
-	unsigned vm;   /* where the guest runs */
-	bool reckless; /* a guest may run on both sides */
-	uint64_t hot[8];
-	uint32_t hot_vol[8];
-	uint64_t fault_one_in;
-	struct world_result failover;
-	unsigned failover_host;
-	bool failover_asked;
-};
 
 static uint64_t first_seed = 1, seeds = 2000, ops = 1000, only_seed;
 static bool one_seed, verbose;
+static unsigned points; /* bits of enum points_kind */
+static uint64_t stride = 1, offset;
+static const char *one_point;
 static unsigned jobs = 1;
 static uint64_t current_seed;
 static char replay[256];
 static const char *list_path;
+
+void sim_replay_set(const char *text)
+{
+	(void)snprintf(replay, sizeof(replay), "%s", text);
+}
 
 /* ---- operations ---- */
 
@@ -258,7 +258,7 @@ static void protect(struct sim *s, const struct repl_meta *m)
 }
 
 /* What a manager would do to get the pair back to work. */
-static void maintain(struct sim *s)
+void sim_maintain(struct sim *s)
 {
 	struct world *w = s->w;
 	if (s->failover_asked && s->failover.done) {
@@ -270,6 +270,8 @@ static void maintain(struct sim *s)
 	if (m[0] && m[1] && m[s->vm]->role == ROLE_SECONDARY && m[!s->vm]->role != ROLE_SECONDARY)
 		s->vm = !s->vm; /* a failover or a resolve was under way */
 	unsigned h = s->vm;
+	if (m[!h] && m[!h]->state == STATE_FAILOVER_FAILED)
+		command(s, !h, (struct repl_command){.cmd = CMD_FAILOVER});
 	if (!m[h])
 		return;
 	if (world_link(w, h) == LINK_DOWN && world_chance(w, 12)) { /* afresh */
@@ -284,7 +286,9 @@ static void maintain(struct sim *s)
 		else if (world_unrelated(w))
 			command(s, !h, (struct repl_command){.cmd = CMD_UNPROTECT});
 	} else if (m[h]->role == ROLE_PRIMARY && m[h]->state == STATE_DONE) {
-		command(s, h, (struct repl_command){.cmd = CMD_START});
+		bool forgotten = m[!h] && m[!h]->role == ROLE_STANDALONE;
+		command(s, h,
+			(struct repl_command){.cmd = forgotten && !world_chance(w, 3) ? CMD_UNPROTECT : CMD_START});
 	} else if (m[h]->role == ROLE_PRIMARY && world_unrelated(w)) {
 		command(s, h, (struct repl_command){.cmd = m[h]->state == STATE_RUNNING ? CMD_STOP : CMD_UNPROTECT});
 	} else if (m[h]->state == STATE_FAILOVER_FAILED) {
@@ -302,7 +306,7 @@ static void op(struct sim *s)
 		return;
 	}
 	if (world_chance(w, 10))
-		maintain(s);
+		sim_maintain(s);
 	uint64_t k = world_below(w, 100);
 	unsigned h = pick_writer(s);
 	if (k < 48)
@@ -329,9 +333,9 @@ static void op(struct sim *s)
 
 /* ---- a seed ---- */
 
-static struct sim *the_sim;
+struct sim *the_sim;
 
-static bool in_sync(struct world *w)
+bool sim_in_sync(struct world *w)
 {
 	unsigned h = the_sim->vm;
 	const struct repl_meta *m = world_meta(w, h), *p = world_meta(w, !h);
@@ -347,7 +351,7 @@ static bool quiet(struct world *w)
 static bool clean(struct world *w)
 {
 	struct repl_status st;
-	if (!in_sync(w) || !quiet(w))
+	if (!sim_in_sync(w) || !quiet(w))
 		return false;
 	repl_status(w->h[the_sim->vm].core, w->now, &st);
 	return st.dirty_bytes == 0 && w->h[0].n_cos == 0 && w->h[1].n_cos == 0;
@@ -361,7 +365,7 @@ static const char *kinds_left(struct world *w)
 }
 
 /* The phase without faults: I16. */
-static void settle(struct sim *s)
+void sim_settle(struct sim *s)
 {
 	struct world *w = s->w;
 	world_note(w, "faults are over");
@@ -370,12 +374,12 @@ static void settle(struct sim *s)
 		world_crash(w, h, WORLD_KILL);
 	bool done = false;
 	for (unsigned i = 0; i < 300 && !done; i++) {
-		maintain(s);
+		sim_maintain(s);
 		command(s, s->vm, (struct repl_command){.cmd = CMD_RESUME});
 		const struct repl_meta *p = world_meta(w, !s->vm);
 		if (p && p->role == ROLE_SECONDARY && p->state == STATE_RUNNING)
 			command(s, !s->vm, (struct repl_command){.cmd = CMD_DISCARD});
-		done = world_run_until(w, in_sync, SEC);
+		done = world_run_until(w, sim_in_sync, SEC);
 	}
 	if (!done)
 		world_fail(w, "faults are over for 300 s, and the pair is not in sync");
@@ -436,7 +440,7 @@ static void seed_run(uint64_t seed, struct world_counters *total)
 		if (i % 16 == 0)
 			world_check(w);
 	}
-	settle(&s);
+	sim_settle(&s);
 	const uint64_t *from = (const uint64_t *)world_counters(w);
 	for (size_t i = 0; i < sizeof(*total) / sizeof(uint64_t); i++)
 		((uint64_t *)total)[i] += from[i];
@@ -496,6 +500,20 @@ static void run_range(unsigned job)
 	fflush(stdout);
 }
 
+static double seconds(void);
+
+static int run_points(void)
+{
+	double start = seconds();
+	uint64_t runs = 0;
+	for (unsigned k = 0; k < POINTS_KINDS; k++)
+		if (points & 1U << k)
+			runs += points_run(k, stride, offset);
+	co_free_all();
+	printf("sim: %" PRIu64 " runs in %.1f s: ok\n", runs, seconds() - start);
+	return 0;
+}
+
 static double seconds(void)
 {
 	struct timespec t;
@@ -506,9 +524,19 @@ static double seconds(void)
 int main(int argc, char **argv)
 {
 	bool given = false;
-	static const struct option options[] = {
-	    {"seeds", 1, NULL, 'n'}, {"first", 1, NULL, 'f'}, {"ops", 1, NULL, 'o'}, {"jobs", 1, NULL, 'j'},
-	    {"list", 1, NULL, 'l'},  {"seed", 1, NULL, 's'},  {NULL, 0, NULL, 0}};
+	static const struct option options[] = {{"seeds", 1, NULL, 'n'},
+						{"first", 1, NULL, 'f'},
+						{"ops", 1, NULL, 'o'},
+						{"jobs", 1, NULL, 'j'},
+						{"list", 1, NULL, 'l'},
+						{"seed", 1, NULL, 's'},
+						{"crash-points", 0, NULL, 'C'},
+						{"fail-points", 0, NULL, 'F'},
+						{"alloc-points", 0, NULL, 'A'},
+						{"stride", 1, NULL, 'k'},
+						{"offset", 1, NULL, 'O'},
+						{"point", 1, NULL, 'p'},
+						{NULL, 0, NULL, 0}};
 	for (int c; (c = getopt_long(argc, argv, "v", options, NULL)) != -1;) {
 		uint64_t n = optarg ? strtoull(optarg, NULL, 10) : 0;
 		switch (c) {
@@ -532,6 +560,24 @@ int main(int argc, char **argv)
 		case 'l':
 			list_path = optarg;
 			break;
+		case 'C':
+			points |= 1U << POINTS_CRASH;
+			break;
+		case 'F':
+			points |= 1U << POINTS_FAIL;
+			break;
+		case 'A':
+			points |= 1U << POINTS_ALLOC;
+			break;
+		case 'k':
+			stride = n ? n : 1;
+			break;
+		case 'O':
+			offset = n;
+			break;
+		case 'p':
+			one_point = optarg;
+			break;
 		case 'v':
 			verbose = true;
 			break;
@@ -550,6 +596,10 @@ int main(int argc, char **argv)
 	signal(SIGABRT, die);
 	signal(SIGILL, die);
 	signal(SIGTRAP, die);
+	if (one_point)
+		return points_replay(one_point, verbose) ? 0 : 2;
+	if (points)
+		return run_points();
 	double start = seconds();
 	int bad = 0;
 	if (jobs == 1) {

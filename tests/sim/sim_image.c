@@ -464,10 +464,12 @@ static void crash(struct world *w, enum crash how)
 	else
 		simstore_restart(w->ss);
 	if (start(w) < 0) {
-		if (simstore_stopped(w->ss)) {
-			/* The start itself was cut off. */
+		/* The start itself may have been cut off. */
+		simstore_stop_at(w->ss, 0, SIMSTORE_DONE);
+		if (simstore_stopped(w->ss) && power)
+			simstore_power_cut(w->ss, (enum simstore_keep)how);
+		else if (simstore_stopped(w->ss))
 			simstore_restart(w->ss);
-		}
 		simstore_rules_clear(w->ss);
 		simalloc_fail_nth(0);
 		if (start(w) < 0)

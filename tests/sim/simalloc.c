@@ -64,6 +64,14 @@ void simalloc_watch(bool on)
 	watching += on ? 1U : -1U;
 }
 
+unsigned simalloc_watch_swap(unsigned n)
+{
+	unsigned was = watching;
+
+	watching = n;
+	return was;
+}
+
 void simalloc_fail_nth(uint64_t nth)
 {
 	fail_in = nth;

@@ -19,6 +19,8 @@ void simfree(void *p);			  /* NULL is fine */
 
 /* Nests: on as long as more were switched on than off. */
 void simalloc_watch(bool on);
+/* For who switches stacks: what is on, made `n`; returns what it was. */
+unsigned simalloc_watch_swap(unsigned n);
 void simalloc_fail_nth(uint64_t nth); /* 0: none */
 /* Allocations counted since the program began; whether the one that was to fail has. */
 uint64_t simalloc_counted(void);

@@ -1283,6 +1283,11 @@ void simstore_stop(struct simstore *ss)
 	ss->stopped = true;
 }
 
+bool simstore_stop_pending(const struct simstore *ss)
+{
+	return ss->stop_in > 0;
+}
+
 bool simstore_stopped(const struct simstore *ss)
 {
 	return ss->stopped;
@@ -1334,7 +1339,6 @@ static void comes_back(struct simstore *ss)
 {
 	PRE(ss->n_handles == 0);
 	ss->stopped = false;
-	ss->stop_in = 0;
 }
 
 void simstore_power_cut(struct simstore *ss, enum simstore_keep keep)

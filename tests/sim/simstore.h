@@ -87,9 +87,11 @@ void simstore_set_space(struct simstore *ss, uint64_t bytes);
 
 enum simstore_stop { SIMSTORE_NOT_DONE, SIMSTORE_HALF_DONE, SIMSTORE_DONE };
 
-/* The nth changing call from now on (1: the next) is the last: done as said, and answered -ERR_IO. 0: no crash point.
+/* The nth changing call from now on (1: the next), over any restarts, is the last: done as said, and answered -ERR_IO.
+ * 0: no crash point.
  * Half: of a write or zero some sectors; of a sync some of what was to be synced; anything else is done or not. */
 void simstore_stop_at(struct simstore *ss, uint64_t nth, enum simstore_stop how);
+bool simstore_stop_pending(const struct simstore *ss);
 /* Stops now. */
 void simstore_stop(struct simstore *ss);
 bool simstore_stopped(const struct simstore *ss);

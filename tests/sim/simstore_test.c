@@ -645,6 +645,8 @@ static void test_every_crash_point(void)
 				simstore_check(ss);
 				if (keep % 4 != 3 || nth > 10)
 					script_check(ss, done);
+				EXPECT(simstore_stop_pending(ss) == (nth > 10));
+				simstore_stop_at(ss, 0, SIMSTORE_DONE);
 				EXPECT(script(ss) == 10);
 				script_check(ss, 10);
 				simstore_free(ss);

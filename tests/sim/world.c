@@ -147,7 +147,8 @@ static void bury(struct world *w)
 	for (unsigned i = 0; i < WORLD_HOSTS; i++)
 		if (w->h[i].up && !w->h[i].dying && simstore_stopped(w->h[i].ss)) {
 			world_note(w, "host %u: crash point: %s", i, simstore_fault_text(w->h[i].ss));
-			host_die(&w->h[i], w->h[i].crash);
+			w->h[i].keep = w->h[i].point_keep;
+			host_die(&w->h[i], w->h[i].point);
 		}
 }
 
@@ -256,10 +257,12 @@ static void on_start(struct world *w, void *arg, uint64_t life)
 	enum world_crash how = h->crash;
 	bool evict = h->evict;
 	if (simstore_stopped(h->ss)) {
+		int keep = h->keep < 0 ? (int)world_below(w, 3) : h->keep;
 		if (how == WORLD_POWER)
-			simstore_power_cut(h->ss, (enum simstore_keep)world_below(w, 3));
+			simstore_power_cut(h->ss, (enum simstore_keep)keep);
 		else
 			simstore_restart(h->ss);
+		h->keep = -1;
 		if (how == WORLD_KILL && evict)
 			simstore_evict(h->ss);
 	}
@@ -267,9 +270,13 @@ static void on_start(struct world *w, void *arg, uint64_t life)
 	int err = host_open(h);
 	if (err) {
 		world_note(w, "host %u does not start: %s", h->id, err_name(err));
-		if (!h->errors_one_in && !h->full && !h->crash_point)
+		if (!h->errors_one_in && !h->full && !h->crash_point && !h->faulty)
 			world_fail(w, "host %u does not start: %s", h->id, err_name(err));
 		host_close(h);
+		if (simstore_stopped(h->ss) && h->point == WORLD_POWER) {
+			h->crash = WORLD_POWER; /* a crash point in the start itself */
+			h->keep = h->point_keep;
+		}
 		if (!simstore_stopped(h->ss))
 			simstore_stop(h->ss);
 		h->life++;
@@ -278,13 +285,14 @@ static void on_start(struct world *w, void *arg, uint64_t life)
 			world_disk_errors(w, h->id, 0);
 			world_disk_full(w, h->id, false);
 			h->crash_point = false;
+			simstore_stop_at(h->ss, 0, SIMSTORE_NOT_DONE);
 		}
 		plan_start(h, world_delay(w, 100 * MS));
 		return;
 	}
 	h->tries = 0;
-	h->crash_point = false;
-	h->had_errors = h->errors_one_in != 0;
+	h->crash_point = simstore_stop_pending(h->ss);
+	h->had_errors = h->errors_one_in != 0 || h->faulty;
 	h->up = true;
 	model_opened(h, how, evict);
 	host_tick(w, h, h->life);
@@ -334,7 +342,8 @@ void world_crash(struct world *w, unsigned host, enum world_crash how)
 void world_crash_at(struct world *w, unsigned host, enum world_crash how, uint64_t nth)
 {
 	struct host *h = &w->h[host];
-	h->crash = how == WORLD_POWER && !w->cfg.power ? WORLD_KILL : how;
+	h->point = how == WORLD_POWER && !w->cfg.power ? WORLD_KILL : how;
+	h->point_keep = -1;
 	h->crash_point = true;
 	simstore_stop_at(h->ss, nth, (enum simstore_stop)world_below(w, 3));
 }
@@ -424,10 +433,7 @@ void world_clock_jump(struct world *w, uint64_t ns)
 void world_quiet(struct host *h, bool on)
 {
 	h->looking = on;
-	if (on)
-		simstore_rules_clear(h->ss);
-	else
-		host_rules(h);
+	simstore_look(h->ss, on);
 }
 
 void world_heal(struct world *w)
@@ -442,8 +448,9 @@ void world_heal(struct world *w)
 		world_disk_full(w, i, false);
 		simstore_stop_at(h->ss, 0, SIMSTORE_NOT_DONE);
 		h->stalled_until = 0;
-		h->crash_point = false;
+		h->crash_point = h->faulty = false;
 	}
+	simalloc_fail_nth(0);
 }
 
 /* ---- making ---- */
@@ -490,6 +497,7 @@ struct world *world_new(const struct world_config *c)
 		h->ss = simstore_new(world_random(w));
 		h->storage = sim_storage_new(h);
 		h->wanted = true;
+		h->keep = h->point_keep = -1;
 		h->life = 1;
 		make_group(h);
 	}

@@ -154,7 +154,11 @@ struct host {
 	bool up, dying, closing, wanted, crash_point;
 	unsigned tries;
 	uint64_t shutdown_until;
-	enum world_crash crash; /* how a crash point ends */
+	enum world_crash crash; /* how it died last */
+	int keep;		/* enum simstore_keep of that power cut; -1: any */
+	enum world_crash point; /* how a crash point ends, */
+	int point_keep;		/* and what it keeps */
+	bool faulty;		/* a fault was planned for it: it may not start at once, nor read */
 	uint64_t life, seeds;
 
 	struct end *conn;
