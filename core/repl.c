@@ -1195,7 +1195,12 @@ static void cmd_unprotect(struct repl *r, struct repl_command *c)
 	else if (role_changing(r) || repl_tx_pending(r, TX_UNPROTECT))
 		repl_command_done(r, c, -ERR_BUSY, "another command is changing its role");
 	else if (m->state == STATE_RUNNING)
-		cmd_stop(r, c); /* by its rules; then repl_stopped */
+		cmd_stop(r, c);			      /* by its rules; then repl_stopped */
+	else if (r->is_target || !secondary_quiet(r)) /* what comes would be applied to a disk that is its host's own */
+		repl_command_done(r, c, -ERR_BUSY,
+				  "the primary's sync of this copy is under way (the link is %s); "
+				  "`wait --for=in-sync`, or `unprotect` it on the primary first",
+				  link_state_name(r->link));
 	else
 		repl_tx(r, TX_UNPROTECT)->command = c;
 }

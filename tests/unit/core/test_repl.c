@@ -1969,6 +1969,48 @@ Test(lineage_core, an_incomplete_copy_is_not_unprotected)
 	host_free(h);
 }
 
+/* Found by the simulator: between the end of its sync and its first checkpoint a copy is consistent and in NONE. The
+ * checkpoint that stood in the stream was then taken of a disk that was its host's own; a RESYNC_BEGIN would have given
+ * that up, and the writes behind it changed it. */
+Test(lineage_core, a_copy_that_is_being_synced_is_not_unprotected)
+{
+	static struct repl_meta m;
+	meta_of(&m, ROLE_SECONDARY, STATE_NONE);
+	m.base = m.last_stream = m.n_ckpts = 0;
+	meta_of(&peer_meta, ROLE_PRIMARY, STATE_RUNNING);
+	peer_meta.settings = m.settings;
+	for (int cut = 0; cut < 2; cut++) {
+		struct host *h = host_new(&m);
+		link_up(h, false);
+		join_frame(h, &peer_meta, 0);
+		EXPECT(h, "send:JOIN send:DIRTY_END");
+		command(h, CMD_UNPROTECT, 0);
+		EXPECT(h, "cmd=ERR_BUSY");
+		stream(h, 'd', WIRE_RESYNC_DONE, REPL_RESYNC_DONE, 1, 0, 0);
+		fin(h, "d");
+		saved(h);
+		stream(h, 'a', WIRE_WRITE, REPL_WRITE, 2, 0, 4096);
+		stream(h, 'c', WIRE_CHECKPOINT, REPL_CHECKPOINT, 3, 2, 0);
+		forget(h);
+		if (cut) /* what was received is applied all the same */
+			link_down(h);
+		command(h, CMD_UNPROTECT, 0);
+		EXPECT(h, "cmd=ERR_BUSY");
+		fin(h, "a");
+		fin(h, "c");
+		EXPECT(h, "done:a do:c/ckpt save:secondary/RUNNING +2");
+		saved(h);
+		host_free(h);
+	}
+	/* Between sessions nothing stands in its way. */
+	struct host *h = host_new(&m);
+	command(h, CMD_UNPROTECT, 0);
+	EXPECT(h, "save:standalone/DONE");
+	saved(h);
+	EXPECT(h, "cmd");
+	host_free(h);
+}
+
 /* After a resolve the secondary may be the one that dials: a start on the primary reaches it by its next dial. */
 Test(lineage_core, start_and_stop_where_the_secondary_dials)
 {
