@@ -242,6 +242,14 @@ static void host_rules(struct host *h)
 		    h->ss, &(struct simstore_rule){.calls = calls, .error = ERR_IO, .one_in = h->errors_one_in});
 }
 
+/* All that runs is run to its end: every call of its storage fails by now, and no step is made. */
+static void drain(struct host *h)
+{
+	while (h->n_cos)
+		for (unsigned i = 0; i < h->n_cos; i++)
+			host_resume(h, h->cos[i]);
+}
+
 static void on_start(struct world *w, void *arg, uint64_t life);
 
 static void plan_start(struct host *h, uint64_t ns)
@@ -272,13 +280,16 @@ static void on_start(struct world *w, void *arg, uint64_t life)
 		world_note(w, "host %u does not start: %s", h->id, err_name(err));
 		if (!h->errors_one_in && !h->full && !h->crash_point && !h->faulty)
 			world_fail(w, "host %u does not start: %s", h->id, err_name(err));
-		host_close(h);
 		if (simstore_stopped(h->ss) && h->point == WORLD_POWER) {
 			h->crash = WORLD_POWER; /* a crash point in the start itself */
 			h->keep = h->point_keep;
 		}
 		if (!simstore_stopped(h->ss))
 			simstore_stop(h->ss);
+		h->dying = true; /* what the core has asked for already: nothing of it is carried out */
+		drain(h);
+		h->dying = false;
+		host_close(h);
 		h->life++;
 		h->tries++;
 		if (h->tries > 3) { /* somebody looks after it */
@@ -296,14 +307,6 @@ static void on_start(struct world *w, void *arg, uint64_t life)
 	h->up = true;
 	model_opened(h, how, evict);
 	host_tick(w, h, h->life);
-}
-
-/* All that runs is run to its end: every call of its storage fails by now, and no step is made. */
-static void drain(struct host *h)
-{
-	while (h->n_cos)
-		for (unsigned i = 0; i < h->n_cos; i++)
-			host_resume(h, h->cos[i]);
 }
 
 static void host_down(struct host *h, enum world_crash how, uint64_t back_ns)
