@@ -699,13 +699,10 @@ static void sync_volumes(struct group *g)
 	}
 }
 
-/* Within twice peer_timeout whatever the peer does: goodbyes are bounded by CLOSE_DRAIN_MS, the rest is local. Also of
- * one that daemon_open could not finish. */
-void daemon_close(struct daemon *d)
+void daemon_shutdown(struct daemon *d)
 {
-	if (d == NULL)
+	if (atomic_exchange(&d->ending, true))
 		return;
-	atomic_store(&d->ending, true);
 	if (d->ctl)
 		ctl_server_stop(d->ctl);
 	mutex_lock(&d->lock);
@@ -719,6 +716,15 @@ void daemon_close(struct daemon *d)
 	mutex_unlock(&d->admin);
 	for (struct group *g = d->groups; g; g = g->next)
 		group_shutdown(g);
+}
+
+/* Within twice peer_timeout whatever the peer does: goodbyes are bounded by CLOSE_DRAIN_MS, the rest is local. Also of
+ * one that daemon_open could not finish. */
+void daemon_close(struct daemon *d)
+{
+	if (d == NULL)
+		return;
+	daemon_shutdown(d);
 	(void)conns_wait(d, clock_mono_ns() + (CLOSE_DRAIN_MS + 100) * NS_PER_MS);
 	daemon_conns_close(d, NULL);
 	if (d->server)

@@ -46,7 +46,10 @@ struct daemon_config {
 int daemon_open(const struct daemon_config *cfg, struct daemon **ret, struct err *e);
 /* Starts the control socket; the daemon answers verbs from then on. Call once the mount serves I/O. */
 int daemon_serve_control(struct daemon *d, struct err *e);
-/* No new requests are waited for: parked I/O is answered, peers get a goodbye, volumes are flushed, within twice
+/* The end begins: no verb and no connection is taken any more, parked I/O is answered, new I/O is refused (ERR_IO),
+ * peers get a goodbye. Does not wait for what is under way. Again: does nothing. */
+void daemon_shutdown(struct daemon *d);
+/* daemon_shutdown, if that was not called; what is under way is waited for and volumes are flushed, within twice
  * peer_timeout whatever the peer does. Frees. */
 void daemon_close(struct daemon *d);
 

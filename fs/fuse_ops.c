@@ -60,7 +60,8 @@ struct fuse_ops {
 	struct mutex lock;	   /* guards what follows but refusal_ns */
 	struct op *free_ops;
 	unsigned n_free_ops;
-	unsigned n_under_way; /* request objects in use */
+	unsigned n_under_way; /* request objects in use, until they are answered */
+	struct cond idle;     /* none is */
 	struct file *files;   /* all open ones */
 	_Atomic uint64_t refusal_ns;
 };
@@ -596,6 +597,19 @@ static void file_close(struct fuse_ops *f, struct file *file)
 	file_free(file);
 }
 
+void fuse_ops_wait_answered(struct fuse_ops *f, unsigned ms)
+{
+	uint64_t deadline = clock_mono_ns() + ms * NS_PER_MS;
+	bool in_time = true;
+	mutex_lock(&f->lock);
+	while (f->n_under_way && in_time)
+		in_time = cond_wait_until(&f->idle, &f->lock, deadline);
+	unsigned left = f->n_under_way;
+	mutex_unlock(&f->lock);
+	if (left)
+		log_warn("", "%u requests that change volumes have no answer yet; they fail now", left);
+}
+
 void fuse_ops_close_files(struct fuse_ops *f)
 {
 	mutex_lock(&f->lock);
@@ -835,17 +849,18 @@ static void op_put(struct op *op)
 		f->n_free_ops++;
 	}
 	f->n_under_way--;
+	if (f->n_under_way == 0)
+		cond_broadcast(&f->idle);
 	mutex_unlock(&f->lock);
 	if (!keep)
 		free(op);
 }
 
-/* The object first: with the answer the last thing that keeps `f` may be gone. */
+/* The answer first: who waits for the last request to be put has the connection closed then. */
 static void op_reply_err(struct op *op, int sys)
 {
-	fuse_req_t req = op->req;
+	(void)fuse_reply_err(op->req, sys);
 	op_put(op);
-	(void)fuse_reply_err(req, sys);
 }
 
 static void op_submit(struct op *op, const struct file *file, enum repl_kind kind, uint64_t off, uint64_t len,
@@ -864,10 +879,8 @@ static void flush_done(struct gio *g, int error)
 
 static void write_answer(struct op *op)
 {
-	fuse_req_t req = op->req;
-	size_t len = (size_t)op->len;
+	(void)fuse_reply_write(op->req, (size_t)op->len);
 	op_put(op);
-	(void)fuse_reply_write(req, len);
 }
 
 static void write_flush_done(struct gio *g, int error)
@@ -1194,6 +1207,7 @@ int fuse_ops_create(const struct fuse_ops_config *cfg, struct mount *m, struct f
 	f->mount = m;
 	f->started = timespec_of(clock_wall_ns());
 	mutex_init(&f->lock);
+	cond_init(&f->idle);
 	*ret = f;
 	return 0;
 }
@@ -1214,6 +1228,7 @@ void fuse_ops_free(struct fuse_ops *f)
 		free(op);
 	}
 	(void)pthread_key_delete(f->read_buffer);
+	cond_destroy(&f->idle);
 	mutex_destroy(&f->lock);
 	free(f);
 }

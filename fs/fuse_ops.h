@@ -24,6 +24,8 @@ struct fuse_ops_config {
 int fuse_ops_create(const struct fuse_ops_config *cfg, struct mount *m, struct fuse_ops **ret, struct err *e);
 /* Before the session starts. d is borrowed until the session has stopped. */
 void fuse_ops_set_daemon(struct fuse_ops *f, struct daemon *d);
+/* Until every request that changes a volume has its answer, or `ms` have passed. */
+void fuse_ops_wait_answered(struct fuse_ops *f, unsigned ms);
 /* The session has stopped: closes what users still had open on a mount that was detached under them, unless a request
  * is under way that may use it (fuse_ops_free does it then: a volume's handle may outlive its daemon). */
 void fuse_ops_close_files(struct fuse_ops *f);

@@ -106,13 +106,16 @@ static bool stale(const struct group *g, const struct gvol_handle *h)
 static int submit_and_wait(struct gvol *v, const struct gvol_handle *h, enum repl_kind kind, uint64_t off, uint64_t len,
 			   const void *data, void *into);
 
-/* A restarted primary holds its I/O until it knows that its peer has not failed over, at most peer_timeout. */
-static void wait_while_holding(struct group *g)
+/* A restarted primary holds its I/O until it knows that its peer has not failed over, at most peer_timeout. If the
+ * daemon ends before, what the disk holds may be the past: false. */
+static bool wait_while_holding(struct group *g)
 {
 	mutex_lock(&g->lock);
 	while (repl_holding(g->core) && !g->closing)
 		cond_wait(&g->cond, &g->lock);
+	bool known = !repl_holding(g->core);
 	mutex_unlock(&g->lock);
+	return known;
 }
 
 bool gvol_detached(struct gvol *v)
@@ -141,9 +144,11 @@ int gvol_read(struct gvol *v, const struct gvol_handle *h, enum gvol_file file, 
 	struct group *g = gvol_group(v);
 	if (g == NULL)
 		return -ERR_IO;
-	if (file == GVOL_VOLUME && atomic_load(&g->holding))
-		wait_while_holding(g);
 	int err = -ERR_IO;
+	if (file == GVOL_VOLUME && atomic_load(&g->holding) && !wait_while_holding(g)) {
+		group_unref(g);
+		return err;
+	}
 	pthread_rwlock_rdlock(&g->view);
 	if (!stale(g, h) && !(file == GVOL_VOLUME && detached(g, v))) {
 		switch (file) {
@@ -247,8 +252,10 @@ int gvol_extent(struct gvol *v, enum gvol_file file, uint64_t ckpt, uint64_t off
 	struct group *g = gvol_group(v);
 	if (g == NULL)
 		return -ERR_NOENT;
-	if (file == GVOL_VOLUME && atomic_load(&g->holding))
-		wait_while_holding(g);
+	if (file == GVOL_VOLUME && atomic_load(&g->holding) && !wait_while_holding(g)) {
+		group_unref(g);
+		return -ERR_IO;
+	}
 	pthread_rwlock_rdlock(&g->view);
 	enum volume_layer layer = layer_of(g, file, &ckpt);
 	int err = 0;

@@ -3,9 +3,9 @@
  * Up: options, the store and its groups (daemon_open), the mount, the control socket, and only then the parent process,
  * which has waited on a pipe, ends with 0. Whatever goes wrong before travels through that pipe: the parent prints the
  * text and ends with the code.
- * Down (SIGTERM, SIGINT, `repctl shutdown`, unmounted from outside): the mount first, so that nothing new comes in,
- * then the daemon, which answers what is parked, flushes and takes leave of its peers, then the connection to the
- * kernel. A second signal ends the process on the spot.
+ * Down (SIGTERM, SIGINT, `repctl shutdown`, unmounted from outside): the mount first, so that nothing new comes in;
+ * then the daemon answers what is parked and takes leave of its peers, while the connection to the kernel still carries
+ * answers; then that, and at last the daemon's files. A second signal ends the process on the spot.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -32,6 +32,8 @@
 #ifndef REPFS_VERSION
 #define REPFS_VERSION "0.1.0"
 #endif
+
+#define ANSWERS_WAIT_MS 3000 /* for a guest's requests, at the end */
 
 struct program {
 	struct options o;
@@ -294,6 +296,12 @@ static int serve(struct program *p, struct err *e)
 /* Any of what may have been made is taken down, in the reverse order. */
 static void unserve(struct program *p)
 {
+	if (p->mount)
+		mount_detach(p->mount);
+	if (p->daemon)
+		daemon_shutdown(p->daemon);
+	if (p->ops)
+		fuse_ops_wait_answered(p->ops, ANSWERS_WAIT_MS);
 	if (p->mount)
 		mount_stop(p->mount);
 	if (p->ops)

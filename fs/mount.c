@@ -56,6 +56,7 @@
 enum mount_state {
 	MOUNT_IDLE,
 	MOUNT_SERVING,
+	MOUNT_DETACHED, /* unmounted; who has files open is served */
 	MOUNT_STOPPING, /* no notification is sent any more */
 };
 
@@ -517,10 +518,15 @@ static void *notify_main(void *arg)
 	return NULL;
 }
 
+static bool notifies(const struct mount *m)
+{
+	return m->state == MOUNT_SERVING || m->state == MOUNT_DETACHED;
+}
+
 void mount_post(struct mount *m, struct mount_job *job)
 {
 	mutex_lock(&m->lock);
-	bool queue = m->state == MOUNT_SERVING;
+	bool queue = notifies(m);
 	if (queue) {
 		job->next = NULL;
 		*m->tail = job;
@@ -560,7 +566,7 @@ void mount_post_wait(struct mount *m, struct mount_job *job)
 
 void mount_drop_cache(struct mount *m, uint64_t ino, uint64_t off, uint64_t len)
 {
-	if (m->state != MOUNT_SERVING)
+	if (!notifies(m))
 		return;
 	/* -ENOENT: the kernel does not know the inode. Any other error: there is no mount any more. */
 	(void)fuse_lowlevel_notify_inval_inode(m->session, ino, (off_t)off, (off_t)len);
@@ -833,12 +839,22 @@ static void loop_end(struct mount *m)
 	} while (pthread_timedjoin_np(m->loop_thread, NULL, &until) == ETIMEDOUT);
 }
 
-void mount_stop(struct mount *m)
+void mount_detach(struct mount *m)
 {
 	if (m->state != MOUNT_SERVING)
 		return;
-	notify_drain(m);
+	mutex_lock(&m->lock);
+	m->state = MOUNT_DETACHED;
+	mutex_unlock(&m->lock);
 	unmount_bounded(m);
+}
+
+void mount_stop(struct mount *m)
+{
+	mount_detach(m);
+	if (m->state != MOUNT_DETACHED)
+		return;
+	notify_drain(m);
 	loop_end(m);
 	guard_end(m);
 }
@@ -847,7 +863,7 @@ void mount_free(struct mount *m)
 {
 	if (!m)
 		return;
-	PRE(m->state != MOUNT_SERVING);
+	PRE(!notifies(m));
 	if (m->notify_started) {
 		mutex_lock(&m->lock);
 		m->notify_quit = true;

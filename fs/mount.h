@@ -49,8 +49,11 @@ int mount_start(struct mount *m, const char *path, const struct mount_options *o
 /* To be called by the session's init handler. */
 void mount_init(struct mount *m, struct fuse_conn_info *conn);
 
-/* Unmounts (a busy mount is detached) and ends the session's threads; no handler runs after it. Replies to requests
- * that are still open may be sent until mount_free. Bounded: what does not end by itself is cut off. */
+/* Unmounts; a busy mount is detached, and who has files open there is served until mount_stop. Bounded, as mount_stop:
+ * what does not end by itself is cut off. */
+void mount_detach(struct mount *m);
+/* mount_detach, if that was not called, and ends the session's threads; no handler runs after it. A request that has no
+ * answer by then fails in the kernel (ECONNABORTED), though one may be sent until mount_free. */
 void mount_stop(struct mount *m);
 /* All requests must have been answered. NULL is fine. */
 void mount_free(struct mount *m);

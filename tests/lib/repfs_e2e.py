@@ -803,9 +803,21 @@ def aligned(data):
     return m
 
 
-def pwrite(path, off, data, direct=True, sync=False):
-    fd = os.open(path, os.O_WRONLY | (os.O_DIRECT if direct else 0))
+@contextlib.contextmanager
+def opened(path, flags, direct):
+    """The first error counts: that of close() (at the end of a mount: ECONNABORTED) hides none."""
+    fd = os.open(path, flags | (os.O_DIRECT if direct else 0))
     try:
+        yield fd
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.close(fd)
+        raise
+    os.close(fd)
+
+
+def pwrite(path, off, data, direct=True, sync=False):
+    with opened(path, os.O_WRONLY, direct) as fd:
         m = aligned(data)
         done = 0
         with memoryview(m) as view:
@@ -813,13 +825,10 @@ def pwrite(path, off, data, direct=True, sync=False):
                 done += os.pwrite(fd, view[done:done + min(len(data) - done, 4 * MIB)], off + done)
         if sync:
             os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def pread(path, off, length, direct=True):
-    fd = os.open(path, os.O_RDONLY | (os.O_DIRECT if direct else 0))
-    try:
+    with opened(path, os.O_RDONLY, direct) as fd:
         m = mmap.mmap(-1, max(length, 1))
         done = 0
         with memoryview(m) as view:
@@ -829,31 +838,23 @@ def pread(path, off, length, direct=True):
                     break
                 done += n
         return m[:done]
-    finally:
-        os.close(fd)
 
 
 def fsync(path):
-    fd = os.open(path, os.O_WRONLY)
-    try:
+    with opened(path, os.O_WRONLY, False) as fd:
         os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 FALLOC_KEEP, FALLOC_PUNCH, FALLOC_ZERO = 1, 2, 16
 
 
 def fallocate(path_or_fd, mode, off, length):
-    fd = path_or_fd if isinstance(path_or_fd, int) else os.open(path_or_fd, os.O_WRONLY)
-    try:
+    given = contextlib.nullcontext(path_or_fd) if isinstance(path_or_fd, int) else opened(path_or_fd, os.O_WRONLY, False)
+    with given as fd:
         r = _libc.fallocate(ctypes.c_int(fd), ctypes.c_int(mode), ctypes.c_long(off), ctypes.c_long(length))
         if r != 0:
             e = ctypes.get_errno()
             raise OSError(e, os.strerror(e))
-    finally:
-        if not isinstance(path_or_fd, int):
-            os.close(fd)
 
 
 def punch(path, off, length):
