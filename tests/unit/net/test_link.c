@@ -1191,16 +1191,47 @@ Test(link, close_with_a_drain_delivers_everything_while_the_peer_sends_too)
 	pair_close(&p);
 }
 
+/* The sender waits for `open` between sending a frame and what comes after it. */
+struct gate {
+	struct mutex lock;
+	struct cond cond;
+	bool open;
+};
+
+static void gate_wait(void *arg)
+{
+	struct gate *g = arg;
+
+	mutex_lock(&g->lock);
+	while (!g->open)
+		cond_wait(&g->cond, &g->lock);
+	mutex_unlock(&g->lock);
+}
+
+static void gate_open(struct gate *g)
+{
+	mutex_lock(&g->lock);
+	g->open = true;
+	cond_broadcast(&g->cond);
+	mutex_unlock(&g->lock);
+}
+
+/* Neither sees the other's end before it is closing itself: that would be its reason. */
 Test(link, both_closing_with_a_drain_deliver_what_the_other_still_takes)
 {
 	struct pair p;
 	struct wire_frame f = {.type = WIRE_PING};
+	struct gate gate = {.open = false};
 
+	mutex_init(&gate.lock);
+	cond_init(&gate.cond);
 	pair_up(&p);
-	for (int i = 0; i < 100; i++)
+	for (int i = 0; i < 99; i++)
 		cr_assert_eq(link_send(p.la, &f, NULL, NULL, NULL), 0);
+	cr_assert_eq(link_send(p.la, &f, NULL, gate_wait, &gate), 0);
 	link_close(p.la, 10000);
 	link_close(p.b->link, 10000);
+	gate_open(&gate);
 	uint64_t start = clock_mono_ns();
 	cr_assert(end_reaches(p.a, &p.a->downs, 1));
 	cr_assert(end_reaches(p.b, &p.b->downs, 1));
