@@ -209,7 +209,8 @@ struct repl {
 	struct repl_io union_io;
 	/* behind: the session stands, nothing of guests' is forwarded (the top of repl_primary.c) */
 	bool behind, congested;
-	uint64_t catch_up_ns; /* not before: a save failed */
+	bool congestion_said; /* in the log of either side, since it was in sync */
+	uint64_t catch_up_ns; /* not before: a save failed, or the queue was full */
 	uint32_t rs_vol;
 	uint64_t rs_off;
 	uint32_t rs_data_vol;

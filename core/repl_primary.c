@@ -336,6 +336,7 @@ static void on_resync_ack(struct repl *r, const struct wire_frame *f)
 	if (r->behind || !r->rs_done_sent) /* it fell behind meanwhile */
 		return;
 	r->link = LINK_SYNCED;
+	r->congestion_said = false;
 	r->error.code = 0;
 	/* The peer has it all durable: clear as soon as this host has. */
 	r->cycle_next_ns = r->now_ns;
@@ -754,15 +755,23 @@ static void acks_alone(struct repl *r)
 static void fall_behind(struct repl *r, enum wire_behind why)
 {
 	PRE(primary_forwarding(r));
-	repl_log(r, 1, "%s; writes are tracked here and sent later",
-		 why == WIRE_BEHIND_PAUSED   ? "replication is paused"
-		 : why == WIRE_BEHIND_FAILED ? "a write failed here and was not sent"
-					     : "the queue to the peer is full");
+	bool congested = why == WIRE_BEHIND_CONGESTED;
+	if (!congested || !r->congestion_said)
+		repl_log(r, 1, "%s; writes are tracked here and sent later",
+			 why == WIRE_BEHIND_PAUSED   ? "replication is paused"
+			 : why == WIRE_BEHIND_FAILED ? "a write failed here and was not sent"
+						     : "the queue to the peer is full");
+	/* A guest that writes faster than the link takes fills the queue again in each resync: each try costs both
+	 * hosts a sync, so there is one a second. */
+	if (congested) {
+		r->congestion_said = true;
+		r->catch_up_ns = r->now_ns + CATCH_UP_RETRY_NS;
+	}
 	/* What was sent may still become clean: nothing newer touches it without saying so. */
 	(void)cycle_start(r);
 	session_send(r, WIRE_BEHIND, 0, why, 0, 0, NULL, 0);
 	r->behind = true;
-	r->congested = why == WIRE_BEHIND_CONGESTED;
+	r->congested = congested;
 	r->link = LINK_RESYNC;
 	r->rs_done_sent = false;
 	r->rs_run++;

@@ -74,10 +74,13 @@ void secondary_behind(struct repl *r, const struct wire_frame *f)
 		session_protocol_error(r, "BEHIND out of order");
 		return;
 	}
-	repl_log(r, 1, "%s: this copy falls behind",
-		 f->offset == WIRE_BEHIND_PAUSED   ? "replication was paused on the primary"
-		 : f->offset == WIRE_BEHIND_FAILED ? "a write failed on the primary and was not sent"
-						   : "the primary's queue is full");
+	bool congested = f->offset != WIRE_BEHIND_PAUSED && f->offset != WIRE_BEHIND_FAILED;
+	if (!congested || !r->congestion_said)
+		repl_log(r, 1, "%s: this copy falls behind",
+			 f->offset == WIRE_BEHIND_PAUSED   ? "replication was paused on the primary"
+			 : f->offset == WIRE_BEHIND_FAILED ? "a write failed on the primary and was not sent"
+							   : "the primary's queue is full");
+	r->congestion_said = r->congestion_said || congested;
 	r->in_phase = STREAM_CLOSED;
 	r->link = LINK_RESYNC;
 }
@@ -828,7 +831,7 @@ static void kept(struct repl *r, struct tx *t, int error)
 	}
 	session_resolved(r); /* it goes on from here without a new decision */
 	repl_stepped_down(r);
-	if (r->meta->own_dirty && r->meta->kept)
+	if (r->meta->own_dirty && t->opened) /* not again where a resync begins anew */
 		repl_log(r, 1, "what this host held and the peer may not have, %llu bytes, stays as checkpoint %llu",
 			 (unsigned long long)dirty_bytes(r), (unsigned long long)r->meta->kept);
 	if (current(r, t->io))
@@ -863,8 +866,10 @@ static void adopted(struct repl *r, struct tx *t, int error)
 	}
 	if (current(r, io)) {
 		r->theirs.lineage = t->lineage;
-		if (r->in_phase == STREAM_OPEN && io->seq == r->in_done_seq)
+		if (r->in_phase == STREAM_OPEN && io->seq == r->in_done_seq) {
 			r->link = LINK_SYNCED;
+			r->congestion_said = false;
+		}
 		r->error.code = 0;
 		r->ckpt_owed = true;
 		r->in_applied = r->in_flushed = max_u64(r->in_flushed, io->seq);

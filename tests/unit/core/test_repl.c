@@ -23,6 +23,7 @@ struct host {
 	struct repl_io io[IOS]; /* by name */
 	struct repl_command cmd;
 	int cmd_error, cmd_count;
+	unsigned warnings;
 };
 
 static void note(struct host *h, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
@@ -96,6 +97,8 @@ static void emit(void *arg, const struct repl_action *a)
 		note(h, a->error ? "cmd=%s" : "cmd", err_name(a->error));
 		break;
 	case ACT_LOG:
+		h->warnings += a->level == 1;
+		break;
 	case ACT_SERVING:
 		break;
 	}
@@ -1181,6 +1184,8 @@ Test(repl, a_full_queue_delays_or_falls_behind_until_it_has_drained)
 		EXPECT(h, ""); /* what of it arrived is not known yet */
 		fin(h, "sync");
 		ack(h, 8, 8, 8);
+		tick(h, SEC - 1);
+		EXPECT(h, ""); /* one try a second */
 		tick(h, 1);
 		EXPECT(h, "save:primary/RUNNING");
 		cr_assert(dirty(h, 65536));
@@ -1189,6 +1194,44 @@ Test(repl, a_full_queue_delays_or_falls_behind_until_it_has_drained)
 		EXPECT(h, "send:RESYNC_BEGIN#9");
 		host_free(h);
 	}
+}
+
+/* A guest that is faster than the link: each resync fills the queue again. Said once, until it is in sync again. */
+Test(repl, a_queue_that_is_full_again_and_again_is_said_once)
+{
+	struct host *h = primary(PROTOCOL_F);
+	warm(h);
+	struct settings s = repl_meta(h->r)->settings;
+	s.queue_max_bytes = 4 << 20;
+	s.on_congestion = ON_CONGESTION_AHEAD;
+	set_now(h, s);
+	uint64_t seq = 3; /* of the last frame of the stream */
+	h->warnings = 0;
+	for (int round = 0; round < 3; round++) {
+		step(h, (struct repl_event){.type = EV_SENT, .session = h->session, .bytes = 8 << 20});
+		for (int i = 0; i < 4; i++) {
+			guest(h, 'a', REPL_WRITE, 0, 1 << 20);
+			fin(h, "a");
+		}
+		cr_assert_eq(link_of(h), LINK_RESYNC);
+		cr_assert_eq(h->warnings, 1);
+		cr_assert(strstr(h->trace, "send:BEHIND"));
+		fin(h, "sync");
+		forget(h);
+		guest(h, 'b', REPL_WRITE, 65536, 4096);
+		if (h->saving)
+			saved(h);
+		fin(h, "b");
+		seq += round ? 6 : 5; /* four writes, a FLUSH; a RESYNC_BEGIN */
+		ack(h, seq, seq, seq);
+		step(h, (struct repl_event){.type = EV_SENT, .session = h->session, .bytes = 8 << 20});
+		forget(h);
+		tick(h, SEC);
+		saved(h);
+		cr_assert(strstr(h->trace, "send:RESYNC_BEGIN"), "%s", h->trace);
+		forget(h);
+	}
+	host_free(h);
 }
 
 /* ---- hashes ---- */
@@ -2904,6 +2947,28 @@ Test(repl, a_resync_begins_behind_what_was_in_sync_and_may_begin_again)
 	cr_assert_eq(h->saved.last_stream, 3);
 	cr_assert_eq(h->saved.kept, 0);
 	cr_assert_eq(h->saved.ckpts[1].flags, 0, "pinned until then");
+	host_free(h);
+}
+
+Test(repl, a_primary_whose_queue_is_full_again_and_again_is_said_once)
+{
+	struct host *h = secondary();
+	bitmap_set_range(&repl_volume_state(h->r, 0)->dirty, 0, 1); /* of its own: kept for good */
+	uint64_t seq = 2;
+	h->warnings = 0;
+	for (int round = 0; round < 3; round++) {
+		frame(h, WIRE_BEHIND, 0, WIRE_BEHIND_CONGESTED, 0, NULL, 0);
+		stream(h, 'r', WIRE_RESYNC_BEGIN, REPL_RESYNC_BEGIN, seq++, 200, 0);
+		fin(h, "r");
+		saved(h);
+		cr_assert_eq(h->warnings, 2, "that it falls behind, and what is kept");
+	}
+	stream(h, 'd', WIRE_RESYNC_DONE, REPL_RESYNC_DONE, seq++, 0, 0);
+	fin(h, "d");
+	saved(h);
+	cr_assert_eq(link_of(h), LINK_SYNCED);
+	frame(h, WIRE_BEHIND, 0, WIRE_BEHIND_CONGESTED, 0, NULL, 0);
+	cr_assert_eq(h->warnings, 3);
 	host_free(h);
 }
 
