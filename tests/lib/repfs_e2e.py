@@ -1361,8 +1361,8 @@ def main(limit=90.0, tests=None):
         # What a failed test's hosts said is worth seeing.
         tails = [r.log_tail(12) for r in _resources if isinstance(r, Host)] if problem else []
         left = close_all()
-        if left and not problem:
-            problem = "\n    ".join(left)
+        if left:  # a daemon that ended by itself is most often why the test failed
+            problem = "\n    ".join(([problem] if problem else []) + left)
         if dog.fired and not problem:
             problem = "took longer than %.0f s" % dog.limit
         dog.done.set()
