@@ -125,6 +125,13 @@ static bool detached(const struct wire_join *s)
 	return false;
 }
 
+/* x has not heard that y adopted a generation of its, one begun after x->bitmap, and has begun another since. x has
+ * kept its dirty set since x->bitmap, so what differs from y is in it all the same. */
+static bool adopted_since(const struct lineage *x, const struct lineage *y)
+{
+	return y->bitmap == 0 && y->history[0] == x->bitmap && lineage_has(x, y->current);
+}
+
 /* The generations alone, roles aside. */
 static enum lineage_decision by_generations(const struct wire_join *const j[2], int *ret_source)
 {
@@ -137,7 +144,7 @@ static enum lineage_decision by_generations(const struct wire_join *const j[2], 
 	}
 	for (int i = 0; i < 2; i++) {
 		const struct lineage *x = &j[i]->lineage, *y = &j[!i]->lineage;
-		if (x->bitmap != 0 && x->bitmap == y->current) {
+		if (x->bitmap != 0 && (x->bitmap == y->current || adopted_since(x, y))) {
 			*ret_source = i;
 			return LINEAGE_PARTIAL;
 		}

@@ -36,7 +36,6 @@ struct world {
 	bool up;
 	int source;
 	bool related; /* no unprotect since the last sync */
-	bool unheard; /* the source has not heard the end of the last sync */
 	uint64_t generation;
 	unsigned events;
 };
@@ -133,7 +132,7 @@ static enum lineage_decision decide(const struct world *w, const uint32_t flags[
 			HOLDS(j[*source].role == ROLE_PRIMARY, "the source is not a primary");
 			HOLDS(t->role == ROLE_SECONDARY, "a disk that is served would be written over");
 		}
-		HOLDS(d != LINEAGE_FULL || by_hand || t->inconsistent || w->unheard || !w->related,
+		HOLDS(d != LINEAGE_FULL || by_hand || t->inconsistent || !w->related,
 		      "everything travels, though what differs is known");
 		for (unsigned r = 0; r < REGIONS && (d == LINEAGE_EQUAL || d == LINEAGE_PARTIAL); r++)
 			HOLDS(s->content[r] == t->content[r] || ((s->dirty | t->dirty) >> r & 1) != 0,
@@ -314,10 +313,9 @@ static void sync(struct world *w, int source, enum lineage_decision d, enum reac
 	t->dirty = 0;
 	memcpy(t->has, s->has, sizeof(t->has));
 	memcpy(t->alone, s->alone, sizeof(t->alone));
-	w->related = w->unheard = true;
+	w->related = true;
 	if (reach == ADOPTED)
 		return;
-	w->unheard = false;
 	lineage_in_sync(&s->lineage);
 	w->up = true;
 	w->source = source;
@@ -574,7 +572,13 @@ static const struct row rows[] = {
      LINEAGE_PARTIAL,
      0},
     {"it did, and synced since without hearing the end",
-     {HOST(PRIMARY, RUNNING, .current = 3, .bitmap = 1, .history = 2), HOST(SECONDARY, RUNNING, .current = 2)},
+     {HOST(PRIMARY, RUNNING, .current = 3, .bitmap = 1, .history = 2),
+      HOST(SECONDARY, RUNNING, .current = 2, .history = 1)},
+     LINEAGE_PARTIAL,
+     0},
+    {"the target followed it before the dirty set began",
+     {HOST(PRIMARY, RUNNING, .current = 3, .bitmap = 1, .history = 2),
+      HOST(SECONDARY, RUNNING, .current = 2, .history = 9)},
      LINEAGE_FULL,
      0},
     {"the target is an older copy",
@@ -717,7 +721,7 @@ static const struct row rows[] = {
     {"a detach whose answer was lost; the primary went on with its disk",
      {HOST(PRIMARY, RUNNING, .current = 3, .bitmap = 1, .history = 2),
       HOST(SECONDARY, RUNNING, .current = 2, .history = 1, .volume_flags = VOLUME_PEER_STALE)},
-     LINEAGE_FULL,
+     LINEAGE_PARTIAL,
      0},
     {"detached; the primary wrote to its other disks alone",
      {HOST(PRIMARY, RUNNING, .current = 3, .bitmap = 2, .history = 1, .volume_flags = VOLUME_STALE),
