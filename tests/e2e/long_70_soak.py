@@ -64,6 +64,7 @@ class Soak:
         # The loser of a resolve goes on dialling: either may be the way that the connection takes.
         self.proxies = {self.pair.b.name: self.pair.proxy, self.pair.a.name: Proxy(("127.0.0.1", self.pair.a.port))}
         self.count = {}
+        self.kept = []  # checkpoints pinned by settle
         self.new_log()
 
     def link(self, what):
@@ -92,13 +93,16 @@ class Soak:
         """In sync, quiet, equal; the checkpoint taken now holds all that was answered."""
         self.p.wait_synced("vm1", PATIENCE)
         self.s.wait_synced("vm1", PATIENCE)
-        n = int(self.p.repctl("checkpoint", "vm1").out)
+        n = int(self.p.repctl("checkpoint", "vm1", "--keep").out)  # retention would drop it under its reader
         for v in ("root", "data"):
             e2e.check_same(self.p.disk(v), self.s.disk(v), "the disks of %s on both hosts" % v)
             e2e.check_same(self.p.volume(v), self.s.checkpoint_file(v, n), "%s and its checkpoint %d" % (v, n))
         now = time.monotonic_ns()
         self.log.verify({"root": self.s.checkpoint_file("root", n)}, required=self.log.completed_before(now),
                         what="checkpoint %d" % n)
+        for old in self.kept:
+            self.s.repctl("-y", "checkpoints", "root", "--drop", old, code=(0, 4, 5))
+        self.kept = [n]
 
     # ---- faults that a guest must not notice
 
