@@ -600,7 +600,7 @@ static void promises_check(struct host *h, const ver *const have[WORLD_VOLUMES])
 		const ver *need[] = {h->prom_flushed[v], h->prom_applied[v], h->prom_received[v]};
 		for (unsigned k = 0; k < ARRAY_LEN(need); k++)
 			for (uint32_t u = 0; u < w->units[v]; u++)
-				if (have[v][u] < need[k][u])
+				if (have[v][u] < need[k][u] && shows(w, have[v][u]) != shows(w, need[k][u]))
 					world_fail(w,
 						   "host %u: failover to latest has %s in unit %u of volume %u, but "
 						   "the guest was told that "
@@ -626,6 +626,12 @@ static void failed_over(struct host *h, const struct repl_meta *old, const struc
 	world_note(w, "host %u: failed over to %" PRIu64 ", received %" PRIu64, h->id, m->target, m->received);
 	if (m->received && !ghost_find(h, m->received))
 		world_fail(w, "host %u: the checkpoint as received, %" PRIu64 ", was not opened", h->id, m->received);
+	/* [FOKEEP] nothing that was received is thrown away. */
+	if (!m->received && old->n_ckpts && !old->broken)
+		world_fail(w, "host %u: a failover keeps no checkpoint of the disk as received", h->id);
+	/* [LATESTINC] nobody has asked for a torso while there was something whole. */
+	if (m->target == 0 && old->inconsistent && (old->kept || old->last_stream))
+		world_fail(w, "host %u: a failover takes a disk whose resync has not ended", h->id);
 	const ver *have[WORLD_VOLUMES];
 	struct ghost *g = m->target ? base_of(h, m->target) : NULL;
 	for (uint32_t v = 0; v < WORLD_VOLUMES; v++)
@@ -737,6 +743,9 @@ void model_publish(struct host *h, const struct repl_meta *m, const struct repl_
 		committed(h, old);
 	if (old->inconsistent && !m->inconsistent && m->role == ROLE_SECONDARY)
 		adopted(h, m);
+	/* [PREKEEP] a consistent target takes a checkpoint before the first write of a resync. */
+	if (m->inconsistent && !old->inconsistent && !m->fresh && m->lineage.current && !m->kept)
+		world_fail(w, "host %u: a resync begins, and what this host had is not kept", h->id);
 	if (m->shut_out && !old->shut_out && h->wrote_alone)
 		world_fail(w, "host %u steps down though it has answered guests alone: that is a split brain", h->id);
 	if (s->active_id != old->active_id)

@@ -382,7 +382,11 @@ bool world_io(struct world *w, unsigned host, enum world_io kind, uint32_t vol, 
 		s->data = malloc(len);
 	s->done_before = h->done.base + h->done.n;
 	s->done_before_peer = h->done_peer.base + h->done_peer.n;
-	s->session = world_link(w, host) == LINK_SYNCED && repl_forwarding(h->core) && h->conn ? h->conn->session : 0;
+	/* A flush that came in a resync promises what SYNCED does if it ends in SYNCED; a write that came then does
+	 * not. */
+	bool live = repl_forwarding(h->core) && h->conn &&
+		    (world_link(w, host) == LINK_SYNCED || (kind == WORLD_FLUSH && world_link(w, host) == LINK_RESYNC));
+	s->session = live ? h->conn->session : 0;
 	uint64_t p = repl_meta(h->core)->settings.protocol;
 	s->promised = kind == WORLD_FLUSH && s->session && (p == PROTOCOL_C || p == PROTOCOL_F);
 	world_note(w, "host %u: guest %s %u %" PRIu64 "+%" PRIu64, host,
