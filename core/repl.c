@@ -389,7 +389,7 @@ void repl_tx_run(struct repl *r)
 		r->tx = r->txq[r->tx_head];
 		r->tx_head = (r->tx_head + 1) % TX_MAX;
 		r->tx_count--;
-		*r->next = *r->meta;
+		repl_meta_copy(r->next, r->meta);
 		r->tx.active_id = r->meta->active_id;
 		bool applies = tx_prepare(r, &r->tx, r->next);
 		if (r->next->role != ROLE_PRIMARY)

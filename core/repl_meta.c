@@ -460,6 +460,11 @@ void repl_meta_init(struct repl_meta *m, const char *group)
 	settings_default(&m->settings);
 }
 
+void repl_meta_copy(struct repl_meta *to, const struct repl_meta *from)
+{
+	memcpy(to, from, offsetof(struct repl_meta, ckpts) + from->n_ckpts * sizeof(from->ckpts[0]));
+}
+
 int repl_meta_find_volume(const struct repl_meta *m, const char *name)
 {
 	for (uint32_t i = 0; i < m->n_volumes; i++) {

@@ -100,6 +100,8 @@ struct repl_meta {
 #define REPL_META_ENCODED_MAX (512U << 10)
 
 void repl_meta_init(struct repl_meta *m, const char *group); /* standalone, NONE, defaults */
+/* *to = *from, at the cost of the checkpoints that it holds: what lies behind them in *to is left alone. */
+void repl_meta_copy(struct repl_meta *to, const struct repl_meta *from);
 /* Into buf[size]; returns the length, or -ERR_LIMIT. The record must be valid (repl_meta_validate): one that a later
  * start would refuse must never reach the disk, so that is asserted. */
 int repl_meta_encode(const struct repl_meta *m, void *buf, size_t size);

@@ -209,7 +209,7 @@ static void emit(void *arg, const struct repl_action *a)
 		emit_send(g, a);
 		return;
 	case ACT_SAVE_META:
-		*g->save.meta = *a->meta;
+		repl_meta_copy(g->save.meta, a->meta);
 		g->save.ckpt = a->ckpt;
 		g->save.active_id = a->active_id;
 		g->save.drop = a->drop;

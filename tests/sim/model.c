@@ -147,10 +147,8 @@ static void exec_drop(struct exec *x)
 
 static void ghost_free(struct ghost *g)
 {
-	for (uint32_t v = 0; v < WORLD_VOLUMES; v++) {
+	for (uint32_t v = 0; v < WORLD_VOLUMES; v++)
 		simfree(g->v[v]);
-		simfree(g->durable[v]);
-	}
 	simfree(g);
 }
 
@@ -203,11 +201,8 @@ static void ghost_add(struct host *h, uint64_t number, enum ckpt_kind kind)
 	struct ghost *g = simalloc(sizeof(*g));
 	g->number = number;
 	g->kind = kind;
-	for (uint32_t v = 0; v < WORLD_VOLUMES; v++) {
+	for (uint32_t v = 0; v < WORLD_VOLUMES; v++)
 		g->v[v] = units_dup(h->w, v, h->disk[v].now);
-		if (kind != CKPT_STREAM)
-			g->durable[v] = units_dup(h->w, v, h->disk[v].durable);
-	}
 	g->next = h->ghosts;
 	h->ghosts = g;
 }
@@ -754,7 +749,7 @@ void model_publish(struct host *h, const struct repl_meta *m, const struct repl_
 		done_clear(&h->done);
 		done_clear(&h->done_peer);
 	}
-	*h->seen = *m;
+	repl_meta_copy(h->seen, m);
 	ghosts_keep(h, m);
 }
 
@@ -917,7 +912,7 @@ void model_died(struct host *h, enum world_crash how, bool evict)
 		struct running *r = h->running;
 		h->running = r->next;
 		r->x.end = ++h->w->tick;
-		r->x.cut = r->x.lost = true;
+		r->x.cut = true;
 		log_add(h, &r->x);
 		simfree(r);
 	}
@@ -1043,11 +1038,17 @@ void model_opened(struct host *h, enum world_crash how, bool evict)
 			crash_look_active(h, v, how, evict);
 	unsigned kept = 0;
 	for (unsigned i = 0; i < h->n_log; i++) {
-		h->log[i].cut = false;
-		if (how == WORLD_POWER)
-			exec_drop(&h->log[i]);
-		else
-			h->log[kept++] = h->log[i];
+		struct exec *x = &h->log[i];
+		if (how == WORLD_POWER) {
+			exec_drop(x);
+			continue;
+		}
+		if (x->cut) { /* what of it is there was seen just now */
+			exec_drop(x);
+			x->vers = simdup(now_of(h, x) + x->first, x->n * sizeof(ver));
+			x->cut = false;
+		}
+		h->log[kept++] = *x;
 	}
 	h->n_log = kept;
 	/* What the guest was told of this secondary's memory or cache is gone with them. */
@@ -1100,9 +1101,6 @@ static void look_check(const struct look *l, const uint8_t *buf, const ver *befo
 		ver c = unit_read(w, buf + (size_t)i * WORLD_UNIT, l->vol, u), now = look_ver(l, u);
 		if (c == shows(w, now) || (before && c == shows(w, before[i])) || busy_with(l, u, c, since))
 			continue;
-		if (c != GARBAGE && l->ghost && !l->active && l->ghost->durable[l->vol] &&
-		    l->ghost->durable[l->vol][u] != now)
-			continue; /* not synced before it was listed */
 		world_fail(w, "host %u: a read of unit %u of volume %u%s %" PRIu64 " gives %s, not %s", l->h->id, u,
 			   l->vol,
 			   l->active  ? ", the view over"

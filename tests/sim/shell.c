@@ -469,7 +469,7 @@ static void emit(void *arg, const struct repl_action *a)
 		if (h->saving)
 			world_fail(h->w, "host %u: a second save before the first has ended", h->id);
 		h->saving = true;
-		*h->save.meta = *a->meta;
+		repl_meta_copy(h->save.meta, a->meta);
 		h->save.ckpt = a->ckpt;
 		h->save.active_id = a->active_id;
 		h->save.drop = a->drop;

@@ -276,6 +276,9 @@ void sim_maintain(struct sim *s)
 		return;
 	if (world_link(w, h) == LINK_DOWN && world_chance(w, 12)) { /* afresh */
 		command(s, (unsigned)world_below(w, 2), (struct repl_command){.cmd = CMD_UNPROTECT});
+	} else if (m[0] && m[1] && m[0]->split_brain != m[1]->split_brain && !world_chance(w, 4)) {
+		/* One has it from before the other was unprotected: only that helps here too. */
+		command(s, m[1]->split_brain, (struct repl_command){.cmd = CMD_UNPROTECT});
 	} else if (world_split(w)) {
 		resolve(s);
 	} else if (m[h]->role == ROLE_STANDALONE && (m[h]->state == STATE_NONE || m[h]->state == STATE_DONE)) {
@@ -285,6 +288,8 @@ void sim_maintain(struct sim *s)
 			command(s, !h, (struct repl_command){.cmd = world_chance(w, 3) ? CMD_UNPROTECT : CMD_START});
 		else if (world_unrelated(w))
 			command(s, !h, (struct repl_command){.cmd = CMD_UNPROTECT});
+	} else if (m[h]->role == ROLE_PRIMARY && m[!h] && m[!h]->role == ROLE_STANDALONE && !m[!h]->has_peer) {
+		command(s, h, (struct repl_command){.cmd = CMD_UNPROTECT}); /* stops it first */
 	} else if (m[h]->role == ROLE_PRIMARY && m[h]->state == STATE_DONE) {
 		bool forgotten = m[!h] && m[!h]->role == ROLE_STANDALONE;
 		command(s, h,

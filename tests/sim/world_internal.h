@@ -57,7 +57,6 @@ struct ghost { /* what a checkpoint must read as */
 	uint64_t number;
 	enum ckpt_kind kind;
 	ver *v[WORLD_VOLUMES];
-	ver *durable[WORLD_VOLUMES]; /* of a local one: what of it was durable when it was made */
 	struct ghost *next;
 };
 
