@@ -286,6 +286,8 @@ struct exec *model_begin(struct host *h, const struct repl_io *io, struct sim_io
 		x->vers = simalloc(x->n * sizeof(ver));
 		for (uint32_t i = 0; i < x->n; i++)
 			x->vers[i] = view_ver(h, base, x->vol, x->first + i);
+	} else if (io->kind == REPL_REBUILD) {
+		x->vers = simdup(h->str[x->vol] + x->first, x->n * sizeof(ver));
 	} else if (s->stream) {
 		INVARIANT(s->sent != NULL && s->sent->vol == x->vol && s->sent->first == x->first &&
 			  s->sent->n == x->n);
@@ -299,6 +301,7 @@ struct exec *model_begin(struct host *h, const struct repl_io *io, struct sim_io
 	} else {
 		x->v = s->v;
 	}
+	x->io = s;
 	r->next = h->running;
 	h->running = r;
 	return x;
@@ -325,6 +328,18 @@ static void running_end(struct host *h, struct exec *x)
 	ring->vers = NULL;
 	log_add(h, x); /* takes vers */
 	simfree(r);
+}
+
+/* The volume's disk on h is behind: guests read and write through the peer (core/repl_detach.c). */
+static bool detached(struct host *h, uint32_t vol)
+{
+	return h->up && (repl_detached(h->core) >> vol & 1);
+}
+
+static bool stale_somewhere(struct host *h, uint32_t vol)
+{
+	struct host *p = peer_of(h);
+	return detached(h, vol) || detached(p, vol) || (h->seen->volumes[vol].flags | p->seen->volumes[vol].flags);
 }
 
 static ver *now_of(struct host *h, const struct exec *x)
@@ -379,6 +394,9 @@ void model_end(struct host *h, struct exec *x, int error, bool save_failed)
 	for (uint32_t i = 0; error && !x->active && i < x->n; i++)
 		h->failed[x->vol][x->first + i] = 1;
 	ver *now = now_of(h, x) + x->first;
+	if (x->io && !error)
+		x->io->executed = true;
+	x->io = NULL;
 	if (error)
 		settle_failed(h, x);
 	if (error && x->active) { /* words that were not published may be found by the next start */
@@ -470,7 +488,7 @@ static void str_check(struct host *h, const char *when)
 {
 	struct world *w = h->w;
 	for (uint32_t v = 0; v < WORLD_VOLUMES; v++)
-		for (uint32_t u = 0; u < w->units[v]; u++)
+		for (uint32_t u = 0; u < w->units[v] && !stale_somewhere(h, v); u++)
 			if (h->str[v][u] != h->disk[v].now[u] &&
 			    shows(w, h->str[v][u]) != shows(w, h->disk[v].now[u]) && !h->failed[v][u] &&
 			    !in_flight(h, v, u))
@@ -490,7 +508,7 @@ static uint32_t volume_by_id(struct host *h, uint32_t id)
 void model_sent(struct host *h, const struct repl_action *a, struct sim_io *s, struct sent *sent)
 {
 	struct world *w = h->w;
-	if (a->frame.type == WIRE_RESYNC_BEGIN || sent)
+	if (a->frame.type == WIRE_RESYNC_BEGIN || a->frame.type == WIRE_READ_REQ || sent)
 		str_begin(h);
 	if (!sent)
 		return;
@@ -774,8 +792,10 @@ static void done_check(struct host *h, const struct done *d, const ver *have, un
 static bool follows(struct host *p, struct host *h)
 {
 	return p->up && p->life == h->peer_life && p->seen->role == ROLE_SECONDARY &&
-	       p->seen->lineage.current == h->seen->lineage.current;
+	       (repl_detached(h->core) || p->seen->lineage.current == h->seen->lineage.current);
 }
+
+static void read_done(struct host *h, struct sim_io *s, int error);
 
 static void flush_done(struct host *h, struct sim_io *s)
 {
@@ -784,6 +804,12 @@ static void flush_done(struct host *h, struct sim_io *s)
 	n = n < h->done.n ? n : h->done.n;
 	for (uint64_t i = 0; i < n; i++) {
 		const struct done *d = &h->done.d[i];
+		if (s->io.target == TARGET_DISK && detached(h, d->vol)) { /* on the peer's word */
+			if (follows(p, h))
+				done_check(h, d, p->disk[d->vol].durable, p->id,
+					   "a flush has ended on a detached disk");
+			continue;
+		}
 		/* A commit that has ended meanwhile has brought it from active to the disk. */
 		bool active = s->io.target == TARGET_ACTIVE && h->emptied_ns < s->begun_ns;
 		done_check(h, d, active ? h->act[d->vol].durable : h->disk[d->vol].durable, h->id, "a flush has ended");
@@ -809,8 +835,10 @@ static void flush_done(struct host *h, struct sim_io *s)
 void model_done(struct host *h, struct sim_io *s, int error)
 {
 	struct world *w = h->w;
-	if (s->io.kind == REPL_WRITE && !s->data)
-		return; /* a read */
+	if (s->before)
+		read_done(h, s, error);
+	if (s->io.kind == REPL_READ || (s->io.kind == REPL_WRITE && s->is_read))
+		return;
 	world_note(w, "host %u: guest's %s %" PRIu64 "+%" PRIu64 " (write %u) ends: %s", h->id,
 		   s->io.kind == REPL_FLUSH ? "flush" : "write", s->io.off, s->io.len, s->v,
 		   error ? err_name(error) : "ok");
@@ -833,8 +861,15 @@ void model_done(struct host *h, struct sim_io *s, int error)
 	struct done d = {s->v, s->io.volume, UNITS_IN(s->io.off), UNITS_IN(s->io.len)};
 	bool active = s->io.target == TARGET_ACTIVE;
 	if (active && h->emptied_ns >= s->begun_ns)
-		return; /* discarded meanwhile */
-	done_check(h, &d, active ? h->act[d.vol].now : h->disk[d.vol].now, h->id, "a write has ended");
+		return;		       /* discarded meanwhile */
+	if (!active && !s->executed) { /* through the peer alone */
+		if (!detached(h, d.vol) && !s->io.strict)
+			world_fail(w, "host %u: a write was answered that was never carried out here", h->id);
+		if (follows(peer_of(h), h))
+			done_check(h, &d, peer_of(h)->disk[d.vol].now, !h->id, "a write has ended on a detached disk");
+	} else {
+		done_check(h, &d, active ? h->act[d.vol].now : h->disk[d.vol].now, h->id, "a write has ended");
+	}
 	done_push(&h->done, &d);
 	if (active)
 		return;
@@ -1121,20 +1156,20 @@ static int look_read(struct host *h, struct look *l, uint8_t *buf)
 	return volume_read_disk(v, off, len, buf);
 }
 
-void model_read(struct host *h, struct sim_io *s, uint8_t *buf)
+int model_read(struct host *h, struct sim_io *s, uint8_t *buf)
 {
 	struct world *w = h->w;
 	struct look l = {.h = h, .s = s, .vol = s->io.volume, .first = UNITS_IN(s->io.off), .n = UNITS_IN(s->io.len)};
 	const struct repl_meta *m = h->seen;
 	if (s->promised) { /* of a checkpoint */
 		if (m->n_ckpts == 0)
-			return;
+			return 0;
 		l.ghost = base_of(h, m->ckpts[world_below(w, m->n_ckpts)].number);
 	} else if (h->serving == SERVING_VIEW) {
 		l.active = true;
 		l.ghost = base_of(h, h->base);
 	} else if (h->serving != SERVING_DISK) {
-		return;
+		return 0;
 	}
 	w->count.reads++;
 	memset(buf, 0xa5, s->io.len);
@@ -1146,7 +1181,7 @@ void model_read(struct host *h, struct sim_io *s, uint8_t *buf)
 	int err = look_read(h, &l, buf);
 	if (h->dying || simstore_stopped(h->ss)) {
 		simfree(before);
-		return;
+		return 0;
 	}
 	l.ghost = number ? ghost_find(h, number) : NULL;
 	if (err && !h->errors_one_in && !h->had_errors)
@@ -1154,6 +1189,43 @@ void model_read(struct host *h, struct sim_io *s, uint8_t *buf)
 	if (!err && (number == 0 || l.ghost))
 		look_check(&l, buf, before, since);
 	simfree(before);
+	return err;
+}
+
+/* A read through the core: of the peer's disk, behind all that was sent when it came. */
+void model_read_begin(struct host *h, struct sim_io *s)
+{
+	uint32_t vol = s->io.volume, first = UNITS_IN(s->io.off), n = UNITS_IN(s->io.len);
+	const ver *have = !detached(h, vol) ? h->disk[vol].now : h->str_valid ? h->str[vol] : peer_of(h)->disk[vol].now;
+	s->before = simdup(have + first, n * sizeof(ver));
+	s->from = h->w->n_writes;
+	for (struct sim_io *o = h->ios; o; o = o->next)
+		if (o->v && o->v < s->from && o->io.volume == vol)
+			s->from = o->v;
+}
+
+static void read_done(struct host *h, struct sim_io *s, int error)
+{
+	struct world *w = h->w;
+	uint32_t vol = s->io.volume, first = UNITS_IN(s->io.off), n = UNITS_IN(s->io.len);
+	if (error) {
+		if (!h->errors_one_in && !h->had_errors && !repl_detached(h->core))
+			world_fail(w, "host %u: a read of volume %u fails: %s", h->id, vol, err_name(error));
+		return;
+	}
+	w->count.reads++;
+	for (uint32_t i = 0; i < n; i++) {
+		uint32_t u = first + i;
+		ver c = unit_read(w, s->data + (size_t)i * WORLD_UNIT, vol, u);
+		bool right = c == shows(w, s->before[i]);
+		for (ver v = s->from; v < w->n_writes && !right; v++) {
+			const struct write *x = &w->writes[v];
+			right = x->vol == vol && u >= x->first && u < x->first + x->n && shows(w, v) == c;
+		}
+		if (!right)
+			world_fail(w, "host %u: a read through the core of unit %u of volume %u gives %s, not %s",
+				   h->id, u, vol, text_of(w, c), text_of(w, s->before[i]));
+	}
 }
 
 /* ---- both hosts ---- */
@@ -1196,7 +1268,7 @@ void model_check(struct world *w)
 		return;
 	/* I4 */
 	for (uint32_t v = 0; v < WORLD_VOLUMES; v++)
-		for (uint32_t u = 0; u < w->units[v]; u++) {
+		for (uint32_t u = 0; u < w->units[v] && !stale_somewhere(&w->h[0], v); u++) {
 			ver a = w->h[0].disk[v].now[u], b = w->h[1].disk[v].now[u];
 			if (a == b || shows(w, a) == shows(w, b))
 				continue;

@@ -169,14 +169,21 @@ static void send_frame(struct end *e, struct wire_frame *f, const void *payload)
 	pump_plan(e, world_below(e->c->w, 20 * US));
 }
 
+static bool in_sequence(unsigned type)
+{
+	return repl_exec_is_stream(type) && type != WIRE_READ_REQ; /* whose seq is a token */
+}
+
 void net_send(struct host *h, const struct repl_action *a)
 {
 	struct end *e = h->conn;
-	struct sim_io *s = a->io && !a->io->internal && a->io->owner ? CONTAINER_OF(a->io, struct sim_io, io) : NULL;
+	bool own = a->io && !a->io->internal; /* a guest's, or of the stream: a READ_REPLY */
+	struct sim_io *s =
+	    own && !CONTAINER_OF(a->io, struct sim_io, io)->stream ? CONTAINER_OF(a->io, struct sim_io, io) : NULL;
 	if (e == NULL || e->session == 0)
 		return;
 	struct sent *sent = NULL;
-	if (repl_exec_is_stream(a->frame.type)) {
+	if (in_sequence(a->frame.type)) {
 		sent = simalloc(sizeof(*sent));
 		sent->seq = a->frame.seq;
 		sent->type = a->frame.type;
@@ -196,12 +203,12 @@ void net_send(struct host *h, const struct repl_action *a)
 	struct wire_frame f = a->frame;
 	const void *payload = NULL;
 	if (f.length_payload)
-		payload = !a->io ? a->data : a->io->internal ? a->io->payload : s->data;
+		payload = !a->io ? a->data : s ? s->data : a->io->payload;
 	if (e->c->w->cfg.verbose && f.type != WIRE_PING && f.type != WIRE_PONG)
 		world_note(e->c->w, "host %u: send %s seq %" PRIu64 " %u %" PRIu64 "+%" PRIu64, h->id,
 			   wire_type_name(f.type), f.seq, f.volume, f.offset, f.length);
 	send_frame(e, &f, payload);
-	if (a->io && a->io->internal && f.length_payload) {
+	if (a->io && !s && f.length_payload) {
 		free(a->io->payload);
 		a->io->payload = NULL;
 	}
@@ -378,7 +385,7 @@ static void on_frame(struct end *e, const struct wire_frame *f, uint8_t *payload
 	if (repl_exec_is_stream(f->type)) {
 		const char *why;
 		void *copy = NULL;
-		struct sent *sent = sent_take(e, f->seq);
+		struct sent *sent = in_sequence(f->type) ? sent_take(e, f->seq) : NULL;
 		if (f->length_payload) {
 			copy = malloc(f->length_payload);
 			memcpy(copy, payload, f->length_payload);

@@ -103,7 +103,7 @@ static void io_done(struct host *h, struct repl_io *io, int error)
 static bool writes(const struct repl_io *io)
 {
 	if (io->target == TARGET_OWN)
-		return io->kind == REPL_COMMIT;
+		return io->kind == REPL_COMMIT || io->kind == REPL_REBUILD;
 	return (io->target == TARGET_DISK || io->target == TARGET_ACTIVE) &&
 	       (io->kind == REPL_WRITE || io->kind == REPL_ZERO || io->kind == REPL_DISCARD);
 }
@@ -119,7 +119,8 @@ static int execute(struct host *h, struct repl_io *io)
 		model_fill(h, s);
 	if (writes(io))
 		x = model_begin(h, io, s);
-	int err = WATCHED(repl_exec_io(&h->x, io, s ? s->data : NULL, NULL, h->base));
+	void *into = s && !s->stream && io->kind == REPL_READ ? s->data : NULL;
+	int err = WATCHED(repl_exec_io(&h->x, io, s ? s->data : NULL, into, h->base));
 	if (x)
 		model_end(h, x, err, io->save_failed);
 	if (active)
@@ -266,6 +267,12 @@ static void apply_push(struct host *h, struct repl_io *io)
 	}
 }
 
+static uint64_t stream_bytes(const struct sim_io *s)
+{
+	bool data = s->io.kind == REPL_WRITE || s->io.kind == REPL_READ;
+	return sizeof(*s) + (data ? s->io.len : 0);
+}
+
 struct sim_io *shell_stream_new(struct host *h, const struct wire_frame *f, void *payload, const char **why)
 {
 	struct sim_io *s = simalloc(sizeof(*s));
@@ -277,14 +284,14 @@ struct sim_io *shell_stream_new(struct host *h, const struct wire_frame *f, void
 		simfree(s);
 		return NULL;
 	}
-	h->stream_bytes += sizeof(*s) + (s->io.payload ? s->io.len : 0);
+	h->stream_bytes += stream_bytes(s);
 	link_in(&h->streams, s);
 	return s;
 }
 
 void shell_stream_free(struct host *h, struct sim_io *s)
 {
-	h->stream_bytes -= sizeof(*s) + (s->io.payload ? s->io.len : 0);
+	h->stream_bytes -= stream_bytes(s);
 	link_out(&h->streams, s);
 	free(s->io.payload);
 	sent_free(s->sent);
@@ -333,8 +340,18 @@ static void guest_end(struct host *h, struct sim_io *s, int error)
 	if (!h->dying)
 		model_done(h, s, error);
 	free(s->data);
+	simfree(s->before);
 	memset(s, 0xdd, sizeof(*s));
 	simfree(s);
+}
+
+/* As gvol_read does: the core knows what to do with a disk that is detached, or is to be. */
+static void read_by_core(struct host *h, struct sim_io *s)
+{
+	s->io.kind = REPL_READ;
+	memset(s->data, 0xa5, s->io.len);
+	model_read_begin(h, s);
+	host_step(h, &(struct repl_event){.type = EV_IO, .io = &s->io});
 }
 
 static void read_job(void *arg)
@@ -344,11 +361,16 @@ static void read_job(void *arg)
 	while (!h->dying && repl_holding(h->core))
 		co_pause(h, 5 * MS);
 	if (!h->dying) {
-		uint8_t *buf = malloc(s->io.len);
+		s->data = malloc(s->io.len);
 		pthread_rwlock_rdlock(&h->view);
-		model_read(h, s, buf);
+		bool detached = !s->promised && (repl_detached(h->core) >> s->io.volume & 1);
+		bool disk = h->serving == SERVING_DISK && !s->promised;
+		int err = detached ? -ERR_IO : model_read(h, s, s->data);
 		pthread_rwlock_unlock(&h->view);
-		free(buf);
+		if (err && disk && !h->dying && h->serving == SERVING_DISK) {
+			read_by_core(h, s);
+			return;
+		}
 	}
 	guest_end(h, s, 0);
 }
@@ -374,6 +396,7 @@ bool world_io(struct world *w, unsigned host, enum world_io kind, uint32_t vol, 
 	link_in(&h->ios, s);
 	h->n_ios++;
 	if (kind >= WORLD_READ) {
+		s->is_read = true;
 		s->promised = kind == WORLD_READ_CKPT;
 		host_spawn(h, read_job, s, start_delay(h));
 		return true;
@@ -451,12 +474,23 @@ static void emit(void *arg, const struct repl_action *a)
 	PRE(h->in_step);
 	switch (a->type) {
 	case ACT_SUBMIT:
+		if (a->io->kind == REPL_REBUILD) {
+			a->io->payload = a->data_len ? malloc(a->data_len) : NULL;
+			if (a->data_len)
+				memcpy(a->io->payload, a->data, a->data_len);
+		}
 		if (a->io->owner == OWNER_STREAM && writes(a->io) && a->io->target == TARGET_DISK)
 			apply_push(h, a->io);
 		else
 			submit(h, a->io);
 		return;
 	case ACT_COMPLETE:
+		if (a->io->owner == OWNER_GUEST && a->io->kind == REPL_READ && a->answered && !a->error) {
+			if (a->data)
+				memcpy(sim_io_of(a->io)->data, a->data, a->io->len);
+			else
+				memset(sim_io_of(a->io)->data, 0, a->io->len);
+		}
 		if (a->io->owner == OWNER_STREAM)
 			shell_stream_free(h, sim_io_of(a->io));
 		else

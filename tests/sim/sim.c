@@ -288,6 +288,8 @@ void sim_maintain(struct sim *s)
 			command(s, !h, (struct repl_command){.cmd = world_chance(w, 3) ? CMD_UNPROTECT : CMD_START});
 		else if (world_unrelated(w))
 			command(s, !h, (struct repl_command){.cmd = CMD_UNPROTECT});
+	} else if (world_detached(w, h) && world_chance(w, 3)) {
+		command(s, h, (struct repl_command){.cmd = CMD_RESYNC});
 	} else if (m[h]->role == ROLE_PRIMARY && m[!h] && m[!h]->role == ROLE_STANDALONE && !m[!h]->has_peer) {
 		command(s, h, (struct repl_command){.cmd = CMD_UNPROTECT}); /* stops it first */
 	} else if (m[h]->role == ROLE_PRIMARY && m[h]->state == STATE_DONE) {
@@ -345,7 +347,8 @@ bool sim_in_sync(struct world *w)
 	unsigned h = the_sim->vm;
 	const struct repl_meta *m = world_meta(w, h), *p = world_meta(w, !h);
 	return m && p && m->role == ROLE_PRIMARY && m->state == STATE_RUNNING && world_link(w, h) == LINK_SYNCED &&
-	       world_link(w, !h) == LINK_SYNCED && p->role == ROLE_SECONDARY && p->state == STATE_RUNNING;
+	       world_link(w, !h) == LINK_SYNCED && p->role == ROLE_SECONDARY && p->state == STATE_RUNNING &&
+	       !world_detached(w, h);
 }
 
 static bool quiet(struct world *w)
@@ -359,7 +362,7 @@ static bool clean(struct world *w)
 	if (!sim_in_sync(w) || !quiet(w))
 		return false;
 	repl_status(w->h[the_sim->vm].core, w->now, &st);
-	return st.dirty_bytes == 0 && w->h[0].n_cos == 0 && w->h[1].n_cos == 0;
+	return st.dirty_bytes == 0 && !world_detached(w, the_sim->vm) && w->h[0].n_cos == 0 && w->h[1].n_cos == 0;
 }
 
 static const char *kinds_left(struct world *w)
@@ -410,7 +413,7 @@ static void settings_first(struct sim *s)
 	struct world *w = s->w;
 	struct repl_command c = {.cmd = CMD_SETTINGS, .settings = world_meta(w, 0)->settings};
 	c.settings.protocol = world_below(w, 4);
-	c.settings.on_io_error = ON_IO_ERROR_PASS;
+	c.settings.on_io_error = world_chance(w, 2) ? ON_IO_ERROR_PASS : ON_IO_ERROR_DETACH;
 	c.settings.peer_timeout_ms = 500 + world_below(w, 2000);
 	c.settings.checkpoint_interval_ms = world_chance(w, 4) ? 0 : 50 + world_below(w, 1500);
 	c.settings.keep_last = 1 + world_below(w, 6);

@@ -564,6 +564,11 @@ enum repl_serving world_serving(struct world *w, unsigned host)
 	return h->up ? repl_serving(repl_meta(h->core), repl_holding(h->core)) : SERVING_EIO;
 }
 
+bool world_detached(struct world *w, unsigned host)
+{
+	return w->h[host].up && repl_detached(w->h[host].core) != 0;
+}
+
 bool world_split(struct world *w)
 {
 	for (unsigned i = 0; i < WORLD_HOSTS; i++)

@@ -84,6 +84,7 @@ void world_clock_jump(struct world *w, uint64_t ns);
 const struct repl_meta *world_meta(struct world *w, unsigned host);
 enum link_state world_link(struct world *w, unsigned host);
 enum repl_serving world_serving(struct world *w, unsigned host);
+bool world_detached(struct world *w, unsigned host); /* a disk of it is given up: its guest goes through the peer */
 uint64_t world_volume_size(const struct world *w, uint32_t vol);
 bool world_split(struct world *w);     /* a host has recorded a split brain */
 bool world_unrelated(struct world *w); /* the copies have nothing in common */

@@ -40,6 +40,7 @@ struct exec {
 	ver v, *vers;		/* vers: one a unit, owned; else all v */
 	uint64_t begin, end;	/* in counts of w->tick; end 0: under way */
 	bool lost;		/* its sync failed: never written out */
+	struct sim_io *io;	/* a guest's, while it is under way */
 	bool cut;		/* the host died while it was carried out */
 };
 
@@ -76,10 +77,12 @@ struct sim_io {
 	struct host *h;
 	uint8_t *data;
 	ver v;
-	bool stream, executed, forwarded;
+	bool stream, executed, forwarded, is_read;
 	int error;
 	uint64_t begun_ns;
 	/* guests' */
+	ver *before;				/* READ through the core: what was there when it came */
+	ver from;				/* and the first write that may have come after */
 	uint64_t done_before, done_before_peer; /* FLUSH: writes of this host that were complete when it came */
 	uint64_t session;			/* in sync when it came: of which session */
 	bool promised;				/* FLUSH: by its protocol */
@@ -289,7 +292,8 @@ void model_after_step(struct host *h);
 void model_command(struct host *h, const struct repl_command *c, int error);
 void model_died(struct host *h, enum world_crash how, bool evict);
 void model_opened(struct host *h, enum world_crash how, bool evict);
-void model_read(struct host *h, struct sim_io *s, uint8_t *buf);
+int model_read(struct host *h, struct sim_io *s, uint8_t *buf);
+void model_read_begin(struct host *h, struct sim_io *s);
 void model_check(struct world *w);
 void model_check_all(struct world *w);
 void sent_free(struct sent *s);
