@@ -565,7 +565,8 @@ void model_barrier(struct host *h, const struct repl_io *io)
 	if (io->session == h->barrier_session && io->seq < h->last_flush_seq)
 		world_fail(w, "host %u: barrier %" PRIu64 " after %" PRIu64, h->id, io->seq, h->last_flush_seq);
 	for (struct sim_io *s = h->streams; s; s = s->next)
-		if (s->io.session == io->session && s->io.seq < io->seq && s->io.kind != REPL_FLUSH)
+		if (s->io.session == io->session && s->io.seq < io->seq && s->io.kind != REPL_FLUSH &&
+		    s->io.kind != REPL_READ && s->io.kind != REPL_DETACH && s->io.kind != REPL_ATTACH)
 			world_fail(w, "host %u: barrier %" PRIu64 " before frame %" PRIu64 " is applied", h->id,
 				   io->seq, s->io.seq);
 	h->barrier_session = io->session;
@@ -921,7 +922,7 @@ static void synced_check(struct host *h)
 		return;
 	for (uint32_t v = 0; v < WORLD_VOLUMES; v++)
 		for (uint32_t u = 0; u < w->units[v]; u++) {
-			ver there = received ? received->durable[v][u] : p->disk[v].durable[u], want = h->adopt[v][u];
+			ver there = received ? received->v[v][u] : p->disk[v].durable[u], want = h->adopt[v][u];
 			if (shows(w, there) != shows(w, want) && there <= want)
 				world_fail(w,
 					   "host %u says SYNCED, and unit %u of volume %u is durably %s there, not %s",
@@ -983,17 +984,25 @@ static bool lost_here(struct host *h, bool active, uint32_t vol, uint32_t u)
 	return false;
 }
 
+/* What a crash took from the disk must not be missed by a checkpoint. */
+static void ckpt_look(struct host *h, uint32_t vol, struct ghost *g, uint32_t first, uint32_t n);
+
 static void crash_look_disk(struct host *h, uint32_t vol, enum world_crash how, bool evict)
 {
 	struct world *w = h->w;
 	uint8_t *buf = simalloc((size_t)w->units[vol] * WORLD_UNIT);
 	struct image *d = &h->disk[vol];
+	uint32_t first = UINT32_MAX, end = 0;
 	peek(h, vol, false, 0, w->units[vol], buf);
 	for (uint32_t u = 0; u < w->units[vol]; u++) {
 		ver c = unit_read(w, buf + (size_t)u * WORLD_UNIT, vol, u), is = 0;
 		bool all = how == WORLD_POWER || (evict && lost_here(h, false, vol, u));
 		if (how != WORLD_POWER && c == shows(w, d->now[u]))
 			continue;
+		if (c != shows(w, d->now[u])) {
+			first = first < u ? first : u;
+			end = u + 1;
+		}
 		if (may_be(h, false, vol, u, c, all, &is))
 			d->now[u] = is;
 		else if (all && c == shows(w, d->durable[u]))
@@ -1006,6 +1015,11 @@ static void crash_look_disk(struct host *h, uint32_t vol, enum world_crash how, 
 	if (how == WORLD_POWER)
 		units_copy(w, vol, d->durable, d->now);
 	simfree(buf);
+	for (uint32_t k = 0; k < repl_meta(h->core)->n_ckpts && first < end; k++) {
+		struct ghost *g = ghost_find(h, repl_meta(h->core)->ckpts[k].number);
+		if (g)
+			ckpt_look(h, vol, g, first, end - first);
+	}
 }
 
 static void crash_look_active(struct host *h, uint32_t vol, enum world_crash how, bool evict)
@@ -1279,6 +1293,20 @@ void model_check(struct world *w)
 					   ") is %s on host 0, %s on host 1, and dirty on neither",
 					   u, v, region, text_of(w, a), text_of(w, b));
 		}
+}
+
+static void ckpt_look(struct host *h, uint32_t vol, struct ghost *g, uint32_t first, uint32_t n)
+{
+	uint8_t *buf = simalloc((size_t)n * WORLD_UNIT);
+	struct look l = {.h = h, .vol = vol, .first = first, .n = n, .ghost = g};
+	world_quiet(h, true);
+	int err = look_read(h, &l, buf);
+	world_quiet(h, false);
+	if (err)
+		world_fail(h->w, "host %u: checkpoint %" PRIu64 " can't be read after a crash: %s", h->id, g->number,
+			   err_name(err));
+	look_check(&l, buf, NULL, UINT64_MAX);
+	simfree(buf);
 }
 
 static void check_bytes(struct host *h, uint32_t vol, struct ghost *g)

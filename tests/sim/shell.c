@@ -132,7 +132,7 @@ static void io_job(void *arg)
 {
 	struct job j = *(struct job *)arg;
 	simfree(arg);
-	if (j.io->owner == OWNER_STREAM)
+	if (j.io->owner == OWNER_STREAM && j.io->kind != REPL_READ)
 		model_barrier(j.h, j.io);
 	int err = execute(j.h, j.io);
 	report_delay(j.h);
