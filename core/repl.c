@@ -1115,6 +1115,17 @@ static void dial_for(struct repl *r, struct repl_command *c)
 	session_dial(r);
 }
 
+static void refuse_committing(struct repl *r, struct repl_command *c)
+{
+	if (r->meta->state == STATE_FAILOVER_FAILED)
+		repl_command_done(r, c, -ERR_STATE,
+				  "the commit of a failover failed (FAILOVER_FAILED); see `error`, mend that and give "
+				  "`failover` again");
+	else
+		repl_command_done(r, c, -ERR_STATE,
+				  "a failover is being committed (FAILOVER); wait with `wait --for=done`");
+}
+
 static void cmd_protect(struct repl *r, struct repl_command *c)
 {
 	const struct repl_meta *m = r->meta;
@@ -1122,8 +1133,7 @@ static void cmd_protect(struct repl *r, struct repl_command *c)
 		repl_command_done(r, c, -ERR_STATE, "this host is %s for it already; %s", role_name(m->role),
 				  is_primary(r) ? "see `status`" : "run it on the host that has the VM");
 	else if (m->state == STATE_FAILOVER || m->state == STATE_FAILOVER_FAILED)
-		repl_command_done(r, c, -ERR_STATE, "a failover is being committed (%s); wait with `wait --for=done`",
-				  state_name(m->state));
+		refuse_committing(r, c);
 	else if (m->split_brain)
 		repl_command_done(r, c, -ERR_SPLIT, SPLIT_TEXT "; `unprotect` forgets the other copy");
 	else if (r->protect || r->link > LINK_HANDSHAKE)
@@ -1149,8 +1159,7 @@ static void cmd_failback(struct repl *r, struct repl_command *c)
 	else if (m->failover_generation == 0)
 		repl_command_done(r, c, -ERR_STATE, "it has not failed over here; `protect` begins a protection");
 	else if (m->state != STATE_DONE)
-		repl_command_done(r, c, -ERR_STATE, "a failover is being committed (%s); wait with `wait --for=done`",
-				  state_name(m->state));
+		refuse_committing(r, c);
 	else if (r->protect || r->link > LINK_HANDSHAKE)
 		repl_command_done(r, c, -ERR_BUSY, "another failback is under way");
 	else
@@ -1179,8 +1188,7 @@ static void cmd_unprotect(struct repl *r, struct repl_command *c)
 	if (m->role == ROLE_STANDALONE && !m->has_peer && !m->split_brain)
 		repl_command_done(r, c, -ERR_STATE, "it is standalone already: it has no peer to forget");
 	else if (m->state == STATE_FAILOVER || m->state == STATE_FAILOVER_FAILED)
-		repl_command_done(r, c, -ERR_STATE, "a failover is being committed (%s); wait with `wait --for=done`",
-				  state_name(m->state));
+		refuse_committing(r, c);
 	else if (m->inconsistent)
 		repl_command_done(
 		    r, c, -ERR_STATE,
@@ -1224,8 +1232,7 @@ static void cmd_resolve(struct repl *r, struct repl_command *c)
 		repl_command_done(r, c, -ERR_STATE, "there is no split brain here (%s, %s)", role_name(m->role),
 				  state_name(m->state));
 	} else if (m->state == STATE_FAILOVER || m->state == STATE_FAILOVER_FAILED) {
-		repl_command_done(r, c, -ERR_STATE, "a failover is being committed (%s); wait with `wait --for=done`",
-				  state_name(m->state));
+		refuse_committing(r, c);
 	} else if (r->resolve || role_changing(r)) {
 		repl_command_done(r, c, -ERR_BUSY, "another command is changing its role");
 	} else {
