@@ -221,6 +221,10 @@ static void stop_applying(struct repl *r, const struct repl_io *io, int error, c
 		       err_short(error));
 	if (!current(r, io) || r->closing)
 		return;
+	if (r->in_seq == 0) { /* the source may not have begun: to it this is the handshake still */
+		session_refuse(r, error, r->error.text);
+		return;
+	}
 	struct wire_refuse x = {.code = (uint16_t)-error};
 	(void)memcpy(x.text, r->error.text, min_u64(sizeof(x.text) - 1, strlen(r->error.text)));
 	int n = wire_refuse_encode(&x, r->scratch, sizeof(r->scratch));

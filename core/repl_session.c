@@ -297,25 +297,20 @@ static bool volumes_match(struct repl *r, const struct wire_join *j, char *why, 
 static void decide(struct repl *r);
 static void union_start(struct repl *r);
 
-/* A clean stop whose answer was lost: the secondary is in DONE, the primary still in RUNNING. `j` is the primary's JOIN
- * (to_secondary) or the secondary's. */
-static bool stop_unheard(unsigned role, unsigned state, const struct wire_join *j, bool to_secondary)
+/* A clean stop whose answer was lost: the secondary is in DONE, the primary still in RUNNING. In a halted pair it makes
+ * no difference: that is what both have to hear of. */
+static bool stop_unheard(const struct wire_join *primary, const struct wire_join *secondary)
 {
-	if ((j->flags & (WIRE_JOIN_START | WIRE_JOIN_PROTECT | WIRE_JOIN_SPLIT)) != 0)
-		return false;
-	if (to_secondary)
-		return role == ROLE_SECONDARY && state == STATE_DONE && j->role == ROLE_PRIMARY &&
-		       j->state == STATE_RUNNING;
-	return role == ROLE_PRIMARY && state == STATE_RUNNING && j->role == ROLE_SECONDARY && j->state == STATE_DONE;
+	return primary->role == ROLE_PRIMARY && primary->state == STATE_RUNNING && secondary->role == ROLE_SECONDARY &&
+	       secondary->state == STATE_DONE && (primary->flags & (WIRE_JOIN_START | WIRE_JOIN_PROTECT)) == 0 &&
+	       ((primary->flags | secondary->flags) & WIRE_JOIN_SPLIT) == 0;
 }
 
 /* A failback's JOIN at a primary that has not heard of the failover. */
-static bool has_to_step_down(const struct repl *r)
+static bool has_to_step_down(const struct repl *r, const struct wire_join *mine)
 {
-	struct wire_join mine;
 	int source = 0;
-	repl_join(r, &mine);
-	return r->meta->role == ROLE_PRIMARY && lineage_decide(&r->theirs, &mine, &source) == LINEAGE_SHUT_OUT;
+	return mine->role == ROLE_PRIMARY && lineage_decide(&r->theirs, mine, &source) == LINEAGE_SHUT_OUT;
 }
 
 static void complete_stop(struct repl *r)
@@ -329,7 +324,9 @@ static void listener_answer(struct repl *r)
 {
 	const struct repl_meta *m = r->meta;
 	const struct wire_join *j = &r->theirs;
+	struct wire_join mine;
 	bool protect = (j->flags & WIRE_JOIN_PROTECT) != 0;
+	repl_join(r, &mine);
 	if (m->state == STATE_FAILOVER || m->state == STATE_FAILOVER_FAILED) { /* [FODEFER] */
 		session_refuse(r, ERR_BUSY,
 			       "this host has failed over and is still committing; it answers when that has ended");
@@ -361,7 +358,7 @@ static void listener_answer(struct repl *r)
 		repl_tx(r, TX_SECONDARY);
 		return;
 	}
-	if ((j->flags & WIRE_JOIN_FAILBACK) && has_to_step_down(r)) {
+	if ((j->flags & WIRE_JOIN_FAILBACK) && has_to_step_down(r, &mine)) {
 		struct tx *t = repl_tx(r, TX_SHUT_OUT);
 		t->lineage = m->lineage;
 		t->arg = 1;
@@ -375,7 +372,7 @@ static void listener_answer(struct repl *r)
 	}
 	if (m->role == ROLE_PRIMARY && j->role == ROLE_SECONDARY && !m->split_brain && !(j->flags & WIRE_JOIN_SPLIT)) {
 		/* The secondary dials. */
-		if (stop_unheard(m->role, m->state, j, false)) {
+		if (stop_unheard(&mine, j)) {
 			complete_stop(r);
 			return;
 		}
@@ -384,11 +381,11 @@ static void listener_answer(struct repl *r)
 			return;
 		}
 	}
-	if (stop_unheard(m->role, m->state, j, true)) {
+	if (stop_unheard(j, &mine)) {
 		send_join(r); /* it stops too */
 		return;
 	}
-	if (m->role == ROLE_SECONDARY && m->state == STATE_DONE && !m->split_brain) {
+	if (m->role == ROLE_SECONDARY && m->state == STATE_DONE && !m->split_brain && !(j->flags & WIRE_JOIN_SPLIT)) {
 		if (!(j->flags & (WIRE_JOIN_START | WIRE_JOIN_PROTECT)) || j->role != ROLE_PRIMARY) {
 			session_refuse(r, ERR_STATE, "replication of that group is stopped; `start` it on the primary");
 			return;
@@ -521,7 +518,7 @@ static void decide(struct repl *r)
 	bool me = (source == 0) == r->dialer;
 	r->decision = d;
 	r->ckpt_used = max_u64(r->ckpt_used, r->theirs.ckpt_max); /* [NUMMAX]; in the record with the next save */
-	if (r->dialer && !r->start && !r->protect && stop_unheard(r->mine.role, r->mine.state, &r->theirs, false)) {
+	if (r->dialer && !r->start && !r->protect && stop_unheard(&r->mine, &r->theirs)) {
 		complete_stop(r);
 		return;
 	}

@@ -1738,6 +1738,57 @@ Test(lineage_core, a_split_brain_is_saved_before_it_is_told)
 	host_free(h);
 }
 
+/* The pair was stopped and both wrote. One of the two was killed before it recorded that it is a split brain: whichever
+ * it is, what it says of a stop is of no account any more. */
+Test(lineage_core, a_stopped_pair_of_which_one_is_halted_is_halted_on_both)
+{
+	static struct repl_meta m;
+	for (unsigned mine = 0; mine < 2; mine++) {
+		for (unsigned state = 0; state < 2; state++) {
+			meta_of(&m, ROLE_SECONDARY, STATE_DONE);
+			meta_of(&peer_meta, ROLE_PRIMARY, state ? STATE_RUNNING : STATE_DONE);
+			m.lineage = (struct lineage){.current = 200, .bitmap = 100};
+			peer_meta.lineage = (struct lineage){.current = 300, .bitmap = 100};
+			m.alone = peer_meta.alone = true;
+			m.split_brain = mine;
+			struct host *h = host_new(&m);
+			link_up(h, false);
+			join_frame(h, &peer_meta, mine ? 0 : WIRE_JOIN_SPLIT);
+			if (!mine) {
+				EXPECT(h, "send:JOIN save:secondary/DONE");
+				cr_assert(h->saved.split_brain);
+				saved(h);
+				EXPECT(h, "send:DIRTY_END");
+			} else {
+				EXPECT(h, "send:JOIN send:DIRTY_END");
+			}
+			frame(h, WIRE_DIRTY_END, 0, 0, 0, NULL, 0);
+			EXPECT(h, "close");
+			host_free(h);
+			/* And on the primary, which dials. */
+			peer_meta.split_brain = !mine;
+			h = host_new(&peer_meta);
+			tick(h, 0);
+			forget(h);
+			link_up(h, true);
+			if (repl_meta(h->r)->state == STATE_DONE && mine) { /* it has nothing to say before `start` */
+				EXPECT(h, "close");
+				host_free(h);
+				continue;
+			}
+			EXPECT(h, "send:JOIN");
+			join_frame(h, &m, mine ? WIRE_JOIN_SPLIT : 0);
+			if (mine) {
+				EXPECT(h, "save:primary/RUNNING");
+				cr_assert(h->saved.split_brain);
+				saved(h);
+			}
+			EXPECT(h, "send:DIRTY_END");
+			host_free(h);
+		}
+	}
+}
+
 Test(lineage_core, the_loser_yields_keeps_and_follows)
 {
 	struct host *h = halted(true);
@@ -2646,6 +2697,24 @@ Test(repl, while_the_record_cannot_be_saved_nothing_is_applied_or_answered)
 	EXPECT(h, "");
 	saved(h);
 	EXPECT(h, "do:g/active");
+	host_free(h);
+}
+
+/* The source may not have begun yet: in the handshake an IO_ERROR is out of order. */
+Test(repl, a_record_that_cannot_be_saved_before_the_first_frame_refuses_the_session)
+{
+	static struct repl_meta m;
+	meta_of(&m, ROLE_SECONDARY, STATE_RUNNING);
+	meta_of(&peer_meta, ROLE_PRIMARY, STATE_RUNNING);
+	struct host *h = host_new(&m);
+	link_up(h, false);
+	join_frame(h, &peer_meta, 0);
+	EXPECT(h, "send:JOIN send:DIRTY_END");
+	command(h, CMD_DISCARD, 0);
+	save_fails(h, -ERR_IO);
+	EXPECT(h, "save:secondary/RUNNING save:secondary/RUNNING");
+	save_fails(h, -ERR_IO);
+	EXPECT(h, "cmd=ERR_IO send:REFUSE close");
 	host_free(h);
 }
 
