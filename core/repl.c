@@ -1073,8 +1073,8 @@ void repl_step(struct repl *r, const struct repl_event *ev)
 		ev_shutdown(r);
 		break;
 	}
-	session_yielded(r);
 	secondary_settle(r);
+	session_yielded(r);
 	repl_tx_run(r);
 }
 

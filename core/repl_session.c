@@ -490,14 +490,21 @@ static void target_begin(struct repl *r)
 	send_dirty(r);
 }
 
+/* A target says what is dirty here once no guest's write is under way to its disk: one whose region a clear cycle has
+ * found clean meanwhile, or that has not set its bits yet, would be in neither dirty set. What serves the disk yields;
+ * what serves nothing starts none; a view's writes go to active. */
 void session_yielded(struct repl *r)
 {
-	if (!r->yielding || r->writes_in_flight || r->bumping.head || r->saving || r->tx_count || r->closing ||
-	    r->sync_busy)
+	bool target = r->is_target && !r->dirty_sent;
+	if ((!r->yielding && !target) || r->closing)
+		return;
+	if (r->writes_in_flight && (r->yielding || repl_serving(r->meta, false) != SERVING_VIEW))
+		return;
+	if (r->yielding && (r->bumping.head || r->saving || r->tx_count || r->sync_busy))
 		return;
 	if (r->adopting)
 		secondary_adopt_sync(r);
-	else if (r->is_target && !r->dirty_sent) {
+	else if (target) {
 		r->dirty_sent = true;
 		target_begin(r);
 	}
@@ -550,13 +557,13 @@ static void decide(struct repl *r)
 		r->acked = (struct wire_ack){0};
 		r->apply_stopped = false;
 		r->was_connected = true;
+		/* then session_yielded */
 		if (repl_serving(r->meta, false) == SERVING_DISK) {
-			r->yielding = true; /* then session_yielded */
+			r->yielding = true;
 			return;
 		}
 		if (memcmp(&r->theirs.settings, &r->meta->settings, sizeof(struct settings)) != 0)
 			repl_tx(r, TX_SETTINGS)->settings = r->theirs.settings;
-		target_begin(r);
 		return;
 	case LINEAGE_SHUT_OUT:
 		if (!me)

@@ -242,6 +242,13 @@ static void op_fault(struct sim *s)
 static void resolve(struct sim *s)
 {
 	struct world *w = s->w;
+	for (unsigned i = 0; i < WORLD_HOSTS; i++) { /* the other was unprotected: nothing will be resolved with it */
+		const struct repl_meta *m = world_meta(w, i), *o = world_meta(w, !i);
+		if (m && o && m->split_brain && !o->split_brain && o->role == ROLE_STANDALONE && !o->has_peer) {
+			command(s, i, (struct repl_command){.cmd = CMD_UNPROTECT});
+			return;
+		}
+	}
 	unsigned h = (unsigned)world_below(w, 2), loser = s->reckless && world_chance(w, 3) ? s->vm : !s->vm;
 	command(s, h, (struct repl_command){.cmd = CMD_RESOLVE, .number = loser == h ? DISCARD_LOCAL : DISCARD_PEER});
 }

@@ -49,9 +49,10 @@ struct running {
 	struct running *next;
 };
 
-struct image {	      /* of one volume: a disk, or an active overlay */
-	ver *now;     /* what it reads as */
-	ver *durable; /* what is there whatever happens, as the syncs promise */
+struct image {		 /* of one volume: a disk, or an active overlay */
+	ver *now;	 /* what it reads as */
+	ver *durable;	 /* what is there whatever happens, as the syncs promise */
+	uint64_t *since; /* when what is durable was begun to be written */
 };
 
 struct ghost { /* what a checkpoint must read as */

@@ -1965,13 +1965,48 @@ Test(lineage_core, a_failback_finds_a_primary_that_has_not_heard)
 	cr_assert(h->saved.shut_out);
 	guest(h, 'a', REPL_WRITE, 0, 4096);
 	saved(h);
-	EXPECT(h, "send:JOIN send:DIRTY_END done:a=ERR_IO"); /* nothing is received before that */
+	EXPECT(h, "send:JOIN done:a=ERR_IO send:DIRTY_END"); /* nothing is received before that */
 	stream(h, 'r', WIRE_RESYNC_BEGIN, REPL_RESYNC_BEGIN, 1, 200, 0);
 	fin(h, "r");
 	EXPECT(h, "do:r/ckpt save:secondary/NONE +3");
 	cr_assert_str_eq(h->saved.peer, "", "the survivor dials from now on");
 	cr_assert_not(h->saved.own_dirty);
 	host_free(h);
+}
+
+/* A clear cycle found its region clean under it, or its bits are not set yet: what it leaves on the disk would be in no
+ * dirty set, the sync would end without it, and the two copies differ for good. */
+Test(lineage_core, a_target_says_what_is_dirty_when_its_last_write_has_ended)
+{
+	for (int early = 0; early < 2; early++) {
+		static struct repl_meta survivor;
+		struct host *h = primary(PROTOCOL_F);
+		meta_of(&survivor, ROLE_PRIMARY, STATE_DONE);
+		survivor.lineage = (struct lineage){.current = 200, .bitmap = 100};
+		warm(h);
+		uint64_t off = early ? UINT64_C(4) << 20 : 65536; /* another unit: its bit is to be set */
+		guest(h, 'a', REPL_WRITE, off, 4096);
+		EXPECT(h, early ? "do:a/intent" : "do:a/disk");
+		tick(h, 2 * SEC);
+		EXPECT(h, "send:FLUSH#4 do:sync/disk");
+		fin(h, "sync");
+		ack(h, 4, 4, 4);
+		cr_assert_not(dirty(h, off));
+		link_down(h);
+		link_up(h, false);
+		join_frame(h, &survivor, WIRE_JOIN_FAILBACK);
+		EXPECT(h, "save:secondary/NONE");
+		saved(h);
+		EXPECT(h, "send:JOIN");
+		fin(h, "a");
+		if (early) {
+			EXPECT(h, "do:a/disk");
+			fin(h, "a");
+		}
+		cr_assert(dirty(h, off));
+		EXPECT(h, "done:a=ERR_IO send:DIRTY send:DIRTY_END");
+		host_free(h);
+	}
 }
 
 Test(lineage_core, while_a_command_dials_nothing_else_is_taken)
