@@ -101,7 +101,7 @@ struct repl_io {
 	uint64_t failed;	    /* FLUSH of disks: a bit for each volume whose sync failed */
 	void *payload;		    /* the shell's own: bytes of a RESYNC_READ or of a stream's WRITE */
 	uint8_t owner;		    /* the shell's own */
-	struct repl_io *next_apply; /* the shell's own */
+	struct repl_io *next_shell; /* the shell's own; `next` is the core's while an io is submitted */
 	/* the core's */
 	uint8_t phase;
 	bool barrier_sent, local_done, wants_bump;

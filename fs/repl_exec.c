@@ -171,6 +171,12 @@ static int resync_zero(struct repl_exec *x, struct repl_io *io)
 	return err;
 }
 
+bool repl_exec_is_apply(const struct repl_io *io)
+{
+	return io->target == TARGET_DISK &&
+	       (io->kind == REPL_WRITE || io->kind == REPL_ZERO || io->kind == REPL_DISCARD || io->kind == REPL_HASH);
+}
+
 void repl_exec_apply(struct repl_exec *x, struct repl_io *const *ios, unsigned n, int *errors)
 {
 	struct volume_req reqs[VOLUME_BATCH_MAX];
@@ -247,7 +253,7 @@ void repl_exec_set_intents(struct repl_exec *x, const struct repl_io *first, int
 {
 	bool used[GROUP_VOLUMES_MAX] = {false};
 	memset(errors, 0, GROUP_VOLUMES_MAX * sizeof(errors[0]));
-	for (const struct repl_io *io = first; io; io = io->next) {
+	for (const struct repl_io *io = first; io; io = io->next_shell) {
 		int err = intent_write(x->intents[io->volume], io->mark_first, io->mark_units, true);
 		errors[io->volume] = errors[io->volume] ? errors[io->volume] : err;
 		used[io->volume] = true;
@@ -441,6 +447,7 @@ int repl_exec_io(struct repl_exec *x, struct repl_io *io, const void *buf, void 
 	case TARGET_DISK:
 		if (io->kind == REPL_READ)
 			return read_disk(x, io, into);
+		INVARIANT(io->kind != REPL_HASH); /* answers: only repl_exec_apply does */
 		if (io->kind != REPL_WRITE && io->kind != REPL_ZERO && io->kind != REPL_DISCARD) /* barriers */
 			return repl_exec_sync_disks(x, &io->failed);
 		q = req_of(io, buf);

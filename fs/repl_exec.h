@@ -36,6 +36,8 @@ int repl_exec_end(struct repl_exec *x);
  * peer's stream leave their bytes, owned, in io->payload; a guest's READ goes to `into`, which is NULL for all others.
  */
 int repl_exec_io(struct repl_exec *x, struct repl_io *io, const void *buf, void *into, uint64_t base);
+/* Of the peer's stream: whether it is one for repl_exec_apply. Else it is one for repl_exec_io. */
+bool repl_exec_is_apply(const struct repl_io *io);
 /* A batch of the peer's stream, all of one volume, bytes in io->payload; errors[i] is for EV_IO_DONE. */
 void repl_exec_apply(struct repl_exec *x, struct repl_io *const *ios, unsigned n, int *errors);
 /* TARGET_INTENT requests that share a sync: those linked by `next` from `first` on. errors[volume] is for EV_IO_DONE: a

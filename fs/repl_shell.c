@@ -49,12 +49,12 @@ static void outbox_init(struct outbox *o)
 	o->commands_tail = &o->commands;
 }
 
-/* Plain list handling; the core's lists are not touched while an io is here. */
+/* The shell's lists. What is submitted is at the same time in a list of the core's. */
 static void ios_push(struct repl_list *l, struct repl_io *io)
 {
-	io->next = NULL;
+	io->next_shell = NULL;
 	if (l->tail)
-		l->tail->next = io;
+		l->tail->next_shell = io;
 	else
 		l->head = io;
 	l->tail = io;
@@ -66,11 +66,11 @@ static struct repl_io *ios_pop(struct repl_list *l)
 	struct repl_io *io = l->head;
 	if (!io)
 		return NULL;
-	l->head = io->next;
+	l->head = io->next_shell;
 	if (!l->head)
 		l->tail = NULL;
 	l->count--;
-	io->next = NULL;
+	io->next_shell = NULL;
 	return io;
 }
 
@@ -181,15 +181,8 @@ static void emit(void *arg, const struct repl_action *a)
 			if (a->io->payload)
 				memcpy(a->io->payload, a->data, a->data_len);
 		}
-		if (a->io->owner == OWNER_STREAM && a->io->target == TARGET_DISK &&
-		    (a->io->kind == REPL_WRITE || a->io->kind == REPL_ZERO || a->io->kind == REPL_DISCARD)) {
-			a->io->next_apply = NULL;
-			if (g->apply.tail)
-				g->apply.tail->next_apply = a->io;
-			else
-				g->apply.head = a->io;
-			g->apply.tail = a->io;
-			g->apply.count++;
+		if (a->io->owner == OWNER_STREAM && repl_exec_is_apply(a->io)) {
+			ios_push(&g->apply, a->io);
 			o->apply = true;
 			return;
 		}
@@ -460,14 +453,8 @@ static void apply_kick(struct group *g)
 static unsigned apply_take(struct group *g, struct repl_io *ios[APPLY_BATCH_MAX]) REQUIRES(g->lock)
 {
 	unsigned n = 0;
-	while (g->apply.head && n < APPLY_BATCH_MAX && (n == 0 || g->apply.head->volume == ios[0]->volume)) {
-		struct repl_io *io = g->apply.head;
-		g->apply.head = io->next_apply;
-		if (!g->apply.head)
-			g->apply.tail = NULL;
-		g->apply.count--;
-		ios[n++] = io;
-	}
+	while (g->apply.head && n < APPLY_BATCH_MAX && (n == 0 || g->apply.head->volume == ios[0]->volume))
+		ios[n++] = ios_pop(&g->apply);
 	return n;
 }
 
@@ -722,7 +709,7 @@ void group_io(struct group *g, struct gio *gio)
 		lock_with(g, &o);
 		step(g, &ev);
 		bool mine = gio->own, completed = false;
-		for (struct repl_io *c = o.completed.head; c; c = c->next)
+		for (struct repl_io *c = o.completed.head; c; c = c->next_shell)
 			completed = completed || c == &gio->io;
 		if (!mine && !completed) {
 			/* It waits: from here on another thread goes on with it. */

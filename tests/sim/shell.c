@@ -170,15 +170,15 @@ static void round_job(void *arg)
 		uint64_t failed = 0;
 		struct repl_io *served = j.s->waiting;
 		j.s->waiting = NULL;
-		for (struct repl_io *io = served; io; io = io->next)
+		for (struct repl_io *io = served; io; io = io->next_shell)
 			if (io->owner == OWNER_STREAM)
 				model_barrier(h, io);
 		round_sync(h, j.s, served, errors, &failed);
 		report_delay(h);
 		while (served) {
 			struct repl_io *io = served;
-			served = io->next;
-			io->next = NULL;
+			served = io->next_shell;
+			io->next_shell = NULL;
 			io->failed = failed;
 			io_done(h, io, errors[io->volume]);
 		}
@@ -199,7 +199,7 @@ static void submit(struct host *h, struct repl_io *io)
 {
 	struct round *s = round_of(h, io);
 	if (s) {
-		io->next = s->waiting;
+		io->next_shell = s->waiting;
 		s->waiting = io;
 		if (s->running)
 			return;
@@ -221,7 +221,7 @@ static unsigned apply_take(struct host *h, struct repl_io **ios, unsigned most)
 	unsigned n = 0;
 	while (h->apply && n < most && (n == 0 || h->apply->volume == ios[0]->volume)) {
 		ios[n] = h->apply;
-		h->apply = h->apply->next_apply;
+		h->apply = h->apply->next_shell;
 		h->apply_count--;
 		n++;
 	}
@@ -256,9 +256,9 @@ static void apply_job(void *arg)
 
 static void apply_push(struct host *h, struct repl_io *io)
 {
-	io->next_apply = NULL;
+	io->next_shell = NULL;
 	*h->apply_tail = io;
-	h->apply_tail = &io->next_apply;
+	h->apply_tail = &io->next_shell;
 	h->apply_count++;
 	unsigned most = h->w->cfg.power ? 2 : 1;
 	if (h->appliers < most && (h->appliers == 0 || h->apply_count > 4)) {
@@ -479,7 +479,7 @@ static void emit(void *arg, const struct repl_action *a)
 			if (a->data_len)
 				memcpy(a->io->payload, a->data, a->data_len);
 		}
-		if (a->io->owner == OWNER_STREAM && writes(a->io) && a->io->target == TARGET_DISK)
+		if (a->io->owner == OWNER_STREAM && repl_exec_is_apply(a->io))
 			apply_push(h, a->io);
 		else
 			submit(h, a->io);

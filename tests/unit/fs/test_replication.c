@@ -344,6 +344,24 @@ Test(primary, a_written_volume_of_the_peer_is_not_taken_without_asking)
 	is(&p.b, 0, 4096, 0x99);
 }
 
+/* Two windows' worth of hashes, of which one region differs: that is sent, and found out before SYNCED is said. */
+Test(primary, a_resync_that_compares_hashes_sends_what_differs, .timeout = 60)
+{
+	enum { BIG = 64 << 20, AT = 37 << 20 };
+	for (int i = 0; i < 2; i++) {
+		struct pair_host *h = i ? &p.b : &p.a;
+		OK(pair_create(h, "big", "big", BIG));
+		for (uint64_t off = 0; off < BIG; off += 1 << 20)
+			OK(pair_write(h, "big", off, 1 << 20, 0x11));
+	}
+	OK(pair_write(&p.b, "big", AT, 4096, 0x99));
+	OK(pair_do(&p.a, "protect",
+		   json_pack("{s:s, s:s, s:b, s:b}", "name", "big", "peer", p.addr, "adopt", 1, "hash", 1), NULL));
+	OK(pair_wait_link(&p.a, "big", "SYNCED"));
+	OK(pair_wait_link(&p.b, "big", "SYNCED"));
+	OK(pair_disk_is(&p.b, "big", 0, BIG, 0x11));
+}
+
 Test(primary, peer_unreachable)
 {
 	pair_host_stop(&p.b);
