@@ -22,7 +22,7 @@ GROUP_KEYS = {"group", "role", "state", "link", "protocol", "health", "reasons",
               "error", "counters", "volumes", "jobs"}
 COUNTER_KEYS = {"writes", "write_bytes", "flushes", "sent_bytes", "received_bytes", "resync_bytes", "cow_bytes", "checkpoints",
                 "reconnects"}
-VOLUME_KEYS = {"name", "id", "size", "path", "active_bytes", "hidden_bytes", "history_bytes", "checkpoints"}
+VOLUME_KEYS = {"name", "id", "size", "path", "detached", "active_bytes", "hidden_bytes", "history_bytes", "checkpoints"}
 RFC3339 = re.compile(r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|[+-]\d\d:\d\d)$")
 
 SIZE = 4 * MIB
