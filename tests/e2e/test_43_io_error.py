@@ -50,7 +50,8 @@ def test_guest_runs_on():
     bad, a, b, vol = pair()
     fio = subprocess.Popen(["fio", "--name=v", "--filename=" + vol, "--size=%d" % SIZE, "--direct=1", "--ioengine=psync", "--numjobs=1",
                             "--rw=randwrite", "--bs=4k-32k", "--fsync=20", "--verify=crc32c", "--verify_fatal=1", "--verify_backlog=50",
-                            "--loops=1000", "--runtime=8", "--time_based", "--output-format=terse"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+                            "--loops=1000", "--runtime=8", "--time_based", "--output-format=terse"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                           cwd=e2e.tmp())  # fio leaves a file there
     try:
         wait_for(lambda: a.status("vm1")["counters"]["writes"] > 200, "fio to write", 60)
         bad.fail("w", "*/disk.raw")
