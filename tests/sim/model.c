@@ -466,6 +466,12 @@ static void str_begin(struct host *h)
 	h->str_valid = true;
 	for (uint32_t v = 0; v < WORLD_VOLUMES; v++)
 		units_copy(h->w, v, h->str[v], peer_of(h)->disk[v].now);
+	/* A read that waited over the end of a session is asked anew in this one; writes that failed with the old one,
+	 * its own place in whose stream was behind them, may or may not be there. */
+	for (struct sim_io *o = h->ios; o; o = o->next)
+		if (o->before && detached(h, o->io.volume))
+			memcpy(o->before, h->str[o->io.volume] + UNITS_IN(o->io.off),
+			       UNITS_IN(o->io.len) * sizeof(ver));
 }
 
 void model_session(struct host *h)
