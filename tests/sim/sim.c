@@ -150,6 +150,16 @@ static void op_failover(struct sim *s)
 	}
 }
 
+/* A survivor is not unprotected while its old primary may stand with a disk that is not current: nothing but a copy by
+ * hand would get that one out (docs/adr/0009). */
+static void unprotect(struct sim *s, unsigned h)
+{
+	const struct repl_meta *m = world_meta(s->w, h), *o = world_meta(s->w, !h);
+	bool survivor = m && m->role == ROLE_STANDALONE && m->has_peer;
+	if (!survivor || (o && !world_detached(s->w, !h)))
+		command(s, h, (struct repl_command){.cmd = CMD_UNPROTECT});
+}
+
 static void op_command(struct sim *s)
 {
 	struct world *w = s->w;
@@ -159,7 +169,7 @@ static void op_command(struct sim *s)
 		return;
 	switch (world_below(w, 27)) {
 	case 26:
-		command(s, h, (struct repl_command){.cmd = CMD_UNPROTECT});
+		unprotect(s, h);
 		break;
 	case 0 ... 9:
 		command(s, h,
@@ -282,7 +292,7 @@ void sim_maintain(struct sim *s)
 	if (!m[h])
 		return;
 	if (world_link(w, h) == LINK_DOWN && world_chance(w, 12)) { /* afresh */
-		command(s, (unsigned)world_below(w, 2), (struct repl_command){.cmd = CMD_UNPROTECT});
+		unprotect(s, (unsigned)world_below(w, 2));
 	} else if (m[0] && m[1] && m[0]->split_brain != m[1]->split_brain && !world_chance(w, 4)) {
 		/* One has it from before the other was unprotected: only that helps here too. */
 		command(s, m[1]->split_brain, (struct repl_command){.cmd = CMD_UNPROTECT});
