@@ -1237,7 +1237,9 @@ static void read_done(struct host *h, struct sim_io *s, int error)
 	struct world *w = h->w;
 	uint32_t vol = s->io.volume, first = UNITS_IN(s->io.off), n = UNITS_IN(s->io.len);
 	if (error) {
-		if (!h->errors_one_in && !h->had_errors && !repl_detached(h->core))
+		/* Nor is it answered by a host that has stepped down meanwhile. */
+		bool serves = repl_serving(repl_meta(h->core), false) != SERVING_EIO;
+		if (!h->errors_one_in && !h->had_errors && !repl_detached(h->core) && serves)
 			world_fail(w, "host %u: a read of volume %u fails: %s", h->id, vol, err_name(error));
 		return;
 	}
