@@ -16,7 +16,8 @@
  *
  * A stale volume's write is sent under its claim, as any other, and completes when the peer has applied it; a flush of
  * the group when the peer has flushed; a read is a READ_REQ behind all that was sent before. A lost peer is EIO: at
- * once for a write that was sent, after peer_timeout for what had not been sent and for reads.
+ * once for a write that was sent, after peer_timeout for what had not been sent and for reads; and for the flushes
+ * under way, or the next one, if the peer had not flushed what it had applied.
  *
  * The rebuild: the disks are opened anew (which lifts what a failed sync left), the start is recorded, then region by
  * region, each under an exclusive claim, is read from the peer and written here. A guest's write to regions that are
@@ -307,6 +308,14 @@ bool detach_route(struct repl *r, struct repl_io *io)
 
 bool detach_flush(struct repl *r, struct repl_io *io)
 {
+	if (r->unflushed_untold || (r->unflushed_ns && io->start_ns <= r->unflushed_ns)) {
+		r->unflushed_untold = false;
+		repl_set_error(r, ERR_PEER, "flush", -1, 0, 0,
+			       "the peer was lost with writes of a detached disk that it had not flushed; if it lost "
+			       "power, they are gone: the flush is answered with an error");
+		repl_complete(r, io, -ERR_IO);
+		return true;
+	}
 	if (!detach_any(r))
 		return false;
 	io->strict = true;
@@ -391,6 +400,12 @@ static void rebuild_ended(struct repl *r, struct repl_io *io, bool copied)
 
 void detach_session_lost(struct repl *r)
 {
+	/* Answered when they were applied there: a peer that lost power has lost them, and this host has no copy. It
+	 * can't tell that from a cut, so the guest hears of both, as of any cache that failed [I10]. */
+	if (r->flushed < r->strict_seq) {
+		r->unflushed_untold = true;
+		r->unflushed_ns = r->now_ns;
+	}
 	r->detaching = 0;
 	if (r->attach_phase == ATTACH_TOLD)
 		r->attach_phase = ATTACH_NONE;
@@ -417,6 +432,7 @@ void detach_session_lost(struct repl *r)
 void detach_role_lost(struct repl *r)
 {
 	r->stale = r->rebuild = 0;
+	r->unflushed_untold = false;
 	r->attach_phase = ATTACH_NONE;
 	fail_parked(r, UINT64_MAX);
 }

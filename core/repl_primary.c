@@ -86,10 +86,17 @@ static bool acknowledged(const struct repl *r, const struct repl_io *io)
 	return (p == PROTOCOL_B ? r->received : flush ? r->flushed : r->applied) >= io->seq;
 }
 
+static void ack_complete(struct repl *r, struct repl_io *io)
+{
+	if (io->strict && io->kind != REPL_FLUSH)
+		r->strict_seq = max_u64(r->strict_seq, io->seq);
+	repl_complete(r, io, 0);
+}
+
 void primary_wait_ack(struct repl *r, struct repl_io *io)
 {
 	if (acknowledged(r, io)) {
-		repl_complete(r, io, 0);
+		ack_complete(r, io);
 		return;
 	}
 	io->phase = PHASE_ACK;
@@ -223,7 +230,7 @@ static void scan_acks(struct repl *r)
 		if (!acknowledged(r, io))
 			continue;
 		list_remove(io);
-		repl_complete(r, io, 0);
+		ack_complete(r, io);
 	}
 }
 
@@ -743,9 +750,10 @@ static void acks_alone(struct repl *r)
 		struct repl_io *io = list_pop(&r->acks);
 		if (io->strict && primary_live(r)) /* of a detached disk, only behind: the word comes */
 			list_push(&r->acks, io);
-		else if (io->strict && io->kind == REPL_FLUSH)
-			detach_park(r, io);
-		else if (io->strict)
+		else if (io->strict && io->kind == REPL_FLUSH) {
+			io->strict = false;
+			primary_flush_start(r, io); /* it waits for the peer, or has failed */
+		} else if (io->strict)
 			repl_complete(r, io, -ERR_IO);
 		else
 			repl_alone(r, io);

@@ -151,7 +151,7 @@ static void session_reset(struct repl *r)
 	r->join_sent = r->join_got = r->join_waits = r->closing = r->refused = false;
 	r->is_source = r->is_target = r->dirty_ended = r->union_started = r->dirty_sent = false;
 	r->decision = LINEAGE_NO_SOURCE;
-	r->seq = r->received = r->applied = r->flushed = 0;
+	r->seq = r->received = r->applied = r->flushed = r->strict_seq = 0;
 	r->last_was_flush = false;
 	r->queue_bytes = 0;
 }

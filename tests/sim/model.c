@@ -845,6 +845,21 @@ static void flush_done(struct host *h, struct sim_io *s)
 	done_drop(&h->done_peer, n);
 }
 
+static void done_drop_strict(struct done_list *l, uint64_t before)
+{
+	for (uint64_t i = 0; i < l->n && l->base + i < before; i++)
+		if (l->d[i].strict)
+			l->d[i].n = 0;
+}
+
+/* A flush that failed promises nothing of what was before it (I10), and of what went to the peer alone neither does the
+ * next: the peer may have lost power with it, and this host has no copy to flush. */
+static void flush_failed(struct host *h, const struct sim_io *s)
+{
+	done_drop_strict(&h->done, s->done_before);
+	done_drop_strict(&h->done_peer, s->done_before_peer);
+}
+
 void model_done(struct host *h, struct sim_io *s, int error)
 {
 	struct world *w = h->w;
@@ -855,6 +870,8 @@ void model_done(struct host *h, struct sim_io *s, int error)
 	world_note(w, "host %u: guest's %s %" PRIu64 "+%" PRIu64 " (write %u) ends: %s", h->id,
 		   s->io.kind == REPL_FLUSH ? "flush" : "write", s->io.off, s->io.len, s->v,
 		   error ? err_name(error) : "ok");
+	if (error && s->io.kind == REPL_FLUSH)
+		flush_failed(h, s);
 	if (error)
 		return;
 	const struct repl_meta *m = repl_meta(h->core);
@@ -871,7 +888,7 @@ void model_done(struct host *h, struct sim_io *s, int error)
 	}
 	if (!s->v)
 		world_fail(w, "host %u: a write was answered that was never carried out", h->id);
-	struct done d = {s->v, s->io.volume, UNITS_IN(s->io.off), UNITS_IN(s->io.len)};
+	struct done d = {s->v, s->io.volume, UNITS_IN(s->io.off), UNITS_IN(s->io.len), s->io.strict};
 	bool active = s->io.target == TARGET_ACTIVE;
 	if (active && h->emptied_ns >= s->begun_ns)
 		return;		       /* discarded meanwhile */

@@ -100,6 +100,7 @@ struct round {
 struct done {
 	ver v;
 	uint32_t vol, first, n;
+	bool strict; /* it counts on the peer: a detached disk's */
 };
 struct done_list {
 	struct done *d;

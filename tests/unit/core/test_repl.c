@@ -3447,6 +3447,47 @@ Test(repl, a_lost_peer_of_a_detached_disk_is_an_error)
 	host_free(h);
 }
 
+/* A write was answered when the peer had applied it. If the peer has lost power since, it is nowhere: no flush may say
+ * that it is durable. */
+Test(repl, flushes_say_that_a_lost_peer_had_not_flushed_what_only_it_has)
+{
+	struct host *h = detached_primary();
+	ack(h, 5, 5, 4);
+	EXPECT(h, "done:a");
+	guest(h, 'f', REPL_FLUSH, 0, 0);
+	guest(h, 'g', REPL_FLUSH, 0, 0);
+	fin(h, "f"); /* waits for the peer; the other one for the disks that are not detached */
+	EXPECT(h, "send:FLUSH#6 do:f/disk do:g/disk");
+	link_down(h);
+	EXPECT(h, "done:f=ERR_IO");
+	fin(h, "g");
+	EXPECT(h, "done:g=ERR_IO");
+	tick(h, 1);
+	EXPECT(h, "dial");
+	guest(h, 'f', REPL_FLUSH, 0, 0); /* of what came after */
+	EXPECT(h, "");
+	host_free(h);
+	/* None was under way: the next one. */
+	h = detached_primary();
+	ack(h, 5, 5, 4);
+	link_down(h);
+	EXPECT(h, "done:a");
+	tick(h, 1);
+	guest(h, 'f', REPL_FLUSH, 0, 0);
+	EXPECT(h, "dial done:f=ERR_IO");
+	guest(h, 'f', REPL_FLUSH, 0, 0);
+	EXPECT(h, "");
+	host_free(h);
+	/* It had flushed all that was answered. */
+	h = detached_primary();
+	ack(h, 5, 5, 5);
+	link_down(h);
+	EXPECT(h, "done:a");
+	guest(h, 'f', REPL_FLUSH, 0, 0);
+	EXPECT(h, "");
+	host_free(h);
+}
+
 Test(repl, a_read_that_was_on_its_way_is_asked_again_after_a_reconnect)
 {
 	struct host *h = detached_primary();
