@@ -938,6 +938,14 @@ void model_command(struct host *h, const struct repl_command *c, int error)
 
 /* ---- after every step ---- */
 
+static bool lost_here(struct host *h, bool active, uint32_t vol, uint32_t u)
+{
+	for (unsigned i = 0; i < h->n_log; i++)
+		if (h->log[i].lost && exec_covers(&h->log[i], active, vol, u))
+			return true;
+	return false;
+}
+
 /* SYNCED is said: everything up to the end of the resync is durable over there [SPEC 6]. What is newer there came
  * after. The peer may have failed over while its answer was on the way, which nobody here can know: then the checkpoint
  * of its disk as received has it (SPEC 7: nothing received is thrown away). */
@@ -952,6 +960,10 @@ static void synced_check(struct host *h)
 	for (uint32_t v = 0; v < WORLD_VOLUMES; v++)
 		for (uint32_t u = 0; u < w->units[v]; u++) {
 			ver there = received ? received->v[v][u] : p->disk[v].durable[u], want = h->adopt[v][u];
+			/* Of a detached disk only the peer had it, and its sync failed there: nobody can send it
+			 * again. The flush was answered with an error (I10). */
+			if (detached(h, v) && lost_here(p, false, v, u))
+				continue;
 			if (shows(w, there) != shows(w, want) && there <= want)
 				world_fail(w,
 					   "host %u says SYNCED, and unit %u of volume %u is durably %s there, not %s",
@@ -1004,14 +1016,6 @@ static bool may_be(struct host *h, bool active, uint32_t vol, uint32_t u, ver c,
 			return true;
 		}
 	}
-	return false;
-}
-
-static bool lost_here(struct host *h, bool active, uint32_t vol, uint32_t u)
-{
-	for (unsigned i = 0; i < h->n_log; i++)
-		if (h->log[i].lost && exec_covers(&h->log[i], active, vol, u))
-			return true;
 	return false;
 }
 
