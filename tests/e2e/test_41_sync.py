@@ -169,7 +169,7 @@ def test_killed_on_either_side_it_goes_on():
     size = 48 * MIB
     vol = p.a.create("vm1", size)
     e2e.pwrite(vol, 0, os.urandom(size), sync=True)
-    p.a.repctl("set", "vm1", "resync_rate=8M", "checkpoint_interval=0")
+    p.a.repctl("set", "vm1", "resync_rate=%dK" % (8192 / e2e.SLOW), "checkpoint_interval=0")
     p.a.repctl("protect", "vm1", "--peer", p.peer)
     half_done(p, 32 * MIB)
     p.b.kill9()
