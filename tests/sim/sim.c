@@ -255,7 +255,7 @@ static void resolve(struct sim *s)
 	for (unsigned i = 0; i < WORLD_HOSTS; i++) { /* the other was unprotected: nothing will be resolved with it */
 		const struct repl_meta *m = world_meta(w, i), *o = world_meta(w, !i);
 		if (m && o && m->split_brain && !o->split_brain && o->role == ROLE_STANDALONE && !o->has_peer) {
-			command(s, i, (struct repl_command){.cmd = CMD_UNPROTECT});
+			unprotect(s, i);
 			return;
 		}
 	}
@@ -295,7 +295,7 @@ void sim_maintain(struct sim *s)
 		unprotect(s, (unsigned)world_below(w, 2));
 	} else if (m[0] && m[1] && m[0]->split_brain != m[1]->split_brain && !world_chance(w, 4)) {
 		/* One has it from before the other was unprotected: only that helps here too. */
-		command(s, m[1]->split_brain, (struct repl_command){.cmd = CMD_UNPROTECT});
+		unprotect(s, m[1]->split_brain);
 	} else if (world_split(w)) {
 		resolve(s);
 	} else if (m[h]->role == ROLE_STANDALONE && (m[h]->state == STATE_NONE || m[h]->state == STATE_DONE)) {
@@ -303,7 +303,7 @@ void sim_maintain(struct sim *s)
 			protect(s, m[h]);
 		else if (m[!h]->state == STATE_DONE) /* it learns that it was shut out when it connects */
 			command(s, !h, (struct repl_command){.cmd = world_chance(w, 3) ? CMD_UNPROTECT : CMD_START});
-		else if (world_unrelated(w))
+		else if (world_unrelated(w) || !m[h]->has_peer)
 			command(s, !h, (struct repl_command){.cmd = CMD_UNPROTECT});
 	} else if (world_detached(w, h) && world_chance(w, 3)) {
 		command(s, h, (struct repl_command){.cmd = CMD_RESYNC});
