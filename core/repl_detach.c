@@ -383,9 +383,12 @@ void detach_learn(struct repl *r, enum lineage_decision d)
 		/* The peer's newest generation was begun for a detach, and is this host's too, or ahead of it. */
 		if ((j->volumes[k].flags & VOLUME_PEER_STALE) && (d == LINEAGE_EQUAL || d == LINEAGE_DETACHED))
 			r->stale |= mask_of((uint32_t)i);
-		/* The disk of the target itself is that of an old primary, without what went through its peer. */
-		if (j->volumes[k].flags & VOLUME_STALE)
+		/* The disk of the target itself is that of an old primary, without what went through its peer. Its own
+		 * record says so until the end of the sync: the intent bits come with the union's. */
+		if (j->volumes[k].flags & VOLUME_STALE) {
 			bitmap_set_range(&r->vol[i].dirty, 0, r->vol[i].dirty.nbits);
+			r->dirty_unsaved = true;
+		}
 	}
 }
 
