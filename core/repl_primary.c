@@ -210,7 +210,9 @@ void primary_flush_done(struct repl *r, struct repl_io *io)
 		repl_complete(r, io, 0);
 		return;
 	}
-	if (!primary_forwarding(r))
+	if (io->strict && session) /* behind too, if it fell behind meanwhile: only the peer can flush what it has */
+		primary_wait_ack(r, io);
+	else if (!primary_forwarding(r))
 		repl_alone(r, io);
 	else if (io->session != r->session)
 		/* A resync began while the local flush ran: what it covers is in that, and SYNCED means that it ended.

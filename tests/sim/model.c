@@ -876,10 +876,11 @@ void model_done(struct host *h, struct sim_io *s, int error)
 		return;
 	const struct repl_meta *m = repl_meta(h->core);
 	bool live = repl_forwarding(h->core);
-	bool disk = s->io.target == TARGET_DISK;
-	if (disk && m->has_peer && !live)
+	/* Of a detached disk it is answered on the peer's word, behind too: the peer has it. */
+	bool alone = s->io.target == TARGET_DISK && m->has_peer && !live && !s->io.strict;
+	if (alone)
 		h->wrote_alone = true;
-	if (disk && m->has_peer && !live && !m->alone && (s->io.kind != REPL_FLUSH || m->lineage.current))
+	if (alone && !m->alone && (s->io.kind != REPL_FLUSH || m->lineage.current))
 		world_fail(w, "host %u: a %s was answered alone, and no generation was begun for it", h->id,
 			   s->io.kind == REPL_FLUSH ? "flush" : "write");
 	if (s->io.kind == REPL_FLUSH) {
