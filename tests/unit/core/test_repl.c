@@ -3535,6 +3535,26 @@ Test(repl, a_restarted_primary_is_told_by_its_peer)
 	host_free(h);
 }
 
+Test(repl, an_old_primarys_stale_disk_gets_everything_and_its_bits_first)
+{
+	static struct repl_meta m;
+	meta_of(&m, ROLE_PRIMARY, STATE_RUNNING);
+	meta_of(&peer_meta, ROLE_SECONDARY, STATE_NONE);
+	peer_meta.volumes[0].flags = VOLUME_STALE;
+	struct host *h = host_new(&m);
+	tick(h, 0);
+	link_up(h, true);
+	join_frame(h, &peer_meta, 0);
+	cr_assert(dirty(h, SIZE - 1));
+	repl_check(h->r); /* before the peer has told its own: no bit is set yet */
+	forget(h);
+	frame(h, WIRE_DIRTY_END, 0, 0, 0, NULL, 0);
+	EXPECT(h, "do:intents/own");
+	fin(h, "intents");
+	EXPECT(h, "save:primary/RUNNING");
+	host_free(h);
+}
+
 Test(repl, a_rebuild_copies_each_region_and_writes_go_to_both)
 {
 	struct host *h = detached_primary();
