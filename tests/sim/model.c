@@ -1136,6 +1136,19 @@ void model_opened(struct host *h, enum world_crash how, bool evict)
 		h->log[kept++] = *x;
 	}
 	h->n_log = kept;
+	/* What a failed sync has lost went from the cache as the files were opened (STORAGE_FRESH). What is there and
+	 * not on the medium was written by a handle whose later syncs were never carried out: it goes out with the
+	 * next. */
+	for (unsigned i = 0; i < kept && evict; i++) {
+		struct exec x = h->log[i];
+		if (!x.lost)
+			continue;
+		x.vers = simdup(now_of(h, &x) + x.first, x.n * sizeof(ver));
+		x.begin = ++w->tick;
+		x.end = ++w->tick;
+		x.lost = false;
+		log_add(h, &x);
+	}
 	/* What the guest was told of this secondary's memory or cache is gone with them. */
 	for (uint32_t v = 0; v < WORLD_VOLUMES; v++) {
 		units_set(w, v, h->prom_received[v], 0);
