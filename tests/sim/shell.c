@@ -77,7 +77,7 @@ void host_step(struct host *h, struct repl_event *ev)
 	if (h->dying || !h->core)
 		return;
 	ev->now_ns = w->now;
-	ev->wall_ns = w->wall + w->now;
+	ev->wall_ns = world_wall(w, h->id);
 	INVARIANT(!h->in_step);
 	h->in_step = 1;
 	repl_step(h->core, ev);
@@ -505,6 +505,8 @@ static void emit(void *arg, const struct repl_action *a)
 		h->saving = true;
 		repl_meta_copy(h->save.meta, a->meta);
 		h->save.ckpt = a->ckpt;
+		if (a->ckpt && a->meta->ckpts[a->meta->n_ckpts - 1].time_ns != world_wall(h->w, h->id))
+			world_fail(h->w, "host %u: checkpoint %" PRIu64 " is not of now by its clock", h->id, a->ckpt);
 		h->save.active_id = a->active_id;
 		h->save.drop = a->drop;
 		h->save.drop_through = a->drop_through;

@@ -1,8 +1,10 @@
 /* The simulator: random operations and faults on two hosts, from a seed; then no faults, and everything has to come
  * right (docs/HACKING.md).
  *
- *   sim [--seeds N] [--first S] [--ops N] [--jobs J] [--list FILE]    those of FILE, then N seeds from S on, in J
- * processes sim --seed S [-v]                                                  one seed; -v: with a trace
+ *   sim [--seeds N] [--first S] [--ops N] [--jobs J] [--list FILE] [--plain]
+ *                                                                     those of FILE, then N seeds from S on, in J
+ *                                                                     processes; --plain: without mix.c's draws
+ *   sim --seed S [-v] [--plain]                                       one seed; -v: with a trace
  *   sim --crash-points|--fail-points|--alloc-points [--stride K] [--offset J]
  *                                                                     every Kth point of the script in points.c
  *   sim --point WHAT [-v]                                             one of them
@@ -25,7 +27,7 @@
 #include "tests/sim/world_internal.h"
 
 static uint64_t first_seed = 1, seeds = 2000, ops = 1000, only_seed;
-static bool one_seed, verbose;
+static bool one_seed, verbose, plain_seeds;
 static unsigned points; /* bits of enum points_kind */
 static uint64_t stride = 1, offset;
 static const char *one_point;
@@ -438,10 +440,11 @@ static void settings_first(struct sim *s)
 	command(s, 0, c);
 }
 
-static void seed_run(uint64_t seed, struct world_counters *total)
+static void seed_run(uint64_t seed, bool plain, struct world_counters *total)
 {
 	current_seed = seed;
-	(void)snprintf(replay, sizeof(replay), "sim --seed %" PRIu64 " --ops %" PRIu64 " -v", seed, ops);
+	(void)snprintf(replay, sizeof(replay), "sim --seed %" PRIu64 " --ops %" PRIu64 "%s -v", seed, ops,
+		       plain ? " --plain" : "");
 	struct world_config c = {.seed = seed, .power = seed % 4 != 0, .verbose = verbose, .replay = replay};
 	struct sim s = {.w = world_new(&c)};
 	struct world *w = s.w;
@@ -453,6 +456,7 @@ static void seed_run(uint64_t seed, struct world_counters *total)
 		s.hot[i] = world_below(w, world_volume_size(w, s.hot_vol[i]));
 	}
 	uint64_t gap = 200 * US + world_below(w, 20 * MS);
+	mix_begin(&s, plain);
 	settings_first(&s);
 	/* What the guest wrote before it was protected. */
 	for (unsigned i = 0; i < world_below(w, 40); i++) {
@@ -461,6 +465,7 @@ static void seed_run(uint64_t seed, struct world_counters *total)
 	}
 	for (uint64_t i = 0; i < ops; i++) {
 		op(&s);
+		mix_op(&s);
 		world_run(w, world_below(w, 2 * gap));
 		if (i % 16 == 0)
 			world_check(w);
@@ -491,15 +496,16 @@ static void on_check(const char *kind, const char *expr, const char *file, int l
 	_exit(1);
 }
 
-/* Seeds that once failed come first: one a line, and what it found. */
+/* Seeds that once failed come first: one a line, and what it found. With a + behind the number: with mix.c's draws. */
 static void run_list(unsigned job, struct world_counters *total)
 {
 	FILE *f = list_path ? fopen(list_path, "r") : NULL;
 	char line[512];
 	for (unsigned n = 0; f && fgets(line, sizeof(line), f);) {
-		uint64_t seed = strtoull(line, NULL, 10);
+		char *end;
+		uint64_t seed = strtoull(line, &end, 10);
 		if (seed && n++ % jobs == job)
-			seed_run(seed, total);
+			seed_run(seed, *end != '+', total);
 	}
 	if (list_path && !f) {
 		fprintf(stderr, "sim: %s can't be read\n", list_path);
@@ -514,7 +520,7 @@ static void run_range(unsigned job)
 	struct world_counters total = {0};
 	run_list(job, &total);
 	for (uint64_t i = job; i < seeds; i += jobs)
-		seed_run(first_seed + i, &total);
+		seed_run(first_seed + i, plain_seeds, &total);
 	co_free_all();
 	printf("sim: job %u: steps %" PRIu64 " events %" PRIu64 " frames %" PRIu64 " kills %" PRIu64 " power %" PRIu64
 	       " cuts %" PRIu64 " flips %" PRIu64 "/%" PRIu64 " reads %" PRIu64 " checkpoints %" PRIu64
@@ -522,6 +528,7 @@ static void run_range(unsigned job)
 	       job, total.steps, total.events, total.frames, total.crashes[0], total.crashes[1], total.cuts,
 	       total.flips_seen, total.flips, total.reads, total.checkpoints, total.failovers, total.sessions,
 	       total.resyncs, total.disk_errors);
+	printf("sim: job %u: mix: clock jumps %" PRIu64 "\n", job, total.clock_jumps);
 	fflush(stdout);
 }
 
@@ -549,19 +556,13 @@ static double seconds(void)
 int main(int argc, char **argv)
 {
 	bool given = false;
-	static const struct option options[] = {{"seeds", 1, NULL, 'n'},
-						{"first", 1, NULL, 'f'},
-						{"ops", 1, NULL, 'o'},
-						{"jobs", 1, NULL, 'j'},
-						{"list", 1, NULL, 'l'},
-						{"seed", 1, NULL, 's'},
-						{"crash-points", 0, NULL, 'C'},
-						{"fail-points", 0, NULL, 'F'},
-						{"alloc-points", 0, NULL, 'A'},
-						{"stride", 1, NULL, 'k'},
-						{"offset", 1, NULL, 'O'},
-						{"point", 1, NULL, 'p'},
-						{NULL, 0, NULL, 0}};
+	static const struct option options[] = {{"seeds", 1, NULL, 'n'},	{"first", 1, NULL, 'f'},
+						{"ops", 1, NULL, 'o'},		{"jobs", 1, NULL, 'j'},
+						{"list", 1, NULL, 'l'},		{"seed", 1, NULL, 's'},
+						{"crash-points", 0, NULL, 'C'}, {"fail-points", 0, NULL, 'F'},
+						{"alloc-points", 0, NULL, 'A'}, {"stride", 1, NULL, 'k'},
+						{"offset", 1, NULL, 'O'},	{"point", 1, NULL, 'p'},
+						{"plain", 0, NULL, 'P'},	{NULL, 0, NULL, 0}};
 	for (int c; (c = getopt_long(argc, argv, "v", options, NULL)) != -1;) {
 		uint64_t n = optarg ? strtoull(optarg, NULL, 10) : 0;
 		switch (c) {
@@ -602,6 +603,9 @@ int main(int argc, char **argv)
 			break;
 		case 'p':
 			one_point = optarg;
+			break;
+		case 'P':
+			plain_seeds = true;
 			break;
 		case 'v':
 			verbose = true;

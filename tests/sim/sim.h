@@ -14,6 +14,8 @@ struct sim {
 	struct world_result failover;
 	unsigned failover_host;
 	bool failover_asked;
+	unsigned mix_kinds;  /* mix.c: those that this seed has, */
+	uint64_t mix_one_in; /* and how often */
 };
 extern struct sim *the_sim;
 
@@ -24,6 +26,10 @@ void sim_maintain(struct sim *s);
 bool sim_in_sync(struct world *w); /* of the_sim */
 /* The phase without faults, to its end, and every check (I16). */
 void sim_settle(struct sim *s);
+
+/* mix.c: what is drawn from the second stream. plain: nothing. */
+void mix_begin(struct sim *s, bool plain);
+void mix_op(struct sim *s);
 
 enum points_kind { POINTS_CRASH, POINTS_FAIL, POINTS_ALLOC, POINTS_KINDS };
 /* Every stride-th point from `offset` on; returns how many runs that were. */

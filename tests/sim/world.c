@@ -32,6 +32,11 @@ uint64_t world_below(struct world *w, uint64_t n)
 	return n ? world_random(w) % n : 0;
 }
 
+uint64_t world_more(struct world *w, uint64_t n)
+{
+	return mix(w->more += UINT64_C(0x9e3779b97f4a7c15)) % n;
+}
+
 bool world_chance(struct world *w, unsigned one_in)
 {
 	return one_in && world_random(w) % one_in == 0;
@@ -426,11 +431,18 @@ void world_disk_full(struct world *w, unsigned host, bool full)
 		simstore_set_space(h->ss, total - free_bytes + world_below(w, 256 << 10));
 }
 
-void world_clock_jump(struct world *w, uint64_t ns)
+uint64_t world_wall(const struct world *w, unsigned host)
 {
-	/* Both hosts were asleep: what was planned happens late. */
-	w->now += ns;
-	w->wall += ns;
+	return w->h[host].wall + w->now;
+}
+
+/* The monotonic clock, by which everything happens, never jumps. */
+void world_clock_set(struct world *w, unsigned host, uint64_t wall_ns)
+{
+	world_note(w, "host %u: clock set from %" PRIu64 " s to %" PRIu64 " s", host, world_wall(w, host) / SEC,
+		   wall_ns / SEC);
+	w->h[host].wall = wall_ns - w->now; /* may wrap */
+	w->count.clock_jumps++;
 }
 
 void world_quiet(struct host *h, bool on)
@@ -480,7 +492,7 @@ struct world *world_new(const struct world_config *c)
 	co_lock_wait = lock_wait;
 	w->cfg = *c;
 	w->random = mix(c->seed + 1);
-	w->wall = UINT64_C(1700000000) * SEC;
+	w->more = mix(w->random);
 	w->now = SEC; /* 0 means never in places */
 	w->calm = c->calm;
 	static const unsigned stops[] = {0, 2, 8, 32};
@@ -497,6 +509,7 @@ struct world *world_new(const struct world_config *c)
 		struct host *h = &w->h[i];
 		h->w = w;
 		h->id = i;
+		h->wall = UINT64_C(1700000000) * SEC;
 		h->ss = simstore_new(world_random(w));
 		h->storage = sim_storage_new(h);
 		h->wanted = true;

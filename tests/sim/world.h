@@ -34,9 +34,11 @@ struct world *world_new(const struct world_config *c);
 void world_free(struct world *w);
 
 uint64_t world_now(const struct world *w);
+uint64_t world_wall(const struct world *w, unsigned host);
 uint64_t world_random(struct world *w);
 uint64_t world_below(struct world *w, uint64_t n);
 bool world_chance(struct world *w, unsigned one_in);
+uint64_t world_more(struct world *w, uint64_t n); /* below n, of the second stream (mix.c) */
 _Noreturn void world_fail(struct world *w, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
 void world_note(struct world *w, const char *fmt, ...) __attribute__((format(printf, 2, 3))); /* into the trace */
 
@@ -77,7 +79,7 @@ void world_stall(struct world *w, unsigned host, uint64_t ns);		 /* its disk ans
 void world_flip(struct world *w);					 /* a bit of what is sent next */
 void world_disk_errors(struct world *w, unsigned host, unsigned one_in); /* EIO; 0: no more */
 void world_disk_full(struct world *w, unsigned host, bool full);
-void world_clock_jump(struct world *w, uint64_t ns);
+void world_clock_set(struct world *w, unsigned host, uint64_t wall_ns); /* the wall clock, forward or back */
 
 /* ---- looking ---- */
 
@@ -100,6 +102,7 @@ struct world_counters {
 	uint64_t steps, events, crashes[2], cuts, frames, flips, flips_seen, reads, checkpoints, failovers, sessions,
 	    resyncs;
 	uint64_t disk_errors;
+	uint64_t clock_jumps; /* of mix.c, from here on */
 };
 const struct world_counters *world_counters(const struct world *w);
 

@@ -164,6 +164,7 @@ struct host {
 	int point_keep;		/* and what it keeps */
 	bool faulty;		/* a fault was planned for it: it may not start at once, nor read */
 	uint64_t life, seeds;
+	uint64_t wall; /* its clock is that much before w->now */
 
 	struct end *conn;
 	uint64_t sessions, stream_bytes, stream_max;
@@ -214,7 +215,7 @@ struct host {
 
 struct world {
 	struct world_config cfg;
-	uint64_t random, now, wall, order, tick;
+	uint64_t random, more, now, order, tick;
 	struct sim_event *heap;
 	size_t n_heap, cap_heap;
 	struct host h[WORLD_HOSTS];
