@@ -272,7 +272,7 @@ static void prepare_unprotect(struct repl *r, struct repl_meta *m)
 		lineage_part(&m->lineage, repl_random(r));
 	m->alone = m->lineage.current != 0;
 	m->has_peer = m->split_brain = m->shut_out = m->broken = false;
-	secondary_release_kept(m);
+	history_release_kept(m);
 	m->base = m->last_stream = 0;
 	m->target = m->received = m->received_bytes = m->failover_generation = m->diverged_ns = 0;
 	m->peer[0] = 0;
@@ -660,10 +660,10 @@ void repl_ready_claims(struct repl *r, struct reqset_claim *ready)
 		case REPL_RESYNC_SCAN:
 		case REPL_RESYNC_READ:
 		case REPL_RESYNC_HASH:
-			primary_resync_granted(r, io);
+			resync_granted(r, io);
 			break;
 		case REPL_COMMIT:
-			secondary_commit_granted(r, io);
+			failover_commit_granted(r, io);
 			break;
 		case REPL_REBUILD:
 			detach_rebuild_granted(r, io);
@@ -948,7 +948,7 @@ static void guest_io_done(struct repl *r, struct repl_io *io, int error)
 			bitmap_set_range(&r->vol[io->volume].todo, first, last - first + 1);
 		}
 		repl_io_finish(r, io, error);
-		secondary_commit_pump(r);
+		failover_commit_pump(r);
 		return;
 	}
 	primary_local_done(r, io);
@@ -972,7 +972,7 @@ static void ev_io_done(struct repl *r, struct repl_io *io, int error)
 	} else if (io == &r->union_io)
 		session_union_done(r, error);
 	else if (io->kind == REPL_RESYNC_SCAN || io->kind == REPL_RESYNC_READ || io->kind == REPL_RESYNC_HASH)
-		primary_resync_io_done(r, io, error);
+		resync_io_done(r, io, error);
 	else if (io->kind == REPL_REBUILD || io == &r->reopen_io || io == &r->attach_io)
 		detach_internal_done(r, io, error);
 	else if (io->internal)
@@ -1006,8 +1006,6 @@ static void ev_shutdown(struct repl *r)
 		session_close(r, true);
 	}
 }
-
-static void command(struct repl *r, struct repl_command *c);
 
 static void ev_tick(struct repl *r, const struct repl_event *ev)
 {
@@ -1060,13 +1058,13 @@ void repl_step(struct repl *r, const struct repl_event *ev)
 		if (ev->session == r->session) {
 			r->counters.sent_bytes += ev->bytes;
 			r->queue_bytes -= min_u64(r->queue_bytes, ev->bytes);
-			primary_resync_pump(r);
+			resync_pump(r);
 			primary_catch_up(r);
 			repl_gate_run(r);
 		}
 		break;
 	case EV_COMMAND:
-		command(r, ev->command);
+		repl_command(r, ev->command);
 		repl_gate_run(r);
 		break;
 	case EV_SHUTDOWN:
@@ -1084,393 +1082,6 @@ void repl_stepped_down(struct repl *r)
 	detach_role_lost(r);
 	fail_list(r, &r->frozen, -ERR_IO);
 	repl_emit(r, &(struct repl_action){.type = ACT_SERVING, .meta = r->meta});
-}
-
-/* ---- commands ---- */
-
-static bool is_primary(const struct repl *r)
-{
-	return r->meta->role == ROLE_PRIMARY;
-}
-
-static const char *peer_text(const struct repl *r)
-{
-	return r->meta->peer[0] ? r->meta->peer : "the peer";
-}
-
-#define SPLIT_TEXT "split brain: both hosts wrote alone; see `diverged`, then `resolve`"
-
-/* A command that the peer has to connect for, or that gets several tries, gives up then. */
-static uint64_t wait_until(const struct repl *r)
-{
-	return r->now_ns + r->meta->settings.peer_timeout_ms * UINT64_C(1000000) + DIALLED_WAIT_NS;
-}
-
-static void dial_for(struct repl *r, struct repl_command *c)
-{
-	if (r->link != LINK_DOWN) /* the old primary dials */
-		session_drop(r, "this host dials itself");
-	r->protect = c;
-	(void)snprintf(r->dial_addr, sizeof(r->dial_addr), "%s", c->text);
-	session_dial(r);
-}
-
-static void refuse_committing(struct repl *r, struct repl_command *c)
-{
-	if (r->meta->state == STATE_FAILOVER_FAILED)
-		repl_command_done(r, c, -ERR_STATE,
-				  "the commit of a failover failed (FAILOVER_FAILED); see `error`, mend that and give "
-				  "`failover` again");
-	else
-		repl_command_done(r, c, -ERR_STATE,
-				  "a failover is being committed (FAILOVER); wait with `wait --for=done`");
-}
-
-static void cmd_protect(struct repl *r, struct repl_command *c)
-{
-	const struct repl_meta *m = r->meta;
-	if (m->role != ROLE_STANDALONE)
-		repl_command_done(r, c, -ERR_STATE, "this host is %s for it already; %s", role_name(m->role),
-				  is_primary(r) ? "see `status`" : "run it on the host that has the VM");
-	else if (m->state == STATE_FAILOVER || m->state == STATE_FAILOVER_FAILED)
-		refuse_committing(r, c);
-	else if (m->split_brain)
-		repl_command_done(r, c, -ERR_SPLIT, SPLIT_TEXT "; `unprotect` forgets the other copy");
-	else if (r->protect || r->link > LINK_HANDSHAKE)
-		repl_command_done(r, c, -ERR_BUSY, "another protect is under way");
-	else if (m->n_volumes == 0)
-		repl_command_done(r, c, -ERR_STATE, "the group has no volumes; `create` one first");
-	else
-		dial_for(r, c);
-}
-
-static void cmd_failback(struct repl *r, struct repl_command *c)
-{
-	const struct repl_meta *m = r->meta;
-	if (m->split_brain)
-		repl_command_done(r, c, -ERR_SPLIT, SPLIT_TEXT);
-	else if (m->role == ROLE_PRIMARY && m->state == STATE_RUNNING && strcmp(m->peer, c->text) == 0)
-		repl_command_done(r, c, 0, " "); /* the same again */
-	else if (m->role == ROLE_PRIMARY)
-		repl_command_done(r, c, -ERR_STATE, "this host is primary for it already; see `status`");
-	else if (m->role == ROLE_SECONDARY)
-		repl_command_done(r, c, -ERR_STATE,
-				  "this host is secondary for it; run it on the one that failed over");
-	else if (m->failover_generation == 0)
-		repl_command_done(r, c, -ERR_STATE, "it has not failed over here; `protect` begins a protection");
-	else if (m->state != STATE_DONE)
-		refuse_committing(r, c);
-	else if (r->protect || r->link > LINK_HANDSHAKE)
-		repl_command_done(r, c, -ERR_BUSY, "another failback is under way");
-	else
-		dial_for(r, c);
-}
-
-/* A command that would undo what another one under way is about to do. */
-static bool role_changing(const struct repl *r)
-{
-	return r->protect || r->start || r->start_waits || r->resolve || r->failing_over || r->adopting;
-}
-
-static void cmd_stop(struct repl *r, struct repl_command *c);
-
-static bool own_stale(const struct repl_meta *m)
-{
-	for (uint32_t i = 0; i < m->n_volumes; i++)
-		if (m->volumes[i].flags & VOLUME_STALE)
-			return true;
-	return false;
-}
-
-static void cmd_unprotect(struct repl *r, struct repl_command *c)
-{
-	const struct repl_meta *m = r->meta;
-	if (m->role == ROLE_STANDALONE && !m->has_peer && !m->split_brain)
-		repl_command_done(r, c, -ERR_STATE, "it is standalone already: it has no peer to forget");
-	else if (m->state == STATE_FAILOVER || m->state == STATE_FAILOVER_FAILED)
-		refuse_committing(r, c);
-	else if (m->inconsistent)
-		repl_command_done(
-		    r, c, -ERR_STATE,
-		    "the sync of this copy has not ended: its disk is incomplete. `failover --force` goes "
-		    "back to what it held before");
-	else if (own_stale(m) || detach_any(r))
-		repl_command_done(
-		    r, c, -ERR_STATE,
-		    "a disk of it here is detached and not current, only the peer holds its content; `resync` it, "
-		    "or fail over there. If the peer is lost for good, `stop` it, copy disk.raw out of the store, "
-		    "and `import` that as it is");
-	else if (role_changing(r) || repl_tx_pending(r, TX_UNPROTECT))
-		repl_command_done(r, c, -ERR_BUSY, "another command is changing its role");
-	else if (m->state == STATE_RUNNING)
-		cmd_stop(r, c);			      /* by its rules; then repl_stopped */
-	else if (r->is_target || !secondary_quiet(r)) /* what comes would be applied to a disk that is its host's own */
-		repl_command_done(r, c, -ERR_BUSY,
-				  "the primary's sync of this copy is under way (the link is %s); "
-				  "`wait --for=in-sync`, or `unprotect` it on the primary first",
-				  link_state_name(r->link));
-	else
-		repl_tx(r, TX_UNPROTECT)->command = c;
-}
-
-void repl_stopped(struct repl *r, struct repl_command *c)
-{
-	if (c && c->cmd == CMD_UNPROTECT)
-		repl_tx(r, TX_UNPROTECT)->command = c;
-	else
-		repl_command_done(r, c, 0, " ");
-}
-
-static void cmd_resolve(struct repl *r, struct repl_command *c)
-{
-	const struct repl_meta *m = r->meta;
-	bool local = c->number == DISCARD_LOCAL;
-	if (!m->split_brain && m->role == (local ? ROLE_SECONDARY : ROLE_PRIMARY)) {
-		c->result = m->kept;
-		repl_command_done(r, c, 0, " "); /* the same again: so it is already */
-	} else if (!m->split_brain) {
-		repl_command_done(r, c, -ERR_STATE, "there is no split brain here (%s, %s)", role_name(m->role),
-				  state_name(m->state));
-	} else if (m->state == STATE_FAILOVER || m->state == STATE_FAILOVER_FAILED) {
-		refuse_committing(r, c);
-	} else if (r->resolve || role_changing(r)) {
-		repl_command_done(r, c, -ERR_BUSY, "another command is changing its role");
-	} else {
-		r->resolve = c;
-		r->resolve_until_ns = wait_until(r);
-		r->redial_ns = r->now_ns;
-	}
-}
-
-static void cmd_start(struct repl *r, struct repl_command *c)
-{
-	const struct repl_meta *m = r->meta;
-	if (m->role == ROLE_STANDALONE)
-		repl_command_done(r, c, -ERR_STATE, "it has no peer; `protect` it first");
-	else if (m->split_brain)
-		repl_command_done(r, c, -ERR_SPLIT, SPLIT_TEXT);
-	else if (m->state == STATE_RUNNING)
-		repl_command_done(r, c, -ERR_STATE, "it runs already");
-	else if (m->role == ROLE_SECONDARY)
-		repl_command_done(r, c, -ERR_STATE, "this host is secondary for it; run it on the primary");
-	else if (r->start || r->start_waits || (m->peer[0] && r->link != LINK_DOWN && !r->closing))
-		repl_command_done(r, c, -ERR_BUSY, "another start is under way");
-	else if (m->peer[0] == 0) {
-		/* The peer dials, and goes on doing so while replication is stopped. */
-		if (r->link != LINK_DOWN)
-			session_drop(r, "a start came after its JOIN");
-		r->start = c;
-		r->start_until_ns = wait_until(r);
-	} else if (r->link != LINK_DOWN)
-		r->start_waits = c;
-	else {
-		r->start = c;
-		(void)snprintf(r->dial_addr, sizeof(r->dial_addr), "%s", m->peer);
-		if (!r->dialing) /* else the one under way serves */
-			session_dial(r);
-	}
-}
-
-bool repl_peer_stale(const struct repl_meta *m)
-{
-	for (uint32_t i = 0; i < m->n_volumes; i++)
-		if (m->volumes[i].flags & VOLUME_PEER_STALE)
-			return true;
-	return false;
-}
-
-static void cmd_stop(struct repl *r, struct repl_command *c)
-{
-	const struct repl_meta *m = r->meta;
-	if (m->role == ROLE_STANDALONE || m->state != STATE_RUNNING) {
-		repl_command_done(r, c, -ERR_STATE, "it does not run (%s, %s)", role_name(m->role),
-				  state_name(m->state));
-		return;
-	}
-	if (r->stop) {
-		repl_command_done(r, c, -ERR_BUSY, "another stop is under way");
-		return;
-	}
-	if (repl_tx_pending(r, TX_STOPPED)) {
-		repl_command_done(r, c, -ERR_BUSY, "another stop is under way");
-	} else if (is_primary(r) && detach_any(r) && r->link != LINK_DOWN && !m->split_brain) {
-		repl_command_done(
-		    r, c, -ERR_STATE,
-		    "a local disk is detached: only the peer holds its content; `resync` it first, or fail over there");
-	} else if (repl_peer_stale(m)) {
-		repl_command_done(
-		    r, c, -ERR_STATE,
-		    "the primary's disk is detached: it writes through this host; `resync` it there first, "
-		    "or `failover`");
-	} else if (is_primary(r) && (r->link == LINK_DOWN || m->split_brain)) {
-		struct tx *t = repl_tx(r, TX_STOPPED);
-		t->command = c;
-	} else if (r->link != LINK_SYNCED) {
-		repl_command_done(r, c, -ERR_STATE, "the link is %s, not SYNCED; %s", link_state_name(r->link),
-				  !is_primary(r) ? "use `failover` if the primary is lost"
-				  : m->paused	 ? "it is paused: `resume` it, then `wait --for=in-sync`"
-						 : "`wait --for=in-sync` first");
-	} else if (is_primary(r)) {
-		r->stop = c;
-		c->phase = 0;
-		r->stopping = true;
-		primary_stop_check(r);
-	} else {
-		r->stop = c;
-		session_send(r, WIRE_STOP_WANT, 0, 0, 0, 0, NULL, 0);
-	}
-}
-
-static void cmd_checkpoint(struct repl *r, struct repl_command *c)
-{
-	const struct repl_meta *m = r->meta;
-	if (m->role == ROLE_STANDALONE || m->state != STATE_RUNNING)
-		repl_command_done(r, c, -ERR_STATE, "it does not run (%s, %s); `protect` or `start` it first",
-				  role_name(m->role), state_name(m->state));
-	else if (r->link == LINK_DOWN || r->link == LINK_HANDSHAKE)
-		repl_command_done(r, c, -ERR_PEER, "%s is not connected; a checkpoint needs it in sync", peer_text(r));
-	else if (r->link != LINK_SYNCED)
-		repl_command_done(r, c, -ERR_STATE, "the link is %s, not SYNCED; %s", link_state_name(r->link),
-				  m->paused ? "it is paused: `resume` it, then `wait --for=in-sync`"
-					    : "`wait --for=in-sync` first");
-	else if (r->stopping)
-		repl_command_done(r, c, -ERR_STATE, "it is being stopped");
-	else if (is_primary(r))
-		primary_checkpoint(r, c, WIRE_CKPT_COMMAND | c->flags);
-	else if (r->want_ckpt)
-		repl_command_done(r, c, -ERR_BUSY, "another checkpoint asked for here is under way");
-	else {
-		r->want_ckpt = c;
-		session_send(r, WIRE_CHECKPOINT_WANT, 0, c->flags | WIRE_CKPT_COMMAND, 0, 0, NULL, 0);
-	}
-}
-
-static void cmd_pause(struct repl *r, struct repl_command *c)
-{
-	const struct repl_meta *m = r->meta;
-	bool pause = c->cmd == CMD_PAUSE;
-	if (m->role == ROLE_SECONDARY)
-		repl_command_done(r, c, -ERR_STATE, "this host is secondary for it; run it on the primary");
-	else if (m->role != ROLE_PRIMARY || m->state != STATE_RUNNING)
-		repl_command_done(r, c, -ERR_STATE, "it does not run (%s, %s)", role_name(m->role),
-				  state_name(m->state));
-	else if (m->split_brain)
-		repl_command_done(r, c, -ERR_SPLIT,
-				  "split brain: both hosts wrote alone; see `diverged`, then `resolve`");
-	else if (r->stopping || repl_tx_pending(r, TX_STOPPED))
-		repl_command_done(r, c, -ERR_BUSY, "it is being stopped");
-	else if (repl_tx_pending(r, TX_PAUSE))
-		repl_command_done(r, c, -ERR_BUSY, "another pause or resume is under way");
-	else if (m->paused == pause)
-		repl_command_done(r, c, 0, " ");
-	else if (pause && detach_any(r))
-		repl_command_done(r, c, -ERR_STATE,
-				  "a local disk is detached: its I/O goes through the peer; `resync` it first");
-	else {
-		struct tx *t = repl_tx(r, TX_PAUSE);
-		t->command = c;
-		t->arg = pause;
-	}
-}
-
-static void cmd_discard(struct repl *r, struct repl_command *c)
-{
-	if (r->meta->role != ROLE_SECONDARY || r->meta->state != STATE_RUNNING)
-		repl_command_done(r, c, -ERR_STATE,
-				  "only a running secondary has an active overlay to discard (%s, %s)",
-				  role_name(r->meta->role), state_name(r->meta->state));
-	else if (r->failing_over)
-		repl_command_done(r, c, -ERR_BUSY, "a failover is under way");
-	else if (repl_tx_pending(r, TX_DISCARD))
-		repl_command_done(r, c, -ERR_BUSY, "another discard is under way");
-	else
-		repl_tx(r, TX_DISCARD)->command = c;
-}
-
-static void cmd_drop(struct repl *r, struct repl_command *c)
-{
-	const struct repl_meta *m = r->meta;
-	int i = repl_meta_find_ckpt(m, c->number);
-	if (i < 0)
-		repl_command_done(r, c, -ERR_NOENT, "no such checkpoint; see `checkpoints`");
-	else if (m->state == STATE_FAILOVER)
-		repl_command_done(r, c, -ERR_BUSY, "a failover is being committed; wait with `wait --for=done`");
-	else if (repl_ckpt_needed(m, (uint32_t)i))
-		repl_command_done(
-		    r, c, -ERR_STATE,
-		    "it is in use (the base of the view, the newest one, or one that a resync or failover "
-		    "needs)");
-	else if (r->merge_busy || r->dropping)
-		repl_command_done(r, c, -ERR_BUSY, "another checkpoint is being dropped");
-	else {
-		r->dropping = c;
-		r->merge_busy = true;
-		r->merge_io.kind = REPL_MERGE;
-		r->merge_io.flags = 0;
-		r->merge_io.arg = c->number;
-		repl_submit(r, &r->merge_io, TARGET_OWN);
-	}
-}
-
-static void cmd_settings(struct repl *r, struct repl_command *c)
-{
-	if (r->setting || repl_tx_pending(r, TX_SETTINGS)) {
-		repl_command_done(r, c, -ERR_BUSY, "another change of settings is under way");
-		return;
-	}
-	struct tx *t = repl_tx(r, TX_SETTINGS);
-	t->command = c;
-	t->settings = c->settings;
-}
-
-static void command(struct repl *r, struct repl_command *c)
-{
-	if (r->shutdown) {
-		repl_command_done(r, c, -ERR_CANCELED, "the daemon is shutting down");
-		return;
-	}
-	switch (c->cmd) {
-	case CMD_PROTECT:
-		cmd_protect(r, c);
-		break;
-	case CMD_FAILBACK:
-		cmd_failback(r, c);
-		break;
-	case CMD_UNPROTECT:
-		cmd_unprotect(r, c);
-		break;
-	case CMD_RESOLVE:
-		cmd_resolve(r, c);
-		break;
-	case CMD_START:
-		cmd_start(r, c);
-		break;
-	case CMD_STOP:
-		cmd_stop(r, c);
-		break;
-	case CMD_CHECKPOINT:
-		cmd_checkpoint(r, c);
-		break;
-	case CMD_FAILOVER:
-		secondary_failover(r, c);
-		break;
-	case CMD_DISCARD:
-		cmd_discard(r, c);
-		break;
-	case CMD_SETTINGS:
-		cmd_settings(r, c);
-		break;
-	case CMD_DROP:
-		cmd_drop(r, c);
-		break;
-	case CMD_PAUSE:
-	case CMD_RESUME:
-		cmd_pause(r, c);
-		break;
-	case CMD_RESYNC:
-		detach_resync(r, c);
-		break;
-	}
 }
 
 /* ---- setting up, looking ---- */
@@ -1528,7 +1139,7 @@ void repl_init(struct repl *r, const struct repl_init_args *a)
 	r->redial_wait_ns = REDIAL_MIN_NS;
 	detach_init(r);
 	if (r->meta->state == STATE_FAILOVER)
-		secondary_commit_start(r);
+		failover_commit_start(r);
 }
 
 void repl_load_intent(struct repl *r, uint32_t volume, const struct bitmap *intent, bool fine)
@@ -1599,131 +1210,4 @@ void repl_check(const struct repl *r)
 			INVARIANT(bitmap_test(&v->intent, unit) || bitmap_test(&v->marking, unit));
 		}
 	}
-}
-
-static void reason(struct repl_status *s, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
-static void reason(struct repl_status *s, const char *fmt, ...)
-{
-	if (s->n_reasons == ARRAY_LEN(s->reasons))
-		return;
-	va_list ap;
-	va_start(ap, fmt);
-	(void)vsnprintf(s->reasons[s->n_reasons++], sizeof(s->reasons[0]), fmt, ap);
-	va_end(ap);
-	s->degraded = true;
-}
-
-/* What may be said of the link: nothing is known of a peer that has been silent for peer_timeout (the next tick ends
- * the session), or whose session this host is closing; and a halted pair only looks whether it is still one. */
-static enum link_state repl_link(const struct repl *r, uint64_t now_ns)
-{
-	bool silent = now_ns - min_u64(now_ns, r->heard_ns) > r->meta->settings.peer_timeout_ms * UINT64_C(1000000);
-	return r->closing || silent || r->meta->split_brain ? LINK_DOWN : r->link;
-}
-
-/* The rate is that of the last seconds: what the ETA needs, and what a changed resync_rate shows at once. */
-static void status_resync(const struct repl *r, uint64_t now_ns, struct repl_status *s)
-{
-	if (r->behind) { /* all that is dirty, once it begins */
-		s->resync_total = s->dirty_bytes;
-		return;
-	}
-	s->resync_total = r->rs_total;
-	s->resync_done = r->rs_total - min_u64(primary_resync_left(r), r->rs_total);
-	if (r->rs_n_samples == 0)
-		return;
-	uint64_t first = r->rs_n_samples > RATE_SAMPLES ? r->rs_n_samples - RATE_SAMPLES : 0;
-	uint64_t ns = r->rs_samples[first % RATE_SAMPLES].ns, done = r->rs_samples[first % RATE_SAMPLES].done;
-	uint64_t elapsed_ms = (now_ns - min_u64(now_ns, ns)) / UINT64_C(1000000);
-	if (elapsed_ms && s->resync_done > done)
-		s->resync_rate = (s->resync_done - done) * 1000 / elapsed_ms;
-}
-
-void repl_status(const struct repl *r, uint64_t now_ns, struct repl_status *s)
-{
-	const struct repl_meta *m = r->meta;
-	memset(s, 0, sizeof(*s));
-	s->link = repl_link(r, now_ns);
-	for (uint32_t i = 0; i < m->n_volumes; i++) {
-		uint64_t bytes = r->vol[i].dirty.count << REGION_SHIFT;
-		s->dirty_bytes += min_u64(bytes, m->volumes[i].size);
-	}
-	if (!m->has_peer)
-		s->dirty_bytes = 0;
-	s->queue_bytes = r->queue_bytes;
-	s->detached = r->stale | r->detaching;
-	s->rebuilding = r->rebuild;
-	s->resync = r->is_source && r->link == LINK_RESYNC;
-	if (!s->resync && r->rebuild) {
-		uint64_t left = 0;
-		for (uint32_t i = 0; i < m->n_volumes; i++)
-			left += r->rebuild >> i & 1 ? r->vol[i].todo.count << REGION_SHIFT : 0;
-		s->resync = true;
-		s->resync_total = r->rb_total;
-		s->resync_done = r->rb_total - min_u64(left, r->rb_total);
-		uint64_t elapsed = now_ns - min_u64(now_ns, r->rb_started_ns);
-		if (elapsed > UINT64_C(1000000))
-			s->resync_rate = s->resync_done * 1000 / (elapsed / UINT64_C(1000000));
-	} else if (s->resync) {
-		status_resync(r, now_ns, s);
-	}
-	s->commit = m->state == STATE_FAILOVER || m->state == STATE_FAILOVER_FAILED;
-	s->commit_done = r->commit_done;
-	s->commit_total = r->commit_total;
-	if (m->role == ROLE_PRIMARY) {
-		bool any = false;
-		for (uint32_t i = 0; i < m->n_volumes; i++)
-			any = any || r->vol[i].dirty.count != 0;
-		s->rpo_known = true;
-		/* In sync, what was sent and not received would be lost with this host; else all that is dirty. */
-		bool behind = s->link == LINK_SYNCED ? r->received < r->seq : any;
-		s->rpo_ns = behind ? now_ns - min_u64(now_ns, r->received_ns) : 0;
-	}
-	s->checkpoint = m->last_stream;
-	int i = repl_meta_find_ckpt(m, m->last_stream);
-	s->checkpoint_time_ns = i >= 0 ? m->ckpts[i].time_ns : r->last_ckpt_wall_ns;
-	s->error = r->error;
-	s->counters = r->counters;
-	if (m->split_brain)
-		reason(s, "split brain: both hosts wrote alone; replication is halted");
-	for (uint32_t k = 0; k < m->n_volumes; k++) {
-		if (r->rebuild >> k & 1)
-			reason(s, "the local disk of %s is detached and is being rebuilt from the peer",
-			       m->volumes[k].name);
-		else if ((r->stale | r->detaching) >> k & 1)
-			reason(s,
-			       "the local disk of %s is detached: its I/O goes through the peer; `resync` rebuilds it "
-			       "when it accepts I/O again",
-			       m->volumes[k].name);
-		else if (m->role == ROLE_SECONDARY && (m->volumes[k].flags & VOLUME_PEER_STALE))
-			reason(s, "the primary's disk of %s is detached: this host holds the only current copy",
-			       m->volumes[k].name);
-	}
-	if (m->role == ROLE_PRIMARY && m->state == STATE_RUNNING && s->link != LINK_SYNCED && !m->split_brain)
-		reason(s, "%s is not in sync: the link is %s%s", peer_text(r), link_state_name(s->link),
-		       m->paused      ? "; replication is paused until `resume`"
-		       : r->congested ? "; the queue was full (on_congestion=ahead)"
-				      : "");
-	if (m->role == ROLE_PRIMARY && m->state == STATE_DONE)
-		reason(s, "replication is stopped");
-	if (m->broken)
-		reason(s, "no checkpoint is valid: %s could not save old content (on_cow_error=break)",
-		       m->role == ROLE_PRIMARY ? "the peer" : "this host");
-	if (r->unsure_holds)
-		reason(s, "the group's record cannot be saved: nothing is applied or answered until it can");
-	if (m->shut_out)
-		reason(s, "the peer has failed over; this copy waits for a failback");
-	if (m->state == STATE_FAILOVER_FAILED)
-		reason(s, "the commit of the failover met an error; run `failover` again when it is mended");
-	if (r->error.code && !(m->split_brain && r->error.code == ERR_SPLIT)) /* that is said above */
-		reason(s, "%s", r->error.text);
-	if (m->role == ROLE_PRIMARY && m->state == STATE_DONE)
-		s->degraded = r->error.code != 0 || m->split_brain || s->link != LINK_SYNCED;
-}
-
-void repl_diverged(const struct repl *r, struct repl_diverged *d)
-{
-	d->since_ns = r->meta->has_peer ? r->meta->diverged_ns : 0;
-	d->peer_known = r->theirs_known;
-	d->peer_since_ns = r->theirs_since_ns;
 }

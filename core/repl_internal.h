@@ -1,6 +1,5 @@
-/* The private side of the replication core: shared by repl.c (dispatch, metadata, guest I/O), repl_session.c
- * (handshake), repl_primary.c (forwarding, acknowledgements, resync source, clear cycle) and repl_secondary.c
- * (applying, barriers, failover, commit). */
+/* The private side of the replication core, shared by the files core/repl*.c (docs/ARCHITECTURE.md says what is in
+ * which). */
 #ifndef REPFS_CORE_REPL_INTERNAL_H
 #define REPFS_CORE_REPL_INTERNAL_H
 
@@ -308,7 +307,6 @@ struct tx *repl_tx_queued(struct repl *r, enum tx_kind kind); /* one that has no
 void repl_tx_run(struct repl *r);
 bool repl_tx_pending(const struct repl *r, enum tx_kind kind);
 void repl_gate_run(struct repl *r);
-bool repl_peer_stale(const struct repl_meta *m); /* a secondary's: a disk of the primary is detached */
 void repl_io_granted(struct repl *r, struct repl_io *io);
 void repl_io_finish(struct repl *r, struct repl_io *io, int error); /* ends its claim, completes it */
 /* Sets the io's claim: exclusive, over the whole blocks that it touches. */
@@ -317,7 +315,6 @@ void repl_release_claim(struct repl *r, struct repl_io *io);
 void repl_alone(struct repl *r, struct repl_io *io); /* complete it without the peer's word */
 void repl_ready_claims(struct repl *r, struct reqset_claim *ready);
 void repl_mark_written(struct repl *r, const struct repl_io *io);
-void repl_stopped(struct repl *r, struct repl_command *c); /* its stop is durable; an `unprotect` goes on */
 void repl_stepped_down(struct repl *r); /* nothing of this host's guests is served any more: what waits gets EIO */
 void repl_begin_generation(struct repl *r, struct repl_meta *m);
 bool repl_frozen(const struct repl *r); /* nothing may complete without the peer: on_disconnect=freeze */
@@ -339,6 +336,8 @@ void session_frame(struct repl *r, const struct repl_event *ev);
 void session_tick(struct repl *r);
 void session_join_ready(struct repl *r);
 void session_dial(struct repl *r);
+/* What a frame of REFUSE's form says; false: it was none, and the session has ended. */
+bool session_reason(struct repl *r, const struct repl_event *ev, struct wire_refuse *ret);
 void session_tx_done(struct repl *r, struct tx *tx, int error);
 void session_union_done(struct repl *r, int error);
 void session_send(struct repl *r, unsigned type, uint64_t seq, uint64_t offset, uint64_t length, uint16_t flags,
@@ -350,7 +349,6 @@ bool primary_live(const struct repl *r);       /* a session as source stands */
 bool primary_forwarding(const struct repl *r); /* and it is not behind */
 void primary_congestion(struct repl *r);
 void primary_catch_up(struct repl *r);
-uint64_t primary_resync_left(const struct repl *r);
 void primary_local_done(struct repl *r, struct repl_io *io);
 void primary_flush_start(struct repl *r, struct repl_io *io);
 void primary_flush_done(struct repl *r, struct repl_io *io);
@@ -358,11 +356,9 @@ void primary_frame(struct repl *r, const struct repl_event *ev);
 void primary_activate(struct repl *r);
 void primary_session_lost(struct repl *r);
 void primary_tick(struct repl *r);
-void primary_resync_pump(struct repl *r);
-void primary_resync_granted(struct repl *r, struct repl_io *io);
-void primary_resync_io_done(struct repl *r, struct repl_io *io, int error);
 void primary_cycle_done(struct repl *r, int error);
 void primary_clear_done(struct repl *r, int error);
+void primary_in_sync(struct repl *r);
 void primary_stop_check(struct repl *r);
 void primary_checkpoint(struct repl *r, struct repl_command *c, uint32_t flags);
 void primary_tx_done(struct repl *r, struct tx *tx, int error);
@@ -371,6 +367,17 @@ void primary_settings_changed(struct repl *r);
 void primary_send_io(struct repl *r, struct repl_io *io, unsigned type);
 void primary_wait_ack(struct repl *r, struct repl_io *io);
 void primary_send_write(struct repl *r, struct repl_io *io); /* numbers it, sends it, ends its claim */
+
+/* repl_resync.c */
+void resync_begin(struct repl *r);
+void resync_pump(struct repl *r);
+void resync_granted(struct repl *r, struct repl_io *io);
+void resync_io_done(struct repl *r, struct repl_io *io, int error);
+void resync_hash_answer(struct repl *r, const struct wire_frame *f);
+void resync_acked(struct repl *r, const struct wire_frame *f);
+uint64_t resync_left(const struct repl *r); /* bytes to be sent */
+void resync_sample(struct repl *r);	    /* of its rate, for status */
+uint32_t resync_hash_payload(uint64_t len); /* bytes of a HASH frame's payload */
 
 /* repl_detach.c */
 void detach_init(struct repl *r);
@@ -410,27 +417,49 @@ void secondary_tx_done(struct repl *r, struct tx *tx, int error);
 void secondary_internal_done(struct repl *r, struct repl_io *io, int error);
 void secondary_behind(struct repl *r, const struct wire_frame *f);
 void secondary_write_failed(struct repl *r, const struct repl_event *ev);
-void secondary_failover(struct repl *r, struct repl_command *c);
-void secondary_failover_go(struct repl *r);
-void secondary_commit_start(struct repl *r);
-void secondary_commit_pump(struct repl *r);
-void secondary_commit_granted(struct repl *r, struct repl_io *io);
-void secondary_retention(struct repl *r);
 void secondary_session_lost(struct repl *r);
 void secondary_settle(struct repl *r); /* at the end of each step: what waits for quiet */
 bool secondary_switching(const struct repl *r);
 void secondary_adopt_sync(struct repl *r); /* the disk, before TX_SECONDARY of an adoption */
+void secondary_fresh_active(struct tx *t, struct repl_meta *m);
 void secondary_prepare(struct repl *r, struct tx *tx, struct repl_meta *m);
 void secondary_apply_end(struct repl *r, struct repl_io *io, int error);
-void secondary_commit_end(struct repl *r, struct repl_io *io, int error);
 void secondary_unsure(struct repl *r); /* the record could not be saved again */
-void secondary_release_kept(struct repl_meta *m);
-void repl_ckpt_remove(struct repl_meta *m, uint64_t number);
+
+/* repl_failover.c */
+void failover_begin(struct repl *r, struct repl_command *c);
+void failover_go(struct repl *r); /* when what was received is applied and no write to active is under way */
+void failover_marked(struct repl *r, int error);
+void failover_synced(struct repl *r, int error);
+void failover_prepare(struct repl *r, struct tx *t, struct repl_meta *m);
+void failover_tx_done(struct repl *r, struct tx *t, int error);
+void failover_commit_start(struct repl *r);
+void failover_commit_pump(struct repl *r);
+void failover_commit_granted(struct repl *r, struct repl_io *io);
+void failover_commit_end(struct repl *r, struct repl_io *io, int error);
+
+/* repl_history.c */
+/* Never dropped by retention, merge or command (SPEC 8) [MERGEPIN]. */
+bool history_protected(const struct repl_meta *m, uint64_t number);
+bool history_needed(const struct repl_meta *m, uint32_t i); /* that, or the live one, or the last of the stream */
+void history_add(struct repl *r, struct repl_meta *m, uint64_t number, enum ckpt_kind kind, unsigned flags);
+void history_remove(struct repl_meta *m, uint64_t number);
+void history_make_room(struct tx *t, struct repl_meta *m); /* for one more in the record */
+void history_release_kept(struct repl_meta *m);
+void history_retention(struct repl *r);
+void history_merge(struct repl *r, uint64_t number, uint32_t flags); /* no other is under way */
+void history_drop(struct repl *r, struct repl_command *c);
+void history_merged(struct repl *r, int error);
+void history_dropped(struct repl *r, struct tx *t, int error);
+
+/* repl_commands.c */
+void repl_command(struct repl *r, struct repl_command *c);
+void repl_stopped(struct repl *r, struct repl_command *c); /* its stop is durable; an `unprotect` goes on */
+
+/* repl_status.c */
+const char *repl_peer_text(const struct repl *r);
 
 /* repl_room.c */
-/* Never dropped by retention, merge or command (SPEC 8) [MERGEPIN]. */
-bool repl_ckpt_protected(const struct repl_meta *m, uint64_t number);
-bool repl_ckpt_needed(const struct repl_meta *m, uint32_t i); /* that, or the live one, or the last of the stream */
 /* True: the io, which failed with `error`, waits for room to be made; it is submitted again, or fails for good. */
 bool room_wait(struct repl *r, struct repl_io *io, int error);
 void room_merge_done(struct repl *r, int error); /* a merge has ended, and what followed of it */

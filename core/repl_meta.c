@@ -465,6 +465,22 @@ void repl_meta_copy(struct repl_meta *to, const struct repl_meta *from)
 	memcpy(to, from, offsetof(struct repl_meta, ckpts) + from->n_ckpts * sizeof(from->ckpts[0]));
 }
 
+bool repl_meta_flagged(const struct repl_meta *m, unsigned flag)
+{
+	for (uint32_t i = 0; i < m->n_volumes; i++)
+		if (m->volumes[i].flags & flag)
+			return true;
+	return false;
+}
+
+int repl_meta_volume_by_id(const struct repl_meta *m, uint32_t id)
+{
+	for (uint32_t i = 0; i < m->n_volumes; i++)
+		if (m->volumes[i].id == id)
+			return (int)i;
+	return -ERR_NOENT;
+}
+
 int repl_meta_find_volume(const struct repl_meta *m, const char *name)
 {
 	for (uint32_t i = 0; i < m->n_volumes; i++) {

@@ -124,6 +124,8 @@ const char *repl_meta_volumes_fault(const struct repl_volume *v, uint32_t n, uin
 bool repl_meta_role_state_valid(unsigned role, unsigned state);
 
 int repl_meta_find_volume(const struct repl_meta *m, const char *name); /* index or -ERR_NOENT */
+int repl_meta_volume_by_id(const struct repl_meta *m, uint32_t id);	/* likewise, by what the wire calls it */
+bool repl_meta_flagged(const struct repl_meta *m, unsigned flag);	/* of any volume: VOLUME_x */
 int repl_meta_find_ckpt(const struct repl_meta *m, uint64_t number);	/* index or -ERR_NOENT */
 bool name_valid(const char *name);
 

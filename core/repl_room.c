@@ -22,18 +22,6 @@
 
 #include "core/check.h"
 
-bool repl_ckpt_protected(const struct repl_meta *m, uint64_t n)
-{
-	return n == m->base || n == m->kept || n == m->target ||
-	       ((m->state == STATE_FAILOVER || m->state == STATE_FAILOVER_FAILED) && n == m->received);
-}
-
-bool repl_ckpt_needed(const struct repl_meta *m, uint32_t i)
-{
-	uint64_t n = m->ckpts[i].number;
-	return i == m->n_ckpts - 1 || n == m->last_stream || repl_ckpt_protected(m, n);
-}
-
 /* What may go for a request that failed with `error`. */
 static enum room_policy policy(const struct repl *r, const struct repl_io *io, int error)
 {
@@ -63,7 +51,7 @@ enum { RANK_UNPINNED, RANK_PINNED, RANK_PROTECTED, RANKS };
 
 static unsigned rank_of(const struct repl_meta *m, uint32_t i)
 {
-	if (repl_ckpt_protected(m, m->ckpts[i].number))
+	if (history_protected(m, m->ckpts[i].number))
 		return RANK_PROTECTED;
 	return m->ckpts[i].flags & CKPT_PINNED ? RANK_PINNED : RANK_UNPINNED;
 }
@@ -75,7 +63,7 @@ static uint64_t candidate(const struct repl_meta *m, enum room_policy p, uint32_
 	unsigned ranks = p == ROOM_ANY ? RANKS : RANK_UNPINNED + 1;
 	for (unsigned rank = 0; rank < ranks; rank++)
 		for (uint32_t i = 0; i < m->n_ckpts; i++) {
-			bool free = p == ROOM_ANY ? i + 1 < m->n_ckpts || i == 0 : !repl_ckpt_needed(m, i);
+			bool free = p == ROOM_ANY ? i + 1 < m->n_ckpts || i == 0 : !history_needed(m, i);
 			if (free && rank_of(m, i) == rank && nth-- == 0)
 				return m->ckpts[i].number;
 		}
@@ -105,11 +93,8 @@ static void room_next(struct repl *r)
 	} else if (number == r->meta->ckpts[0].number) {
 		save_room(r, number);
 	} else if (!r->merge_busy && !r->dropping) { /* else when that has ended */
-		r->merge_busy = r->room_merging = true;
-		r->merge_io.kind = REPL_MERGE;
-		r->merge_io.arg = number;
-		r->merge_io.flags = REPL_MERGE_FOR_ROOM;
-		repl_submit(r, &r->merge_io, TARGET_OWN);
+		r->room_merging = true;
+		history_merge(r, number, REPL_MERGE_FOR_ROOM);
 	}
 }
 
@@ -161,14 +146,14 @@ bool room_prepare(struct tx *t, struct repl_meta *m)
 			t->dropped_through = t->number;
 		else
 			t->dropped = t->number; /* merged */
-		repl_ckpt_remove(m, t->number);
+		history_remove(m, t->number);
 		return true;
 	}
 	if (m->n_ckpts == 0)
 		return false;
 	t->dropped_through = UINT64_MAX;
 	while (m->n_ckpts)
-		repl_ckpt_remove(m, m->ckpts[m->n_ckpts - 1].number);
+		history_remove(m, m->ckpts[m->n_ckpts - 1].number);
 	m->broken = t->arg == ROOM_BREAK;
 	return true;
 }
@@ -210,7 +195,7 @@ static void room_end(struct repl *r, bool made)
 			if (made)
 				resubmit(r, &r->commit[i]);
 			else
-				secondary_commit_end(r, &r->commit[i], r->commit[i].error);
+				failover_commit_end(r, &r->commit[i], r->commit[i].error);
 		}
 }
 

@@ -100,6 +100,15 @@ void session_protocol_error(struct repl *r, const char *fmt, ...)
 	session_refuse(r, ERR_PROTO, text);
 }
 
+bool session_reason(struct repl *r, const struct repl_event *ev, struct wire_refuse *ret)
+{
+	struct err e;
+	if (wire_refuse_decode(ret, ev->payload, ev->frame->length_payload, &e) >= 0)
+		return true;
+	session_protocol_error(r, "%s", e.text);
+	return false;
+}
+
 void session_dial(struct repl *r)
 {
 	r->dialing = true;
@@ -592,10 +601,7 @@ static void decide(struct repl *r)
 static void on_dirty(struct repl *r, const struct repl_event *ev)
 {
 	const struct wire_frame *f = ev->frame;
-	int vi = -1;
-	for (uint32_t i = 0; i < r->meta->n_volumes; i++)
-		if (r->meta->volumes[i].id == f->volume)
-			vi = (int)i;
+	int vi = repl_meta_volume_by_id(r->meta, f->volume);
 	if (vi < 0 || f->length_payload % 16) {
 		session_protocol_error(r, "DIRTY names volume %u or has a bad length", f->volume);
 		return;
@@ -776,11 +782,8 @@ void session_tx_done(struct repl *r, struct tx *t, int error)
 static void on_refuse(struct repl *r, const struct repl_event *ev)
 {
 	struct wire_refuse x;
-	struct err e;
-	if (wire_refuse_decode(&x, ev->payload, ev->frame->length_payload, &e) < 0) {
-		session_protocol_error(r, "%s", e.text);
+	if (!session_reason(r, ev, &x))
 		return;
-	}
 	char text[ERR_TEXT_MAX];
 	(void)snprintf(text, sizeof(text), "the peer refused: %.*s", WIRE_TEXT_MAX, x.text);
 	int code = x.code > 0 && x.code < ERR_CODES_END ? -(int)x.code : -ERR_FAILED;

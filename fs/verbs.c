@@ -626,6 +626,23 @@ static int need_peer(const struct call *c, const char **ret)
 	return 0;
 }
 
+/* Gives a command for which the peer is connected to, and waits for what follows if it was asked to. */
+static int command_with_peer(const struct call *c, struct group *g, enum repl_cmd cmd, const char *peer, uint32_t flags)
+{
+	struct shell_command *sc = shell_command_new(cmd);
+	if (sc) {
+		(void)snprintf(sc->c.text, sizeof(sc->c.text), "%s", peer);
+		sc->c.flags = flags;
+	}
+	int err = command(c, g, sc);
+	shell_command_unref(sc);
+	if (!err && arg_bool(c, "wait", false))
+		err = wait_for(c, g, WAIT_IN_SYNC);
+	if (!err)
+		result(c, json_pack("{s:s, s:s}", "group", g->name, "peer", peer));
+	return err;
+}
+
 static int do_protect(const struct call *c)
 {
 	struct group *g;
@@ -633,7 +650,7 @@ static int do_protect(const struct call *c)
 	int err = need_group(c, &g);
 	if (err)
 		return err;
-	err = need_peer(c, &peer);
+	err = prefixed(c, g->name, need_peer(c, &peer));
 	if (!err && json_object_get(c->args, "ids")) {
 		char group[NAME_SIZE];
 		memcpy(group, g->name, sizeof(group));
@@ -652,27 +669,13 @@ static int do_protect(const struct call *c)
 		bool standalone = repl_meta(g->core)->role == ROLE_STANDALONE;
 		mutex_unlock(&g->lock);
 		json_t *map = json_pack("{s:s}", "protocol", protocol);
-		err = standalone ? change_settings(c, g, map) : 0;
+		err = standalone ? prefixed(c, g->name, change_settings(c, g, map)) : 0;
 		json_decref(map);
 	}
-	if (!err) {
-		struct shell_command *sc = shell_command_new(CMD_PROTECT);
-		if (sc == NULL) {
-			err = err_set(c->e, ERR_NOMEM, "out of memory");
-		} else {
-			(void)snprintf(sc->c.text, sizeof(sc->c.text), "%s", peer);
-			sc->c.flags = (arg_bool(c, "adopt", false) ? (uint32_t)WIRE_JOIN_ADOPT : 0U) |
-				      (arg_bool(c, "hash", false) ? PROTECT_HASH : 0U);
-			err = group_command(g, sc, c->ctl, deadline(c), c->e);
-			shell_command_unref(sc);
-		}
-	}
-	if (err)
-		err = prefixed(c, g->name, err);
-	if (!err && arg_bool(c, "wait", false))
-		err = wait_for(c, g, WAIT_IN_SYNC);
 	if (!err)
-		result(c, json_pack("{s:s, s:s}", "group", g->name, "peer", peer));
+		err = command_with_peer(c, g, CMD_PROTECT, peer,
+					(arg_bool(c, "adopt", false) ? (uint32_t)WIRE_JOIN_ADOPT : 0U) |
+					    (arg_bool(c, "hash", false) ? PROTECT_HASH : 0U));
 	group_unref(g);
 	return err;
 }
@@ -685,17 +688,8 @@ static int do_failback(const struct call *c)
 	if (err)
 		return err;
 	err = prefixed(c, g->name, need_peer(c, &peer));
-	if (!err) {
-		struct shell_command *sc = shell_command_new(CMD_FAILBACK);
-		if (sc)
-			(void)snprintf(sc->c.text, sizeof(sc->c.text), "%s", peer);
-		err = command(c, g, sc);
-		shell_command_unref(sc);
-	}
-	if (!err && arg_bool(c, "wait", false))
-		err = wait_for(c, g, WAIT_IN_SYNC);
 	if (!err)
-		result(c, json_pack("{s:s, s:s}", "group", g->name, "peer", peer));
+		err = command_with_peer(c, g, CMD_FAILBACK, peer, 0);
 	group_unref(g);
 	return err;
 }
