@@ -361,6 +361,25 @@ static void warm(struct host *h)
 	forget(h);
 }
 
+/* In sync, and with a write acknowledged, so that the first unit's intent bit is set: 3 was sent. */
+static struct host *warm_primary(enum protocol protocol)
+{
+	struct host *h = primary(protocol);
+	warm(h);
+	return h;
+}
+
+/* The peer goes, and the guest writes a region that was clean: a generation is begun. */
+static void write_alone(struct host *h, uint64_t off)
+{
+	link_down(h);
+	guest(h, 'a', REPL_WRITE, off, 4096);
+	saved(h);
+	fin(h, "a");
+	fin(h, "a");
+	forget(h);
+}
+
 /* In sync with a primary that is at the same numbers and settings; RESYNC_DONE was 1. */
 static struct host *secondary_of(const struct repl_meta *m)
 {
@@ -419,8 +438,7 @@ Test(repl, protocol_f_completes_a_write_when_it_is_queued)
 
 Test(repl, protocol_b_waits_for_received_and_c_for_applied)
 {
-	struct host *h = primary(PROTOCOL_B);
-	warm(h);
+	struct host *h = warm_primary(PROTOCOL_B);
 	guest(h, 'a', REPL_WRITE, 0, 4096);
 	fin(h, "a");
 	EXPECT(h, "do:a/disk send:WRITE#4");
@@ -441,8 +459,7 @@ Test(repl, protocol_b_waits_for_received_and_c_for_applied)
 
 Test(repl, a_flush_under_f_waits_for_both)
 {
-	struct host *h = primary(PROTOCOL_F);
-	warm(h);
+	struct host *h = warm_primary(PROTOCOL_F);
 	guest(h, 'f', REPL_FLUSH, 0, 0);
 	EXPECT(h, "send:FLUSH#4 do:f/disk");
 	fin(h, "f");
@@ -456,8 +473,7 @@ Test(repl, a_flush_under_f_waits_for_both)
 
 Test(repl, overlapping_writes_leave_in_order)
 {
-	struct host *h = primary(PROTOCOL_F);
-	warm(h);
+	struct host *h = warm_primary(PROTOCOL_F);
 	guest(h, 'a', REPL_WRITE, 0, 8192);
 	guest(h, 'b', REPL_WRITE, 4096 + 512, 512); /* another part of a block of a's */
 	guest(h, 'c', REPL_WRITE, 16384, 4096);
@@ -475,8 +491,7 @@ Test(repl, overlapping_writes_leave_in_order)
 
 Test(repl, what_waits_under_c_begins_a_generation_when_the_link_is_lost)
 {
-	struct host *h = primary(PROTOCOL_C);
-	warm(h);
+	struct host *h = warm_primary(PROTOCOL_C);
 	guest(h, 'a', REPL_WRITE, 0, 4096);
 	fin(h, "a");
 	forget(h);
@@ -578,8 +593,7 @@ Test(repl, freeze_holds_and_a_stop_or_a_shutdown_ends_it)
 
 Test(repl, a_clear_cycle_leaves_what_a_newer_write_touched)
 {
-	struct host *h = primary(PROTOCOL_F);
-	warm(h);
+	struct host *h = warm_primary(PROTOCOL_F);
 	guest(h, 'a', REPL_WRITE, 65536, 4096);
 	fin(h, "a");
 	forget(h);
@@ -598,8 +612,7 @@ Test(repl, a_clear_cycle_leaves_what_a_newer_write_touched)
 
 Test(repl, a_write_that_spans_a_clear_cycle_and_the_end_of_its_session_is_dirty)
 {
-	struct host *h = primary(PROTOCOL_F);
-	warm(h);
+	struct host *h = warm_primary(PROTOCOL_F);
 	guest(h, 'a', REPL_WRITE, 65536, 4096);
 	tick(h, 2 * SEC);
 	EXPECT(h, "do:a/disk send:FLUSH#4 do:sync/disk");
@@ -668,8 +681,7 @@ static void look(struct host *h)
  * its bit it would land on the disk with nobody knowing, should the host die before it ends. */
 Test(repl, a_slow_write_keeps_its_intent_bit)
 {
-	struct host *h = primary(PROTOCOL_F);
-	warm(h);
+	struct host *h = warm_primary(PROTOCOL_F);
 	guest(h, 'a', REPL_WRITE, UINT64_C(1) << INTENT_SHIFT, 4096);
 	fin(h, "a");
 	EXPECT(h, "do:a/intent do:a/disk");
@@ -692,8 +704,7 @@ Test(repl, a_slow_write_keeps_its_intent_bit)
 
 Test(repl, a_set_and_a_clear_of_a_unit_are_never_both_under_way)
 {
-	struct host *h = primary(PROTOCOL_F);
-	warm(h);
+	struct host *h = warm_primary(PROTOCOL_F);
 	tick(h, 2 * SEC);
 	fin(h, "sync");
 	ack(h, 4, 4, 4);
@@ -875,12 +886,7 @@ Test(repl, a_fine_map_is_taken_as_it_is)
 Test(repl, a_resync_read_and_a_write_exclude_each_other)
 {
 	struct host *h = primary(PROTOCOL_F);
-	link_down(h);
-	guest(h, 'a', REPL_WRITE, 0, 4096);
-	saved(h);
-	fin(h, "a");
-	fin(h, "a");
-	forget(h);
+	write_alone(h, 0);
 	connect(h, &peer_meta);
 	EXPECT(h, "send:RESYNC_BEGIN#1");
 	frame(h, WIRE_RESYNC_READY, 1, 2, 0, NULL, 0);
@@ -899,12 +905,7 @@ Test(repl, a_resync_read_and_a_write_exclude_each_other)
 Test(repl, a_write_to_a_region_still_to_be_sent_is_not_forwarded)
 {
 	struct host *h = primary(PROTOCOL_F);
-	link_down(h);
-	guest(h, 'a', REPL_WRITE, 0, 4096);
-	saved(h);
-	fin(h, "a");
-	fin(h, "a");
-	forget(h);
+	write_alone(h, 0);
 	connect(h, &peer_meta);
 	EXPECT(h, "send:RESYNC_BEGIN#1");
 	guest(h, 'b', REPL_WRITE, 4096, 4096);
@@ -923,12 +924,7 @@ Test(repl, a_write_that_fails_behind_the_end_of_a_resync_keeps_it_from_being_in_
 	struct repl_status s;
 	struct host *h = primary(PROTOCOL_F);
 	pass(h);
-	link_down(h);
-	guest(h, 'a', REPL_WRITE, 0, 4096);
-	saved(h);
-	fin(h, "a");
-	fin(h, "a");
-	forget(h);
+	write_alone(h, 0);
 	connect(h, &peer_meta);
 	frame(h, WIRE_RESYNC_READY, 1, 2, 0, NULL, 0);
 	fin_full(h, "scan", 0, false, 65536, false);
@@ -947,12 +943,7 @@ Test(repl, a_write_that_fails_behind_the_end_of_a_resync_keeps_it_from_being_in_
 Test(repl, a_peer_that_never_gets_ready_is_given_up)
 {
 	struct host *h = primary(PROTOCOL_F);
-	link_down(h);
-	guest(h, 'a', REPL_WRITE, 0, 4096);
-	saved(h);
-	fin(h, "a");
-	fin(h, "a");
-	forget(h);
+	write_alone(h, 0);
 	connect(h, &peer_meta);
 	forget(h);
 	for (int i = 0; i < 7; i++)
@@ -981,8 +972,7 @@ static enum link_state link_of(struct host *h)
 /* From the pause on nothing is forwarded, and nothing completes before a generation is durable [BUMPFIRST]. */
 Test(repl, a_pause_is_durable_then_writes_are_alone_and_the_resume_resyncs_them)
 {
-	struct host *h = primary(PROTOCOL_F);
-	warm(h);
+	struct host *h = warm_primary(PROTOCOL_F);
 	pause_now(h);
 	EXPECT(h, "send:FLUSH#4 do:sync/disk send:BEHIND cmd"); /* what was sent may still become clean */
 	cr_assert_eq(link_of(h), LINK_RESYNC);
@@ -1032,8 +1022,7 @@ Test(repl, a_pause_is_durable_then_writes_are_alone_and_the_resume_resyncs_them)
 
 Test(repl, what_waits_for_the_peer_when_it_is_paused_begins_a_generation)
 {
-	struct host *h = primary(PROTOCOL_C);
-	warm(h);
+	struct host *h = warm_primary(PROTOCOL_C);
 	guest(h, 'a', REPL_WRITE, 0, 4096);
 	fin(h, "a");
 	guest(h, 'f', REPL_FLUSH, 0, 0);
@@ -1080,12 +1069,7 @@ Test(repl, a_paused_primary_stays_so_over_a_restart_and_a_new_session)
 Test(repl, a_resync_can_be_paused_and_its_reads_are_not_sent)
 {
 	struct host *h = primary(PROTOCOL_F);
-	link_down(h);
-	guest(h, 'a', REPL_WRITE, 0, 4096);
-	saved(h);
-	fin(h, "a");
-	fin(h, "a");
-	forget(h);
+	write_alone(h, 0);
 	connect(h, &peer_meta);
 	frame(h, WIRE_RESYNC_READY, 1, 2, 0, NULL, 0);
 	fin_full(h, "scan", 0, false, 65536, false);
@@ -1199,8 +1183,7 @@ Test(repl, a_full_queue_delays_or_falls_behind_until_it_has_drained)
 /* A guest that is faster than the link: each resync fills the queue again. Said once, until it is in sync again. */
 Test(repl, a_queue_that_is_full_again_and_again_is_said_once)
 {
-	struct host *h = primary(PROTOCOL_F);
-	warm(h);
+	struct host *h = warm_primary(PROTOCOL_F);
 	struct settings s = repl_meta(h->r)->settings;
 	s.queue_max_bytes = 4 << 20;
 	s.on_congestion = ON_CONGESTION_AHEAD;
@@ -1441,8 +1424,7 @@ Test(repl, a_flush_begun_in_a_resync_that_ends_in_it_is_a_barrier_and_does_not_w
 
 Test(repl, requests_that_wait_follow_a_change_of_the_protocol)
 {
-	struct host *h = primary(PROTOCOL_C);
-	warm(h);
+	struct host *h = warm_primary(PROTOCOL_C);
 	guest(h, 'a', REPL_WRITE, 0, 4096);
 	fin(h, "a");
 	guest(h, 'f', REPL_FLUSH, 0, 0);
@@ -1474,8 +1456,7 @@ Test(repl, requests_that_wait_follow_a_change_of_the_protocol)
 /* From the moment on which the session is being closed nothing is known of the peer. */
 Test(repl, a_session_that_is_being_closed_freezes_and_is_not_in_sync)
 {
-	struct host *h = primary(PROTOCOL_F);
-	warm(h);
+	struct host *h = warm_primary(PROTOCOL_F);
 	struct settings s = repl_meta(h->r)->settings;
 	s.on_disconnect = ON_DISCONNECT_FREEZE;
 	set_now(h, s);
@@ -2391,8 +2372,7 @@ Test(repl, numbers_near_the_wires_limit_are_refused)
 
 Test(repl, a_clean_stop_clears_then_checkpoints_then_ends)
 {
-	struct host *h = primary(PROTOCOL_F);
-	warm(h);
+	struct host *h = warm_primary(PROTOCOL_F);
 	guest(h, 'a', REPL_WRITE, 0, 4096);
 	forget(h);
 	command(h, CMD_STOP, 0);
@@ -3317,8 +3297,7 @@ static void fail_sync(struct host *h, const char *name)
 /* In sync, then a write of region 1 fails, the peer confirms, the record is saved: the write is sent as 5. */
 static struct host *detached_primary(void)
 {
-	struct host *h = primary(PROTOCOL_F);
-	warm(h);
+	struct host *h = warm_primary(PROTOCOL_F);
 	guest(h, 'a', REPL_WRITE, 65536, 4096);
 	fin_full(h, "a", -ERR_IO, false, 0, false);
 	EXPECT(h, "do:a/disk send:DETACH#4");
@@ -3331,8 +3310,7 @@ static struct host *detached_primary(void)
 
 Test(repl, nothing_is_answered_before_the_peer_has_the_detach)
 {
-	struct host *h = primary(PROTOCOL_F);
-	warm(h);
+	struct host *h = warm_primary(PROTOCOL_F);
 	guest(h, 'a', REPL_WRITE, 65536, 4096);
 	fin_full(h, "a", -ERR_IO, false, 0, false);
 	EXPECT(h, "do:a/disk send:DETACH#4");
@@ -3372,8 +3350,7 @@ Test(repl, nothing_is_answered_before_the_peer_has_the_detach)
 
 Test(repl, a_detach_that_cannot_be_recorded_here_goes_on)
 {
-	struct host *h = primary(PROTOCOL_F);
-	warm(h);
+	struct host *h = warm_primary(PROTOCOL_F);
 	guest(h, 'a', REPL_WRITE, 4 << 20, 4096);
 	EXPECT(h, "do:a/intent");
 	fin_full(h, "a", -ERR_IO, false, 0, false); /* the map lies on the same disk */
@@ -3392,8 +3369,7 @@ Test(repl, a_detach_that_cannot_be_recorded_here_goes_on)
 
 Test(repl, a_session_that_ends_before_the_word_undoes_the_detach)
 {
-	struct host *h = primary(PROTOCOL_F);
-	warm(h);
+	struct host *h = warm_primary(PROTOCOL_F);
 	guest(h, 'a', REPL_WRITE, 65536, 4096);
 	fin_full(h, "a", -ERR_IO, false, 0, false);
 	guest(h, 'b', REPL_WRITE, 0, 4096);

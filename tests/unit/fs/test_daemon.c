@@ -11,28 +11,16 @@
 #include <unistd.h>
 
 #include "core/os/clock.h"
-#include "tests/lib/pair.h"
+#include "tests/unit/fs/pairtest.h"
 
 #define SIZE (UINT64_C(1) << 20)
 /* An end that waits for nothing but goodbyes; far below any time-out of the network. */
 #define QUICK_NS (1500 * NS_PER_MS)
-#define OK(call)                                                                                                       \
-	do {                                                                                                           \
-		int ok_ = (call);                                                                                      \
-		cr_assert_eq(ok_, 0, "%s: %d (%s / %s)", #call, ok_, p.a.err.text, p.b.err.text);                      \
-	} while (0)
-
-static struct pair p;
 
 static void setup(void)
 {
 	OK(pair_open(&p));
 	OK(pair_create(&p.a, "vm", "vm", SIZE));
-}
-
-static void teardown(void)
-{
-	pair_close(&p);
 }
 
 TestSuite(daemon, .init = setup, .fini = teardown, .timeout = 60);

@@ -6,27 +6,10 @@
 #include <string.h>
 
 #include "core/os/clock.h"
-#include "tests/lib/pair.h"
+#include "tests/unit/fs/pairtest.h"
 
 #define SIZE (UINT64_C(4) << 20)
-#define OK(call)                                                                                                       \
-	do {                                                                                                           \
-		int ok_ = (call);                                                                                      \
-		cr_assert_eq(ok_, 0, "%s: %d (%s / %s)", #call, ok_, p.a.err.text, p.b.err.text);                      \
-	} while (0)
-
-static struct pair p;
 static struct faults fa, fb;
-
-static json_t *named(void)
-{
-	return json_pack("{s:s, s:i}", "name", "vm", "timeout_ms", 10000);
-}
-
-static void set(const char *key, const char *value)
-{
-	OK(pair_do(&p.a, "set", json_pack("{s:s, s:{s:s}}", "name", "vm", "settings", key, value), NULL));
-}
 
 /* Everything 0x11, in sync, no automatic checkpoints. `match` names the files that fail. */
 static void begin(const char *match)
@@ -36,11 +19,8 @@ static void begin(const char *match)
 	OK(pair_open_with(&p, &fa, &fb));
 	OK(pair_create(&p.a, "vm", "vm", SIZE));
 	OK(pair_write(&p.a, "vm", 0, SIZE, 0x11));
-	set("checkpoint_interval", "0");
 	set("peer_timeout", "1s");
-	OK(pair_protect(&p, "vm"));
-	OK(pair_wait_state(&p.b, "vm", "RUNNING"));
-	OK(pair_wait_link(&p.b, "vm", "SYNCED"));
+	protect();
 }
 
 static void setup(void)
@@ -57,11 +37,6 @@ static int write_all(struct pair_host *h, uint64_t off, uint64_t len, uint8_t by
 		err = pair_write(h, "vm", off, n, byte);
 	}
 	return err;
-}
-
-static void teardown(void)
-{
-	pair_close(&p);
 }
 
 TestSuite(detach, .init = setup, .fini = teardown);

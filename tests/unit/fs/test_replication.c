@@ -7,17 +7,10 @@
 #include <string.h>
 #include <time.h>
 
-#include "tests/lib/pair.h"
+#include "tests/unit/fs/pairtest.h"
 
 #define SIZE (UINT64_C(1) << 20)
 #define HALF (SIZE / 2)
-#define OK(call)                                                                                                       \
-	do {                                                                                                           \
-		int ok_ = (call);                                                                                      \
-		cr_assert_eq(ok_, 0, "%s: %d (%s / %s)", #call, ok_, p.a.err.text, p.b.err.text);                      \
-	} while (0)
-
-static struct pair p;
 
 static void setup(void)
 {
@@ -25,26 +18,12 @@ static void setup(void)
 	OK(pair_create(&p.a, "vm", "vm", SIZE));
 }
 
-static void teardown(void)
-{
-	pair_close(&p);
-}
-
-static json_t *named(void)
-{
-	return json_pack("{s:s, s:i}", "name", "vm", "timeout_ms", 10000);
-}
-
 /* Everything 0x11 on both hosts, protected, in sync, no automatic checkpoints. */
 static void protected_setup(void)
 {
 	setup();
 	OK(pair_write(&p.a, "vm", 0, SIZE, 0x11));
-	OK(pair_do(&p.a, "set", json_pack("{s:s, s:{s:s}}", "name", "vm", "settings", "checkpoint_interval", "0"),
-		   NULL));
-	OK(pair_protect(&p, "vm"));
-	OK(pair_wait_state(&p.b, "vm", "RUNNING"));
-	OK(pair_wait_link(&p.b, "vm", "SYNCED"));
+	protect();
 }
 
 static void checkpoint(void)

@@ -6,23 +6,12 @@
 #include <string.h>
 #include <time.h>
 
-#include "tests/lib/pair.h"
+#include "tests/unit/fs/pairtest.h"
 
 #define SIZE (UINT64_C(1) << 20)
 #define PART (UINT64_C(64) << 10)
-#define OK(call)                                                                                                       \
-	do {                                                                                                           \
-		int ok_ = (call);                                                                                      \
-		cr_assert_eq(ok_, 0, "%s: %d (%s / %s)", #call, ok_, p.a.err.text, p.b.err.text);                      \
-	} while (0)
 
-static struct pair p;
 static const char *const volumes[] = {"vm", "vm-data"};
-
-static json_t *named(void)
-{
-	return json_pack("{s:s, s:i}", "name", "vm", "timeout_ms", 20000);
-}
 
 /* Two volumes of 0x11, protected, in sync, no automatic checkpoints. */
 static void setup(void)
@@ -32,18 +21,8 @@ static void setup(void)
 		OK(pair_create(&p.a, volumes[i], "vm", SIZE));
 		OK(pair_write(&p.a, volumes[i], 0, SIZE, 0x11));
 	}
-	OK(pair_do(
-	    &p.a, "set",
-	    json_pack("{s:s, s:{s:s, s:s}}", "name", "vm", "settings", "checkpoint_interval", "0", "peer_timeout", "2"),
-	    NULL));
-	OK(pair_protect(&p, "vm"));
-	OK(pair_wait_state(&p.b, "vm", "RUNNING"));
-	OK(pair_wait_link(&p.b, "vm", "SYNCED"));
-}
-
-static void teardown(void)
-{
-	pair_close(&p);
+	set("peer_timeout", "2s");
+	protect();
 }
 
 TestSuite(roles, .init = setup, .fini = teardown, .timeout = 90);
