@@ -167,8 +167,6 @@ if(CLANG_FORMAT)
 	set_tests_properties(format PROPERTIES LABELS lint TIMEOUT 120)
 endif()
 
-# Bad disks for the e2e tests: preloaded into a daemon. Not with sanitizers, whose runtime has to come first.
-if(NOT REPFS_SANITIZE)
-	add_library(badio MODULE tests/preload/badio.c)
-	target_link_libraries(badio PRIVATE ${CMAKE_DL_LIBS})
-endif()
+# Bad disks for the e2e tests: preloaded into a daemon; never instrumented itself.
+add_library(badio MODULE tests/preload/badio.c)
+target_link_libraries(badio PRIVATE ${CMAKE_DL_LIBS})

@@ -101,6 +101,11 @@ def program(name):
     return os.path.join(bin_dir(), name)
 
 
+def sanitizer_runtimes():
+    """The shared libraries of the sanitizers that the daemon is built with."""
+    return re.findall(r"=> (/\S*/lib[at]san\.so\S*)", run(["ldd", program("repfs")]).stdout)
+
+
 def build_dir(name):
     """A folder for things that are made once and kept: the VM's kernel."""
     d = os.path.join(os.environ.get("REPFS_BUILD", os.path.join(ROOT, "build")), name)
@@ -606,10 +611,10 @@ class BadIo:
 
     def __init__(self):
         lib = os.path.join(bin_dir(), "libbadio.so")
-        if not os.path.exists(lib):
-            raise Skip("libbadio.so is not built (sanitizers)")
+        check(os.path.exists(lib), "%s is not built" % lib)
         self.rules = os.path.join(tmp(), "rules")
-        self.env = {"LD_PRELOAD": lib, "REPFS_BADIO": self.rules}
+        # A sanitizer's runtime has to come first; what it intercepts goes on to the library then.
+        self.env = {"LD_PRELOAD": " ".join(sanitizer_runtimes() + [lib]), "REPFS_BADIO": self.rules}
 
     def fail(self, ops, pattern, code=errno.EIO):
         with open(self.rules + ".new", "w") as f:
