@@ -1071,6 +1071,7 @@ void repl_step(struct repl *r, const struct repl_event *ev)
 		ev_shutdown(r);
 		break;
 	}
+	history_settle(r);
 	secondary_settle(r);
 	session_yielded(r);
 	repl_tx_run(r);

@@ -132,12 +132,23 @@ void history_drop(struct repl *r, struct repl_command *c)
 		    r, c, -ERR_STATE,
 		    "it is in use (the base of the view, the newest one, or one that a resync or failover "
 		    "needs)");
-	else if (r->merge_busy || r->dropping)
+	else if (r->drop_next)
 		repl_command_done(r, c, -ERR_BUSY, "another checkpoint is being dropped");
+	else if (r->merge_busy || r->dropping)
+		r->drop_next = c; /* retention's merges come all the time: no reason to refuse it */
 	else {
 		r->dropping = c;
 		history_merge(r, c->number, 0);
 	}
+}
+
+void history_settle(struct repl *r)
+{
+	struct repl_command *c = r->drop_next;
+	if (c == NULL || (!r->shutdown && (r->merge_busy || r->dropping)))
+		return;
+	r->drop_next = NULL;
+	repl_command(r, c); /* anew: its checkpoint may be gone, or in use */
 }
 
 void history_merged(struct repl *r, int error)

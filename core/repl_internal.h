@@ -282,7 +282,7 @@ struct repl {
 	bool throttled;		/* guests' writes are let in at half the commit's pace, so that it ends */
 	unsigned admit;		/* throttled: writes that may start, in halves */
 	uint64_t active_writes; /* in flight to active in FAILOVER */
-	struct repl_command *dropping;
+	struct repl_command *dropping, *drop_next; /* the latter waits for a merge under way */
 
 	uint64_t last_ckpt_wall_ns;
 	struct repl_error error;
@@ -449,6 +449,7 @@ void history_release_kept(struct repl_meta *m);
 void history_retention(struct repl *r);
 void history_merge(struct repl *r, uint64_t number, uint32_t flags); /* no other is under way */
 void history_drop(struct repl *r, struct repl_command *c);
+void history_settle(struct repl *r); /* a drop that waited has its turn */
 void history_merged(struct repl *r, int error);
 void history_dropped(struct repl *r, struct tx *t, int error);
 

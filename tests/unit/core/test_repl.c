@@ -2494,6 +2494,71 @@ Test(repl, a_merge_that_fails_keeps_its_checkpoint_and_is_not_tried_all_the_time
 	host_free(h);
 }
 
+/* A survivor with checkpoints 1 (pinned), 2, 3 and 4, of which retention is merging 2. */
+static struct host *survivor_merging(void)
+{
+	static struct repl_meta m;
+	meta_of(&m, ROLE_STANDALONE, STATE_DONE);
+	m.n_ckpts = 4;
+	m.ckpt_max = 4;
+	for (unsigned i = 0; i < 4; i++)
+		m.ckpts[i] = (struct repl_ckpt){.number = i + 1, .generation = 100};
+	m.ckpts[0].flags = CKPT_PINNED;
+	m.settings.keep_last = 2;
+	struct host *h = host_new(&m);
+	tick(h, SEC);
+	EXPECT(h, "do:merge/own");
+	return h;
+}
+
+Test(repl, a_drop_waits_for_retentions_merge)
+{
+	struct host *h = survivor_merging();
+	command(h, CMD_DROP, 3);
+	EXPECT(h, "");
+	fin(h, "merge");
+	EXPECT(h, "save:standalone/DONE -2");
+	saved(h);
+	EXPECT(h, "do:merge/own");
+	fin(h, "merge");
+	EXPECT(h, "save:standalone/DONE -3");
+	saved(h);
+	EXPECT(h, "cmd");
+	host_free(h);
+}
+
+Test(repl, a_drop_that_waited_finds_what_has_become_of_its_checkpoint)
+{
+	struct host *h = survivor_merging();
+	command(h, CMD_DROP, 2);
+	fin(h, "merge");
+	EXPECT(h, "save:standalone/DONE -2");
+	saved(h);
+	EXPECT(h, "cmd=ERR_NOENT");
+	host_free(h);
+
+	h = survivor_merging(); /* the merge fails: the one that asked is not told so, but tries itself */
+	command(h, CMD_DROP, 2);
+	fin_full(h, "merge", -ERR_NOSPC, false, 0, false);
+	EXPECT(h, "do:merge/own");
+	fin(h, "merge");
+	EXPECT(h, "save:standalone/DONE -2");
+	saved(h);
+	EXPECT(h, "cmd");
+	host_free(h);
+}
+
+Test(repl, a_drop_that_waits_ends_with_the_daemon)
+{
+	struct host *h = survivor_merging();
+	command(h, CMD_DROP, 3);
+	step(h, (struct repl_event){.type = EV_SHUTDOWN});
+	EXPECT(h, "cmd=ERR_CANCELED");
+	fin(h, "merge");
+	saved(h);
+	host_free(h);
+}
+
 Test(repl, a_write_without_room_waits_for_retentions_merge)
 {
 	struct host *h = survivor_out_of_room();
