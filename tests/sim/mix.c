@@ -35,7 +35,79 @@ static void clock_jump(struct sim *s)
 	}
 }
 
-static void (*const kinds[])(struct sim *s) = {clock_jump};
+/* Files of a store fail or find no room: what a secondary saves of old content, its view's overlays, the group's
+ * record, the intent map, or the disk itself. */
+static void path_errors(struct sim *s)
+{
+	struct world *w = s->w;
+	static const char *const paths[] = {"volumes/*/undo-*",	    "volumes/*/undo-*",	  "volumes/*/undo-*.data",
+					    "volumes/*/undo-*.map", "volumes/*/active-*", "groups/*",
+					    "volumes/*/intent*",    "volumes/*/disk.raw", "*"};
+	static const uint64_t lasts[] = {20 * MS, 300 * MS, 5 * SEC};
+	unsigned h = world_more(w, 4) ? !s->vm : s->vm;
+	bool room = world_more(w, 2);
+	unsigned one_in = world_more(w, 2) ? 1 : 1 + (unsigned)world_more(w, 20);
+	world_path_errors(w, h, paths[world_more(w, sizeof(paths) / sizeof(paths[0]))], room ? ERR_NOSPC : ERR_IO,
+			  one_in, 1 + world_more(w, lasts[world_more(w, 3)]));
+}
+
+/* The room under a store runs out, all but a little, until it comes up again. */
+static void no_room(struct sim *s)
+{
+	unsigned h = world_more(s->w, 4) ? !s->vm : s->vm;
+	world_disk_full(s->w, h, !s->w->h[h].full);
+}
+
+/* More than the queue to the peer holds, while nothing leaves it: the network stands, or the peer's disk. */
+static void burst(struct sim *s)
+{
+	struct world *w = s->w;
+	uint64_t ns = 50 * MS + world_more(w, 800 * MS);
+	if (world_more(w, 3))
+		world_partition(w, ns);
+	else
+		world_stall(w, !s->vm, ns);
+	for (unsigned n = 5 + (unsigned)world_more(w, 4); n; n--)
+		(void)world_io(w, s->vm, WORLD_WRITE, 0, world_more(w, 2 << 20), REPL_DATA_MAX);
+}
+
+static void settings_draw(struct world *w, struct settings *s)
+{
+	static const uint64_t rates[] = {0, 256 << 10, 1 << 20, 4 << 20, 32 << 20};
+	switch (world_more(w, 6)) {
+	case 0:
+		s->on_cow_error = world_more(w, 3);
+		break;
+	case 1:
+		s->on_congestion = world_more(w, 2);
+		break;
+	case 2:
+		s->resync_rate = rates[world_more(w, sizeof(rates) / sizeof(rates[0]))];
+		break;
+	case 3:
+		s->on_io_error = world_more(w, 2);
+		break;
+	case 4:
+		s->keep_last = 1 + world_more(w, world_more(w, 2) ? 3 : 40);
+		break;
+	default:
+		s->peer_timeout_ms = 500 + world_more(w, 3000);
+		break;
+	}
+}
+
+static void tune(struct sim *s)
+{
+	const struct repl_meta *m = world_meta(s->w, s->vm);
+	if (!m)
+		return;
+	struct repl_command c = {.cmd = CMD_SETTINGS, .settings = m->settings};
+	settings_draw(s->w, &c.settings);
+	(void)world_command(s->w, s->vm, &c, NULL);
+	s->w->count.settings++;
+}
+
+static void (*const kinds[])(struct sim *s) = {clock_jump, path_errors, no_room, burst, tune};
 
 #define KINDS (sizeof(kinds) / sizeof(kinds[0]))
 
@@ -46,14 +118,37 @@ void mix_begin(struct sim *s, bool plain)
 		return;
 	for (unsigned k = 0; k < KINDS; k++)
 		s->mix_kinds |= (unsigned)world_more(w, 2) << k;
-	s->mix_one_in = 10 + world_more(w, 60);
+	s->mix_one_in = 8 + world_more(w, 40);
+}
+
+void mix_settings(struct sim *s, struct settings *set)
+{
+	if (s->mix_kinds == 0)
+		return;
+	for (unsigned n = 0; n < 8; n++)
+		settings_draw(s->w, set);
+	set->peer_timeout_ms = set->peer_timeout_ms > 800 ? set->peer_timeout_ms : 800;
+	set->queue_max_bytes = 4 << 20;
+}
+
+static void count_full(struct world *w, unsigned host)
+{
+	struct repl_status st;
+	if (!world_up(w, host))
+		return;
+	repl_status(w->h[host].core, w->now, &st);
+	w->count.queue_full += st.queue_bytes >= world_meta(w, host)->settings.queue_max_bytes;
 }
 
 void mix_op(struct sim *s)
 {
-	if (s->mix_kinds == 0 || world_more(s->w, s->mix_one_in) != 0)
+	struct world *w = s->w;
+	if (s->mix_kinds == 0)
 		return;
-	unsigned k = (unsigned)world_more(s->w, KINDS);
+	count_full(w, s->vm);
+	if (world_more(w, s->mix_one_in) != 0)
+		return;
+	unsigned k = (unsigned)world_more(w, KINDS);
 	if (s->mix_kinds >> k & 1)
 		kinds[k](s);
 }

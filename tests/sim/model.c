@@ -394,7 +394,10 @@ void model_end(struct host *h, struct exec *x, int error, bool save_failed)
 {
 	if (h->dying || simstore_stopped(h->ss)) /* model_died takes it over */
 		return;
-	(void)save_failed;
+	struct world_counters *n = &h->w->count;
+	n->no_room += error == -ERR_NOSPC;
+	if (save_failed && h->seen->role == ROLE_SECONDARY)
+		n->cow_errors[h->seen->settings.on_cow_error]++;
 	for (uint32_t i = 0; error && !x->active && i < x->n; i++)
 		h->failed[x->vol][x->first + i] = 1;
 	ver *now = now_of(h, x) + x->first;
@@ -741,6 +744,26 @@ static void number_check(struct host *h, uint64_t number)
 	h->numbers_max = number;
 }
 
+/* on_cow_error: what a secondary may give up so that it can go on (SPEC 7). */
+static void room_check(struct host *h, const struct repl_meta *old, const struct repl_meta *m)
+{
+	if (m->role != ROLE_SECONDARY || old->role != ROLE_SECONDARY)
+		return;
+	if (m->broken && !old->broken) {
+		h->w->count.broken++;
+		if (old->settings.on_cow_error != ON_COW_ERROR_BREAK || old->inconsistent || m->n_ckpts)
+			world_fail(h->w, "host %u: its checkpoints are given up, and that was not asked for", h->id);
+	}
+	for (uint32_t i = 0; i < old->n_ckpts && !m->broken; i++) {
+		const struct repl_ckpt *c = &old->ckpts[i];
+		bool gone = repl_meta_find_ckpt(m, c->number) < 0;
+		if (gone && (c->number == m->base || c->number == m->kept || c->number == m->last_stream))
+			world_fail(h->w, "host %u: checkpoint %" PRIu64 " is gone, and is needed", h->id, c->number);
+		if (gone && c->number == old->last_stream && m->last_stream == 0 && !m->inconsistent)
+			world_fail(h->w, "host %u: the last checkpoint, %" PRIu64 ", is gone", h->id, c->number);
+	}
+}
+
 /* The record is on the disk and the switch is made in memory: what the next start finds if nothing else happens. */
 void model_publish(struct host *h, const struct repl_meta *m, const struct repl_save *s)
 {
@@ -764,6 +787,7 @@ void model_publish(struct host *h, const struct repl_meta *m, const struct repl_
 	}
 	if (failover)
 		failed_over(h, old, m);
+	room_check(h, old, m);
 	bool is_committed = old->state == STATE_FAILOVER && m->state == STATE_DONE;
 	if (is_committed)
 		committed(h, old);

@@ -183,6 +183,8 @@ void net_send(struct host *h, const struct repl_action *a)
 	if (e == NULL || e->session == 0)
 		return;
 	struct sent *sent = NULL;
+	h->w->count.aheads += a->frame.type == WIRE_BEHIND && a->frame.offset == WIRE_BEHIND_CONGESTED;
+	h->w->count.apply_stops += a->frame.type == WIRE_IO_ERROR;
 	if (in_sequence(a->frame.type)) {
 		sent = simalloc(sizeof(*sent));
 		sent->seq = a->frame.seq;

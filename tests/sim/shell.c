@@ -526,6 +526,7 @@ static void emit(void *arg, const struct repl_action *a)
 		return;
 	case ACT_LOG:
 		world_note(h->w, "host %u: log %d: %s", h->id, a->level, a->text);
+		h->w->count.room_drops += strstr(a->text, ": no room: checkpoint ") != NULL;
 		if (strstr(a->text, "broke the protocol")) /* neither host of this world ever does */
 			world_fail(h->w, "host %u: %s", h->id, a->text);
 		return;

@@ -437,6 +437,7 @@ static void settings_first(struct sim *s)
 	c.settings.checkpoint_interval_ms = world_chance(w, 4) ? 0 : 50 + world_below(w, 1500);
 	c.settings.keep_last = 1 + world_below(w, 6);
 	c.settings.failover_to = world_below(w, 2);
+	mix_settings(s, &c.settings);
 	command(s, 0, c);
 }
 
@@ -528,7 +529,12 @@ static void run_range(unsigned job)
 	       job, total.steps, total.events, total.frames, total.crashes[0], total.crashes[1], total.cuts,
 	       total.flips_seen, total.flips, total.reads, total.checkpoints, total.failovers, total.sessions,
 	       total.resyncs, total.disk_errors);
-	printf("sim: job %u: mix: clock jumps %" PRIu64 "\n", job, total.clock_jumps);
+	printf("sim: job %u: mix: clock jumps %" PRIu64 " settings %" PRIu64 " ahead %" PRIu64 " queue full %" PRIu64
+	       " error windows %" PRIu64 " no room %" PRIu64 " applying stopped %" PRIu64 " cow errors %" PRIu64
+	       "/%" PRIu64 "/%" PRIu64 " (stop/drop-history/break) broken %" PRIu64 " dropped %" PRIu64 "\n",
+	       job, total.clock_jumps, total.settings, total.aheads, total.queue_full, total.path_errors, total.no_room,
+	       total.apply_stops, total.cow_errors[0], total.cow_errors[1], total.cow_errors[2], total.broken,
+	       total.room_drops);
 	fflush(stdout);
 }
 

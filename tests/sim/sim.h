@@ -29,6 +29,7 @@ void sim_settle(struct sim *s);
 
 /* mix.c: what is drawn from the second stream. plain: nothing. */
 void mix_begin(struct sim *s, bool plain);
+void mix_settings(struct sim *s, struct settings *set);
 void mix_op(struct sim *s);
 
 enum points_kind { POINTS_CRASH, POINTS_FAIL, POINTS_ALLOC, POINTS_KINDS };

@@ -245,6 +245,14 @@ static void host_rules(struct host *h)
 	if (h->errors_one_in)
 		(void)simstore_rule_add(
 		    h->ss, &(struct simstore_rule){.calls = calls, .error = ERR_IO, .one_in = h->errors_one_in});
+	if (h->path_errors.error == ERR_NOSPC)
+		calls = SIMSTORE_BIT(SIMSTORE_CREATE) | SIMSTORE_BIT(SIMSTORE_WRITE) | SIMSTORE_BIT(SIMSTORE_ZERO) |
+			SIMSTORE_BIT(SIMSTORE_SET_SIZE);
+	if (h->path_errors.path)
+		(void)simstore_rule_add(h->ss, &(struct simstore_rule){.calls = calls,
+								       .path = h->path_errors.path,
+								       .error = h->path_errors.error,
+								       .one_in = h->path_errors.one_in});
 }
 
 /* All that runs is run to its end: every call of its storage fails by now, and no step is made. */
@@ -256,6 +264,7 @@ static void drain(struct host *h)
 }
 
 static void on_start(struct world *w, void *arg, uint64_t life);
+static void path_errors_over(struct world *w, void *arg, uint64_t until);
 
 static void plan_start(struct host *h, uint64_t ns)
 {
@@ -283,7 +292,7 @@ static void on_start(struct world *w, void *arg, uint64_t life)
 	int err = host_open(h);
 	if (err) {
 		world_note(w, "host %u does not start: %s", h->id, err_name(err));
-		if (!h->errors_one_in && !h->full && !h->crash_point && !h->faulty)
+		if (!h->errors_one_in && !h->path_errors.path && !h->full && !h->crash_point && !h->faulty)
 			world_fail(w, "host %u does not start: %s", h->id, err_name(err));
 		if (simstore_stopped(h->ss) && h->point == WORLD_POWER) {
 			h->crash = WORLD_POWER; /* a crash point in the start itself */
@@ -298,6 +307,7 @@ static void on_start(struct world *w, void *arg, uint64_t life)
 		h->life++;
 		h->tries++;
 		if (h->tries > 3) { /* somebody looks after it */
+			path_errors_over(w, h, h->path_errors.until);
 			world_disk_errors(w, h->id, 0);
 			world_disk_full(w, h->id, false);
 			h->crash_point = false;
@@ -308,7 +318,7 @@ static void on_start(struct world *w, void *arg, uint64_t life)
 	}
 	h->tries = 0;
 	h->crash_point = simstore_stop_pending(h->ss);
-	h->had_errors = h->errors_one_in != 0 || h->faulty;
+	h->had_errors = h->errors_one_in != 0 || h->path_errors.path || h->faulty;
 	h->up = true;
 	model_opened(h, how, evict);
 	host_tick(w, h, h->life);
@@ -421,6 +431,31 @@ void world_disk_errors(struct world *w, unsigned host, unsigned one_in)
 		w->count.disk_errors++;
 }
 
+static void path_errors_over(struct world *w, void *arg, uint64_t until)
+{
+	struct host *h = arg;
+	(void)w;
+	if (h->path_errors.path == NULL || h->path_errors.until != until)
+		return;
+	h->path_errors.path = NULL;
+	h->path_errors.error = 0;
+	host_rules(h);
+}
+
+void world_path_errors(struct world *w, unsigned host, const char *path, int error, unsigned one_in, uint64_t ns)
+{
+	struct host *h = &w->h[host];
+	world_note(w, "host %u: %s: one in %u %s for %" PRIu64 " ms", host, path, one_in, err_name(error), ns / MS);
+	h->path_errors.path = path;
+	h->path_errors.error = error;
+	h->path_errors.one_in = one_in;
+	h->path_errors.until = w->now + ns;
+	h->had_errors = true;
+	host_rules(h);
+	w->count.path_errors++;
+	world_at(w, ns, path_errors_over, h, h->path_errors.until);
+}
+
 void world_disk_full(struct world *w, unsigned host, bool full)
 {
 	struct host *h = &w->h[host];
@@ -459,6 +494,7 @@ void world_heal(struct world *w)
 	w->partition_until = 0;
 	for (unsigned i = 0; i < WORLD_HOSTS; i++) {
 		struct host *h = &w->h[i];
+		path_errors_over(w, h, h->path_errors.until);
 		world_disk_errors(w, i, 0);
 		world_disk_full(w, i, false);
 		simstore_stop_at(h->ss, 0, SIMSTORE_NOT_DONE);

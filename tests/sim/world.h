@@ -79,6 +79,8 @@ void world_stall(struct world *w, unsigned host, uint64_t ns);		 /* its disk ans
 void world_flip(struct world *w);					 /* a bit of what is sent next */
 void world_disk_errors(struct world *w, unsigned host, unsigned one_in); /* EIO; 0: no more */
 void world_disk_full(struct world *w, unsigned host, bool full);
+/* Files that match fail so often, for so long; one such at a time. path is kept. */
+void world_path_errors(struct world *w, unsigned host, const char *path, int error, unsigned one_in, uint64_t ns);
 void world_clock_set(struct world *w, unsigned host, uint64_t wall_ns); /* the wall clock, forward or back */
 
 /* ---- looking ---- */
@@ -102,7 +104,10 @@ struct world_counters {
 	uint64_t steps, events, crashes[2], cuts, frames, flips, flips_seen, reads, checkpoints, failovers, sessions,
 	    resyncs;
 	uint64_t disk_errors;
-	uint64_t clock_jumps; /* of mix.c, from here on */
+	/* of mix.c */
+	uint64_t clock_jumps, settings, aheads, queue_full, path_errors, no_room, apply_stops;
+	uint64_t cow_errors[3]; /* by on_cow_error */
+	uint64_t broken, room_drops;
 };
 const struct world_counters *world_counters(const struct world *w);
 

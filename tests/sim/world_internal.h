@@ -184,6 +184,12 @@ struct host {
 
 	uint64_t stalled_until;
 	unsigned errors_one_in;
+	struct {
+		const char *path; /* NULL: none */
+		int error;
+		unsigned one_in;
+		uint64_t until;
+	} path_errors;
 	bool full, evict, had_errors, looking;
 
 	/* the model's */
