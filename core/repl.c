@@ -598,9 +598,7 @@ static void io_start(struct repl *r, struct repl_io *io)
 		io->phase = PHASE_CLAIM;
 		repl_claim_blocks(io);
 		io->claim.shared = true;
-		if (repl_serving(r->meta, false) != SERVING_DISK)
-			repl_complete(r, io, -ERR_IO);
-		else if (reqset_add(&r->claims, &io->claim))
+		if (reqset_add(&r->claims, &io->claim))
 			repl_io_granted(r, io);
 		return;
 	}
@@ -747,6 +745,11 @@ static void io_local(struct repl *r, struct repl_io *io);
 void repl_io_granted(struct repl *r, struct repl_io *io)
 {
 	if (io->kind == REPL_READ) {
+		/* Also of a host that stepped down while the read waited: its disk may be anything. */
+		if (repl_serving(r->meta, false) != SERVING_DISK) {
+			repl_io_finish(r, io, -ERR_IO);
+			return;
+		}
 		if (detach_route(r, io))
 			return;
 		io->phase = PHASE_IO;

@@ -3558,6 +3558,28 @@ Test(repl, a_read_that_was_on_its_way_is_asked_again_after_a_reconnect)
 	host_free(h);
 }
 
+/* It stood behind a write that waited for the peer: when that has failed over, the disk here is neither current nor
+ * served. */
+Test(repl, a_read_that_waits_for_its_place_is_not_answered_by_a_host_that_steps_down)
+{
+	static struct repl_meta survivor;
+	struct host *h = detached_primary();
+	ack(h, 5, 5, 5);
+	link_down(h);
+	forget(h);
+	guest(h, 'w', REPL_WRITE, 0, 4096);
+	guest(h, 'r', REPL_READ, 0, 4096);
+	EXPECT(h, "");
+	meta_of(&survivor, ROLE_PRIMARY, STATE_DONE);
+	survivor.lineage = (struct lineage){.current = 300, .bitmap = repl_meta(h->r)->lineage.current};
+	link_up(h, false);
+	join_frame(h, &survivor, WIRE_JOIN_FAILBACK);
+	EXPECT(h, "save:secondary/NONE");
+	saved(h);
+	EXPECT(h, "done:r=ERR_IO done:w=ERR_IO send:JOIN send:DIRTY_END");
+	host_free(h);
+}
+
 /* The record here could not be saved: the peer's newest generation was begun for a detach, and has this host's below.
  */
 Test(repl, a_restarted_primary_is_told_by_its_peer)
