@@ -131,6 +131,11 @@ void mix_settings(struct sim *s, struct settings *set)
 	set->queue_max_bytes = 4 << 20;
 }
 
+uint32_t mix_protect_flags(struct sim *s)
+{
+	return s->mix_kinds && world_more(s->w, 2) ? PROTECT_HASH : 0;
+}
+
 static void count_full(struct world *w, unsigned host)
 {
 	struct repl_status st;

@@ -536,7 +536,8 @@ void model_sent(struct host *h, const struct repl_action *a, struct sim_io *s, s
 		sent->first = UNITS_IN(a->frame.offset);
 		sent->n = UNITS_IN(a->frame.length);
 		ver *str = h->str[sent->vol] + sent->first;
-		if (a->frame.type == WIRE_RESYNC_WRITE || a->frame.type == WIRE_RESYNC_ZERO) {
+		bool hash = a->frame.type == WIRE_HASH;
+		if (hash || a->frame.type == WIRE_RESYNC_WRITE || a->frame.type == WIRE_RESYNC_ZERO) {
 			/* [RSLOCK] the region is read and sent while nobody writes it. */
 			sent->vers = simdup(h->disk[sent->vol].now + sent->first, sent->n * sizeof(ver));
 			for (struct running *r = h->running; r; r = r->next)
@@ -544,7 +545,8 @@ void model_sent(struct host *h, const struct repl_action *a, struct sim_io *s, s
 				    sent->first < r->x.first + r->x.n)
 					world_fail(w, "host %u: a resync sends units %u+%u while %u+%u are written",
 						   h->id, sent->first, sent->n, r->x.first, r->x.n);
-			memcpy(str, sent->vers, sent->n * sizeof(ver));
+			if (!hash) /* what is equal there is what it was; what is not follows */
+				memcpy(str, sent->vers, sent->n * sizeof(ver));
 		} else {
 			sent->v = s->v;
 			for (uint32_t i = 0; i < sent->n; i++)
@@ -563,6 +565,24 @@ void model_sent(struct host *h, const struct repl_action *a, struct sim_io *s, s
 		if (a->frame.type == WIRE_RESYNC_DONE)
 			str_check(h, "at the end of the resync");
 	}
+}
+
+void model_hashed(struct host *h, const struct sim_io *s)
+{
+	struct world *w = h->w;
+	const struct sent *sent = s->sent;
+	uint64_t differ = 0;
+	if (h->dying || simstore_stopped(h->ss))
+		return;
+	for (uint32_t i = 0; i < sent->n; i++)
+		if (shows(w, sent->vers[i]) != shows(w, h->disk[sent->vol].now[sent->first + i]))
+			differ |= UINT64_C(1) << (((uint64_t)i * WORLD_UNIT) >> REGION_SHIFT);
+	w->count.hashes++;
+	w->count.hashes_differ += differ != 0;
+	/* What can't be read counts as different. */
+	if (differ & ~s->io.ext_len || (s->io.ext_len != differ && !h->had_errors))
+		world_fail(w, "host %u: hashes of units %u+%u of volume %u say that %" PRIx64 " differ, not %" PRIx64,
+			   h->id, sent->first, sent->n, sent->vol, s->io.ext_len, differ);
 }
 
 void model_received(struct host *h, struct sim_io *s)
@@ -747,7 +767,8 @@ static void number_check(struct host *h, uint64_t number)
 /* on_cow_error: what a secondary may give up so that it can go on (SPEC 7). */
 static void room_check(struct host *h, const struct repl_meta *old, const struct repl_meta *m)
 {
-	if (m->role != ROLE_SECONDARY || old->role != ROLE_SECONDARY)
+	/* In DONE the disk is its host's own: room for history never fails a write there (docs/adr/0006). */
+	if (m->role != ROLE_SECONDARY || old->role != ROLE_SECONDARY || old->state == STATE_DONE)
 		return;
 	if (m->broken && !old->broken) {
 		h->w->count.broken++;
@@ -815,11 +836,12 @@ static ver at_least(ver a, ver b)
 	return a > b ? a : b;
 }
 
-/* Whether `image` has write d or one after it. */
+/* Whether `image` has write d or one after it; zeroes that were there before it do as well: a resync by hashes leaves
+ * them. */
 static void done_check(struct host *h, const struct done *d, const ver *have, unsigned where, const char *what)
 {
 	for (uint32_t u = d->first; u < d->first + d->n; u++)
-		if (have[u] < d->v || have[u] == NOT_THERE)
+		if (have[u] == NOT_THERE || (have[u] < d->v && shows(h->w, have[u]) != shows(h->w, d->v)))
 			world_fail(h->w, "host %u: %s, but unit %u of volume %u is %s on host %u, not %s", h->id, what,
 				   u, d->vol, text_of(h->w, have[u]), where, text_of(h->w, d->v));
 }

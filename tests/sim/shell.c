@@ -90,7 +90,7 @@ void host_step(struct host *h, struct repl_event *ev)
 
 static void io_done(struct host *h, struct repl_io *io, int error)
 {
-	bool read = io->kind == REPL_RESYNC_READ;
+	bool read = io->kind == REPL_RESYNC_READ || io->kind == REPL_RESYNC_HASH;
 	host_step(h, &(struct repl_event){.type = EV_IO_DONE, .io = io, .error = error});
 	if (read) { /* not sent after all */
 		free(io->payload);
@@ -242,10 +242,13 @@ static void apply_job(void *arg)
 		if (n == 0 || h->dying)
 			break;
 		for (unsigned i = 0; i < n; i++)
-			x[i] = model_begin(h, ios[i], sim_io_of(ios[i]));
+			x[i] = ios[i]->kind == REPL_HASH ? NULL : model_begin(h, ios[i], sim_io_of(ios[i]));
 		(void)WATCHED((repl_exec_apply(&h->x, ios, n, errors), 0));
 		for (unsigned i = 0; i < n; i++)
-			model_end(h, x[i], errors[i], ios[i]->save_failed);
+			if (ios[i]->kind == REPL_HASH)
+				model_hashed(h, sim_io_of(ios[i]));
+			else
+				model_end(h, x[i], errors[i], ios[i]->save_failed);
 		report_delay(h);
 		for (unsigned i = 0; i < n; i++)
 			io_done(h, ios[i], errors[i]);

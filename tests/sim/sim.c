@@ -273,6 +273,7 @@ static void protect(struct sim *s, const struct repl_meta *m)
 		c.cmd = CMD_FAILBACK;
 	else if (m->has_peer || world_chance(w, 2))
 		c.flags = WIRE_JOIN_ADOPT;
+	c.flags |= mix_protect_flags(s);
 	command(s, s->vm, c);
 }
 
@@ -531,10 +532,11 @@ static void run_range(unsigned job)
 	       total.resyncs, total.disk_errors);
 	printf("sim: job %u: mix: clock jumps %" PRIu64 " settings %" PRIu64 " ahead %" PRIu64 " queue full %" PRIu64
 	       " error windows %" PRIu64 " no room %" PRIu64 " applying stopped %" PRIu64 " cow errors %" PRIu64
-	       "/%" PRIu64 "/%" PRIu64 " (stop/drop-history/break) broken %" PRIu64 " dropped %" PRIu64 "\n",
+	       "/%" PRIu64 "/%" PRIu64 " (stop/drop-history/break) broken %" PRIu64 " dropped %" PRIu64
+	       " hashed %" PRIu64 ", %" PRIu64 " of them different\n",
 	       job, total.clock_jumps, total.settings, total.aheads, total.queue_full, total.path_errors, total.no_room,
 	       total.apply_stops, total.cow_errors[0], total.cow_errors[1], total.cow_errors[2], total.broken,
-	       total.room_drops);
+	       total.room_drops, total.hashes, total.hashes_differ);
 	fflush(stdout);
 }
 

@@ -30,6 +30,7 @@ void sim_settle(struct sim *s);
 /* mix.c: what is drawn from the second stream. plain: nothing. */
 void mix_begin(struct sim *s, bool plain);
 void mix_settings(struct sim *s, struct settings *set);
+uint32_t mix_protect_flags(struct sim *s);
 void mix_op(struct sim *s);
 
 enum points_kind { POINTS_CRASH, POINTS_FAIL, POINTS_ALLOC, POINTS_KINDS };

@@ -288,6 +288,7 @@ void model_fill(struct host *h,
 /* Around every write of a disk or an active overlay. */
 struct exec *model_begin(struct host *h, const struct repl_io *io, struct sim_io *s);
 void model_end(struct host *h, struct exec *x, int error, bool save_failed);
+void model_hashed(struct host *h, const struct sim_io *s); /* HASH of the stream was compared */
 void model_sync_begin(struct host *h, uint64_t *mark);
 #define MODEL_ACTIVES (-1)
 void model_sync_end(struct host *h, uint64_t mark, int disk, int error); /* disk: a volume's, or MODEL_ACTIVES */
