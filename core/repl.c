@@ -1010,9 +1010,24 @@ static void ev_shutdown(struct repl *r)
 	}
 }
 
+/* Ticks that come late say that this host was held up: suspended, starved of processor or memory. It could not listen
+ * meanwhile, so none of that is the peer's silence, its lack of progress, or its time to answer a restarted primary:
+ * else a host that goes on after a pause would first of all give up a healthy peer, whose words lie unread in the
+ * socket, and with a detached disk answer its guests EIO. What may be *said* of the link goes by heard_ns alone. */
+static void ev_tick_late(struct repl *r)
+{
+	uint64_t gap = r->now_ns - min_u64(r->now_ns, r->tick_ns);
+	uint64_t late = gap - min_u64(gap, TICK_MAX_NS);
+	r->tick_ns = r->now_ns;
+	r->silent_ns = min_u64(max_u64(r->silent_ns + late, r->heard_ns), r->now_ns);
+	r->progress_ns = min_u64(r->progress_ns + late, r->now_ns);
+	r->hold_until_ns += late;
+}
+
 static void ev_tick(struct repl *r, const struct repl_event *ev)
 {
 	r->heard_ns = max_u64(r->heard_ns, ev->heard_ns);
+	ev_tick_late(r);
 	if (r->unsure && !r->saving && r->now_ns >= r->resave_ns)
 		save_again(r);
 	session_tick(r);
@@ -1141,6 +1156,7 @@ void repl_init(struct repl *r, const struct repl_init_args *a)
 		r->hold_until_ns = a->now_ns + r->meta->settings.peer_timeout_ms * UINT64_C(1000000);
 	}
 	r->redial_wait_ns = REDIAL_MIN_NS;
+	r->tick_ns = a->now_ns;
 	detach_init(r);
 	if (r->meta->state == STATE_FAILOVER)
 		failover_commit_start(r);

@@ -164,8 +164,8 @@ struct repl_command {
 };
 
 enum repl_event_type {
-	EV_TICK,       /* every 50 to 200 ms; heard_ns: when the link last heard, 0: no link */
-	EV_IO,	       /* io: a guest's WRITE, ZERO, DISCARD, FLUSH */
+	EV_TICK, /* every 50 to 200 ms (later: this host was held up); heard_ns: when the link last heard, 0: no link */
+	EV_IO,	 /* io: a guest's WRITE, ZERO, DISCARD, FLUSH */
 	EV_IO_DONE,    /* io, error: an ACT_SUBMIT is done */
 	EV_META_SAVED, /* error: 0, or the record on disk is the old one, or perhaps the new one: see ACT_SAVE_META */
 	EV_LINK_UP,    /* session, dialer: a framed connection for this group stands; peer_store */

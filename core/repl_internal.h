@@ -38,6 +38,7 @@
 #define REDIAL_MIN_NS UINT64_C(50000000)
 #define REDIAL_MAX_NS UINT64_C(2000000000)
 #define REFUSED_REDIAL_NS UINT64_C(2000000000) /* also between two handshakes of a halted pair */
+#define TICK_MAX_NS UINT64_C(200000000)	       /* between two ticks, see EV_TICK; what is above is lateness */
 #define DIALLED_WAIT_NS UINT64_C(5000000000)   /* a command waits so long, and peer_timeout, for the peer to dial */
 #define CATCH_UP_RETRY_NS UINT64_C(1000000000)
 /* Of what a peer may name: room above it for this host's own, so that no number outgrows the wire's limit. */
@@ -161,6 +162,7 @@ struct repl {
 	bool is_source, is_target;
 	enum lineage_decision decision;
 	uint64_t link_since_ns, heard_ns, pinged_ns, redial_ns, redial_wait_ns, progress_ns;
+	uint64_t tick_ns, silent_ns; /* the last tick; the peer's silence counts from here: see ev_tick */
 	bool was_connected;
 	uint8_t scratch[64 << 10];		     /* payloads being encoded */
 	struct repl_command *protect, *start, *stop; /* protect: a failback too */

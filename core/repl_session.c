@@ -210,7 +210,7 @@ void session_link_up(struct repl *r, const struct repl_event *ev)
 	r->dialer = ev->dialer;
 	r->dialing = false;
 	r->link = LINK_HANDSHAKE;
-	r->link_since_ns = r->heard_ns = r->pinged_ns = r->progress_ns = r->now_ns;
+	r->link_since_ns = r->heard_ns = r->silent_ns = r->pinged_ns = r->progress_ns = r->now_ns;
 	if (r->was_connected && !r->meta->split_brain)
 		r->counters.reconnects++;
 	if (!r->meta->split_brain) /* of a halted pair they only grow */
@@ -905,7 +905,7 @@ void session_tick(struct repl *r)
 	session_join_ready(r);
 	if (r->link == LINK_HANDSHAKE)
 		union_start(r);
-	if (r->now_ns - min_u64(r->now_ns, r->heard_ns) > timeout && !r->closing) {
+	if (r->now_ns - r->silent_ns > timeout && !r->closing) {
 		repl_log(r, 1, "the peer was silent for peer_timeout");
 		session_drop(r, "the peer was silent for peer_timeout");
 		return;

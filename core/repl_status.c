@@ -24,7 +24,8 @@ static void reason(struct repl_status *s, const char *fmt, ...)
 }
 
 /* What may be said of the link: nothing is known of a peer that has been silent for peer_timeout (the next tick ends
- * the session), or whose session this host is closing; and a halted pair only looks whether it is still one. */
+ * the session, unless it was this host that was held up), or whose session this host is closing; and a halted pair only
+ * looks whether it is still one. */
 static enum link_state repl_link(const struct repl *r, uint64_t now_ns)
 {
 	bool silent = now_ns - min_u64(now_ns, r->heard_ns) > r->meta->settings.peer_timeout_ms * UINT64_C(1000000);

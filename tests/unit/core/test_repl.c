@@ -173,6 +173,21 @@ static void tick(struct host *h, uint64_t after_ns)
 	step(h, (struct repl_event){.type = EV_TICK, .heard_ns = h->now});
 }
 
+/* Time goes by, with a tick as often as there is one; nothing is heard but what `heard_ns` says. */
+static void ticks_hearing(struct host *h, uint64_t ns, uint64_t heard_ns)
+{
+	const uint64_t each = UINT64_C(100000000);
+	for (uint64_t end = h->now + ns; h->now < end;) {
+		h->now += end - h->now < each ? end - h->now : each;
+		step(h, (struct repl_event){.type = EV_TICK, .heard_ns = heard_ns ? heard_ns : h->now});
+	}
+}
+
+static void ticks(struct host *h, uint64_t ns)
+{
+	ticks_hearing(h, ns, 0);
+}
+
 static void frame(struct host *h, unsigned type, uint64_t seq, uint64_t off, uint64_t len, const void *data,
 		  uint32_t data_len)
 {
@@ -946,8 +961,9 @@ Test(repl, a_peer_that_never_gets_ready_is_given_up)
 	write_alone(h, 0);
 	connect(h, &peer_meta);
 	forget(h);
-	for (int i = 0; i < 7; i++)
-		tick(h, 4 * SEC);
+	ticks(h, 20 * SEC);
+	EXPECT(h, "");
+	ticks(h, SEC);
 	EXPECT(h, "close dial");
 	host_free(h);
 }
@@ -1227,7 +1243,7 @@ static struct host *hashing(void)
 	meta_of(&peer_meta, ROLE_SECONDARY, STATE_RUNNING);
 	m.hash_sync = true;
 	struct host *h = host_new(&m);
-	tick(h, 6 * SEC);
+	ticks(h, 6 * SEC);
 	link_up(h, true);
 	guest(h, 'a', REPL_WRITE, 0, 65536 + 4096);
 	saved(h);
@@ -1490,6 +1506,47 @@ Test(repl, a_peer_that_is_silent_is_not_in_sync)
 	host_free(h);
 }
 
+Test(repl, a_host_that_was_held_up_does_not_take_its_peer_for_silent)
+{
+	for (int outstanding = 0; outstanding < 2; outstanding++) {
+		struct host *h = primary(PROTOCOL_F);
+		if (outstanding) { /* sent, and no ACK of it */
+			guest(h, 'a', REPL_WRITE, 0, 4096);
+			fin(h, "a");
+			fin(h, "a");
+		}
+		ticks(h, SEC);
+		forget(h);
+		uint64_t heard = h->now;
+		h->now += 300 * SEC; /* suspended */
+		ticks_hearing(h, 1, heard);
+		EXPECT(h, "");
+		cr_assert_eq(link_of(h), LINK_DOWN, "nothing has been heard since");
+		ticks_hearing(h, UINT64_C(4700000000), heard); /* and TICK_MAX_NS of the pause */
+		EXPECT(h, "");
+		ticks_hearing(h, UINT64_C(200000000), heard);
+		EXPECT(h, "close");
+		host_free(h);
+	}
+}
+
+Test(repl, no_progress_is_not_that_of_a_host_that_was_held_up)
+{
+	struct host *h = primary(PROTOCOL_F);
+	guest(h, 'a', REPL_WRITE, 0, 4096);
+	fin(h, "a");
+	fin(h, "a");
+	ticks(h, 10 * SEC);
+	forget(h);
+	tick(h, 300 * SEC);
+	ticks(h, 9 * SEC);
+	cr_assert(!strstr(h->trace, "close"));
+	forget(h);
+	ticks(h, SEC);
+	EXPECT(h, "close dial");
+	host_free(h);
+}
+
 /* ---- handshake ---- */
 
 Test(repl, a_peers_dirty_set_may_come_while_a_generation_is_being_saved)
@@ -1517,12 +1574,14 @@ Test(repl, a_restarted_primary_holds_until_the_handshake_or_peer_timeout)
 	struct host *h = host_new(&m);
 	guest(h, 'a', REPL_WRITE, 0, 4096);
 	EXPECT(h, "");
-	tick(h, SEC);
+	tick(h, 300 * SEC); /* held up on its start: the peer has had no time to answer */
 	EXPECT(h, "dial");
 	step(h, (struct repl_event){.type = EV_LINK_DOWN, .error = -ERR_PEER});
 	EXPECT(h, "");
-	tick(h, 4 * SEC);
-	EXPECT(h, "dial save:primary/RUNNING"); /* alone from here on */
+	ticks(h, UINT64_C(4700000000));
+	EXPECT(h, "dial");
+	ticks(h, UINT64_C(200000000));
+	EXPECT(h, "save:primary/RUNNING"); /* alone from here on */
 	saved(h);
 	EXPECT(h, "do:a/intent");
 	host_free(h);
