@@ -459,9 +459,11 @@ void detach_resync(struct repl *r, struct repl_command *c)
 		    "no disk of it is detached: there is nothing to rebuild (what is dirty is synced by itself)");
 	else if (r->link == LINK_DOWN || r->link == LINK_HANDSHAKE)
 		repl_command_done(r, c, -ERR_PEER, "the peer is not connected; the disk is rebuilt from it");
-	else if (r->link != LINK_SYNCED || !ready(r))
-		repl_command_done(r, c, -ERR_STATE, "the link is %s, not SYNCED; `wait --for=in-sync` first",
+	else if (r->link != LINK_SYNCED)
+		repl_command_done(r, c, -ERR_STATE, "the link is %s, not SYNCED; give it again when it is",
 				  link_state_name(r->link));
+	else if (!ready(r))
+		repl_command_done(r, c, -ERR_BUSY, "the detach is still being recorded; give it again in a moment");
 	else if (r->reopening || r->rebuilding)
 		repl_command_done(r, c, -ERR_BUSY, "another resync is about to begin");
 	else if (r->stale == r->rebuild)
@@ -488,6 +490,7 @@ static void rebuild_stop(struct repl *r, uint32_t volume, int error)
 	r->rebuild &= ~mask_of(volume);
 	maps_clear(&r->vol[volume]); /* what went to both went to the peer: it lacks nothing */
 	bitmap_clear_all(&r->vol[volume].todo);
+	r->error.code = 0; /* what it was detached for is known: what keeps it so is the news */
 	repl_set_error(r, error, "resync", (int)volume, 0, 0,
 		       "rebuilding the disk of %s failed: %s; `resync` again when it is mended",
 		       r->meta->volumes[volume].name, err_short(error));

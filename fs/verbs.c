@@ -476,6 +476,12 @@ static bool wait_holds(struct group *g, enum wait_for what, struct err *e, int *
 		/* A secondary in its first sync has no view yet; in sync means that it can take over. */
 		if (m->role == ROLE_STANDALONE)
 			*ret_err = err_set(e, ERR_STATE, "it is standalone: it has no peer to be in sync with");
+		if (m->role == ROLE_PRIMARY && repl_unsynced(g->core))
+			*ret_err = err_set(e, ERR_STATE, "%s",
+					   strcmp(s.error.operation, "resync") == 0 && s.error.code
+					       ? s.error.text
+					       : "a local disk is detached: it gets there by `resync` only, once the "
+						 "disk accepts I/O again");
 		return m->state == STATE_RUNNING && s.link == LINK_SYNCED && s.checkpoint != 0 && s.detached == 0;
 	case WAIT_DONE:
 		if (m->state == STATE_FAILOVER_FAILED)

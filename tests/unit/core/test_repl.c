@@ -3736,6 +3736,9 @@ Test(repl, a_rebuild_that_meets_an_error_leaves_the_disk_detached)
 	read_reply(h, 1, 0, 512 << 10, 0);
 	fin_full(h, "rebuild", -ERR_IO, false, 0, false);
 	EXPECT(h, "do:rebuild/own");
+	struct repl_status s;
+	repl_status(h->r, h->now, &s);
+	cr_assert_str_eq(s.error.operation, "resync", "not the error that had detached it: %s", s.error.text);
 	cr_assert_eq(repl_unsynced(h->r), 1);
 	for (uint64_t i = 2; i < 5; i++)
 		read_reply(h, i, (i - 1) << 19, 512 << 10, 0);

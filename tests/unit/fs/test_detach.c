@@ -19,7 +19,6 @@ static void begin(const char *match)
 	OK(pair_open_with(&p, &fa, &fb));
 	OK(pair_create(&p.a, "vm", "vm", SIZE));
 	OK(pair_write(&p.a, "vm", 0, SIZE, 0x11));
-	set("peer_timeout", "1s");
 	protect();
 }
 
@@ -137,6 +136,7 @@ Test(detach, everything_is_at_the_peer_when_it_fails_over)
 
 Test(detach, a_lost_peer_is_an_error_and_its_return_ends_it)
 {
+	set("peer_timeout", "1s");
 	atomic_store(&fa.write, -ERR_IO);
 	OK(pair_write(&p.a, "vm", 0, 4096, 0x22));
 	pair_host_stop(&p.b);
@@ -176,6 +176,7 @@ Test(detach, it_stays_over_a_restart_of_the_primary)
 
 Test(detach, without_its_peer_a_restarted_primary_serves_nothing_of_it)
 {
+	set("peer_timeout", "1s");
 	atomic_store(&fa.write, -ERR_IO);
 	OK(pair_write(&p.a, "vm", 0, 4096, 0x22));
 	pair_host_stop(&p.b);
@@ -189,25 +190,33 @@ Test(detach, without_its_peer_a_restarted_primary_serves_nothing_of_it)
 	OK(pair_is(&p.a, "vm", 0, 4096, 0x22));
 }
 
+static bool rebuild_failed(void)
+{
+	json_t *r = NULL;
+	OK(pair_do(&p.a, "error", named(), &r));
+	const char *op = json_string_value(json_object_get(json_object_get(r, "error"), "operation"));
+	bool yes = op && strcmp(op, "resync") == 0;
+	json_decref(r);
+	return yes;
+}
+
 Test(detach, resync_brings_the_disk_back_under_writes)
 {
 	atomic_store(&fa.write, -ERR_IO);
 	OK(write_all(&p.a, 0, 3 << 20, 0x22));
 	OK(pair_do(&p.a, "checkpoint", named(), NULL));
-	/* it fails still: nothing is gained, nothing lost */
+	/* it fails still: nothing is gained, nothing lost, and who waits for it hears of it */
 	OK(pair_do(&p.a, "resync", named(), NULL));
-	for (uint64_t end = clock_mono_ns() + 10 * NS_PER_SEC; clock_mono_ns() < end; (void)poll(NULL, 0, 5)) {
-		json_t *r = NULL;
-		OK(pair_do(&p.a, "error", named(), &r));
-		json_t *x = json_object_get(r, "error");
-		const char *op = json_string_value(json_object_get(x, "operation"));
-		bool there = op && strcmp(op, "resync") == 0;
-		json_decref(r);
-		if (there)
-			break;
+	const uint64_t end = clock_mono_ns() + 60 * NS_PER_SEC;
+	for (; !rebuild_failed(); (void)poll(NULL, 0, 5)) {
 		OK(pair_write(&p.a, "vm", 100, 5000, 0x25));
+		cr_assert_lt(clock_mono_ns(), end, "the failed rebuild is not to be seen");
 	}
 	cr_assert(detached());
+	OK(pair_write(&p.a, "vm", 100, 5000, 0x25));
+	json_t *args = json_pack("{s:s, s:b, s:i}", "name", "vm", "wait", 1, "timeout_ms", 60000);
+	cr_assert_eq(pair_do(&p.a, "resync", args, NULL), -ERR_STATE);
+	cr_assert(strstr(p.a.err.text, "rebuilding the disk of vm failed"), "%s", p.a.err.text);
 	mend(&fa);
 	OK(pair_do(&p.a, "resync", named(), NULL));
 	for (unsigned i = 0; i < 200; i++)
