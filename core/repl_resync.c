@@ -268,7 +268,7 @@ static void scan_done(struct repl *r, struct repl_io *io)
 	if (io->hole) {
 		uint64_t len = to_end ? io->ext_len : round_down_u64(io->ext_len, REGION_SIZE);
 		if (len) {
-			struct repl_io z = {.kind = REPL_ZERO, .volume = io->volume, .off = io->off, .len = 0};
+			struct repl_io z = {.kind = REPL_ZERO, .volume = io->volume, .internal = true};
 			for (uint64_t done = 0; done < len; done += z.len) {
 				z.off = io->off + done;
 				z.len = min_u64(len - done, RESYNC_ZERO_FRAME_MAX);
