@@ -72,14 +72,30 @@ static void plan_down(struct end *e, int code, uint64_t ns)
 
 /* ---- sending ---- */
 
-static void out_add(struct end *e, const void *data, size_t len)
+static void fifo_add(struct fifo *q, const void *data, size_t len)
 {
-	if (e->out_len + len > e->out_cap) {
-		e->out_cap = 2 * (e->out_len + len);
-		e->out = simrealloc(e->out, e->out_cap);
+	if (q->at + q->len + len > q->cap && q->at > q->len) {
+		memcpy(q->data, q->data + q->at, q->len);
+		q->at = 0;
 	}
-	memcpy(e->out + e->out_len, data, len);
-	e->out_len += len;
+	if (q->at + q->len + len > q->cap) {
+		q->cap = 2 * (q->at + q->len + len);
+		q->data = simrealloc(q->data, q->cap);
+	}
+	memcpy(q->data + q->at + q->len, data, len);
+	q->len += len;
+}
+
+static void fifo_drop(struct fifo *q, size_t len)
+{
+	PRE(len <= q->len);
+	q->len -= len;
+	q->at = q->len ? q->at + len : 0;
+}
+
+static void fifo_clear(struct fifo *q)
+{
+	fifo_drop(q, q->len);
 }
 
 static void deliver(struct world *w, void *arg, uint64_t n);
@@ -87,7 +103,8 @@ static void deliver(struct world *w, void *arg, uint64_t n);
 static void fly(struct end *e, const uint8_t *data, size_t len, bool fin)
 {
 	struct world *w = e->c->w;
-	struct chunk *k = simalloc(sizeof(*k) + len);
+	struct chunk *k = simrealloc(NULL, sizeof(*k) + len);
+	memset(k, 0, sizeof(*k));
 	k->len = len;
 	k->fin = fin;
 	if (len)
@@ -132,24 +149,25 @@ static void pump(struct world *w, void *arg, uint64_t n)
 	e->pumping = false;
 	if (!alive(e) || e->c->cut)
 		return;
-	size_t len = e->out_len, most = 1 + (size_t)world_below(w, 64 << 10);
+	size_t len = e->out.len, most = 1 + (size_t)world_below(w, 64 << 10);
 	len = len < most ? len : most;
-	if (e->closing && w->now > e->drain_until)
-		e->out_len = len = 0;
+	if (e->closing && w->now > e->drain_until) {
+		fifo_clear(&e->out);
+		len = 0;
+	}
 	if (len && e->fly_bytes + len > SOCKET_BYTES) {
 		pump_plan(e, world_delay(w, w->net_ns));
 		return;
 	}
 	if (len) {
-		fly(e, e->out, len, false);
-		memmove(e->out, e->out + len, e->out_len - len);
-		e->out_len -= len;
+		fly(e, e->out.data + e->out.at, len, false);
+		fifo_drop(&e->out, len);
 		if (e->session)
 			host_step(e->h, &(struct repl_event){.type = EV_SENT, .session = e->session, .bytes = len});
 		if (!alive(e))
 			return;
 	}
-	if (e->out_len) {
+	if (e->out.len) {
 		pump_plan(e, world_below(w, 10 * US));
 	} else if (e->closing && !e->down_planned) {
 		fly(e, NULL, 0, true);
@@ -163,9 +181,9 @@ static void send_frame(struct end *e, struct wire_frame *f, const void *payload)
 	f->number = e->tx_number++;
 	f->crc_payload = f->length_payload ? crc32c(0, payload, f->length_payload) : 0;
 	wire_header_encode(f, f->type == WIRE_HELLO ? 0 : e->seed, header);
-	out_add(e, header, sizeof(header));
+	fifo_add(&e->out, header, sizeof(header));
 	if (f->length_payload)
-		out_add(e, payload, f->length_payload);
+		fifo_add(&e->out, payload, f->length_payload);
 	pump_plan(e, world_below(e->c->w, 20 * US));
 }
 
@@ -224,7 +242,7 @@ void net_close(struct end *e, uint64_t drain_ns)
 	e->closing = true;
 	e->drain_until = w->now + drain_ns;
 	if (drain_ns == 0)
-		e->out_len = 0;
+		fifo_clear(&e->out);
 	if (e->c->cut)
 		plan_down(e, -ERR_CANCELED, world_delay(w, w->net_ns));
 	pump_plan(e, world_below(w, 50 * US));
@@ -260,12 +278,7 @@ static void deliver(struct world *w, void *arg, uint64_t n)
 		e->fly_tail = NULL;
 	e->fly_bytes -= k->len;
 	if (alive(to)) {
-		if (to->rx_len + k->len > to->rx_cap) {
-			to->rx_cap = 2 * (to->rx_len + k->len);
-			to->rx = simrealloc(to->rx, to->rx_cap);
-		}
-		memcpy(to->rx + to->rx_len, k->data, k->len);
-		to->rx_len += k->len;
+		fifo_add(&to->rx, k->data, k->len);
 		if (k->fin)
 			to->fin = true;
 		parse_plan(to, world_below(w, 5 * US));
@@ -281,7 +294,7 @@ static void violate(struct end *e, const char *what, const char *text)
 		world_fail(w, "host %u: what the peer sent is refused: %s %s", e->h->id, what, text);
 	w->count.flips_seen++;
 	e->closing = true;
-	e->rx_len = 0;
+	fifo_clear(&e->rx);
 	fly(e, NULL, 0, true);
 	plan_down(e, -ERR_PROTO, world_delay(w, w->net_ns));
 }
@@ -408,12 +421,13 @@ static void on_frame(struct end *e, const struct wire_frame *f, uint8_t *payload
 static size_t take_frame(struct end *e)
 {
 	struct world *w = e->c->w;
+	uint8_t *rx = e->rx.data + e->rx.at;
 	struct wire_frame f;
 	struct err err = {0};
-	if (e->rx_len < WIRE_HEADER_SIZE)
+	if (e->rx.len < WIRE_HEADER_SIZE)
 		return 0;
 	uint64_t seed = e->hello_got ? e->seed : 0;
-	if (wire_header_decode(&f, seed, e->rx, e->hello_got ? WIRE_PAYLOAD_MAX : WIRE_HELLO_MAX, &err) < 0) {
+	if (wire_header_decode(&f, seed, rx, e->hello_got ? WIRE_PAYLOAD_MAX : WIRE_HELLO_MAX, &err) < 0) {
 		violate(e, "header", err.text);
 		return 0;
 	}
@@ -422,9 +436,9 @@ static size_t take_frame(struct end *e)
 		return 0;
 	}
 	size_t len = WIRE_HEADER_SIZE + (size_t)f.length_payload;
-	if (e->rx_len < len)
+	if (e->rx.len < len)
 		return 0;
-	if (f.length_payload && crc32c(0, e->rx + WIRE_HEADER_SIZE, f.length_payload) != f.crc_payload) {
+	if (f.length_payload && crc32c(0, rx + WIRE_HEADER_SIZE, f.length_payload) != f.crc_payload) {
 		violate(e, "payload", wire_type_name(f.type));
 		return 0;
 	}
@@ -434,7 +448,7 @@ static size_t take_frame(struct end *e)
 		world_fail(w, "host %u took a %s frame that was flipped on the wire", e->h->id, wire_type_name(f.type));
 	w->count.frames++;
 	e->heard_ns = w->now;
-	on_frame(e, &f, f.length_payload ? e->rx + WIRE_HEADER_SIZE : NULL);
+	on_frame(e, &f, f.length_payload ? rx + WIRE_HEADER_SIZE : NULL);
 	return len;
 }
 
@@ -452,15 +466,14 @@ static void parse(struct world *w, void *arg, uint64_t n)
 		size_t len = take_frame(e);
 		if (len == 0)
 			break;
-		memmove(e->rx, e->rx + len, e->rx_len - len);
-		e->rx_len -= len;
+		fifo_drop(&e->rx, len);
 		e->rx_at += len;
 		taken++;
 	}
 	if (!alive(e))
 		return;
 	if (e->closing) {
-		e->rx_len = 0;
+		fifo_clear(&e->rx);
 		return;
 	}
 	if (taken && e->attached)
@@ -557,7 +570,7 @@ static void cut(struct conn *c, bool may_be_silent)
 		struct end *e = &c->end[i];
 		if (world_chance(w, 2))
 			lose(e);
-		e->out_len = 0;
+		fifo_clear(&e->out);
 		if (!alive(e))
 			continue;
 		if (may_be_silent && world_chance(w, 3) && e->attached)
@@ -590,7 +603,7 @@ void net_host_died(struct host *h, enum world_crash how)
 				cut(c, true);
 			} else if (!c->cut) {
 				/* The kernel sends what it has, then FIN. */
-				e->out_len = 0;
+				fifo_clear(&e->out);
 				fly(e, NULL, 0, true);
 			}
 		}
@@ -601,8 +614,8 @@ static void conn_free(struct conn *c)
 {
 	for (unsigned i = 0; i < 2; i++) {
 		lose(&c->end[i]);
-		simfree(c->end[i].out);
-		simfree(c->end[i].rx);
+		simfree(c->end[i].out.data);
+		simfree(c->end[i].rx.data);
 	}
 	while (c->sent) {
 		struct sent *s = c->sent;

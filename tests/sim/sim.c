@@ -487,7 +487,9 @@ static void die(int sig)
 	int n =
 	    snprintf(text, sizeof(text), "sim: seed %" PRIu64 ": signal %d\n  replay: %s\n", current_seed, sig, replay);
 	(void)!write(STDERR_FILENO, text, (size_t)n);
-	_exit(1);
+	/* as it was going to end: with a core file, where those are wanted */
+	signal(sig, SIG_DFL);
+	raise(sig);
 }
 
 static void on_check(const char *kind, const char *expr, const char *file, int line)

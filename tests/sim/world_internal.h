@@ -119,8 +119,10 @@ struct end { /* of a connection */
 	uint64_t session, seed, nonce;
 	uint64_t tx_number, rx_number;
 	uint64_t heard_ns, drain_until;
-	uint8_t *out, *rx;
-	size_t out_len, out_cap, rx_len, rx_cap;
+	struct fifo {
+		uint8_t *data;
+		size_t at, len, cap; /* what is there begins at `at` */
+	} out, rx;
 	uint64_t rx_at; /* bytes of the stream before rx */
 	/* on their way to the other end */
 	struct chunk {
