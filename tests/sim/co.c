@@ -13,6 +13,10 @@
 #include <sys/mman.h>
 #include <ucontext.h>
 
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/common_interface_defs.h>
+#endif
+
 #include "core/check.h"
 #include "core/os/thread.h"
 #include "tests/sim/simalloc.h"
@@ -24,7 +28,7 @@ struct co {
 	ucontext_t first;
 	jmp_buf at;
 	void (*fn)(void *arg);
-	void *arg, *owner, *stack;
+	void *arg, *owner, *stack, *kept;
 	bool begun, ended;
 	uint64_t turn;
 	struct co *next;
@@ -34,11 +38,39 @@ static struct co *current, *pool;
 static jmp_buf scheduler;
 void (*co_lock_wait)(void) = co_yield;
 
+/* AddressSanitizer has to know which stack is in use: where a switch goes to, and that it has got there. */
+static struct stack {
+	const void *bottom;
+	size_t size;
+} main_stack;
+
+static void switch_begin(void **ret_kept, const void *bottom, size_t size)
+{
+#ifdef __SANITIZE_ADDRESS__
+	__sanitizer_start_switch_fiber(ret_kept, bottom, size);
+#else
+	(void)ret_kept, (void)bottom, (void)size;
+#endif
+}
+
+static void switch_end(void *kept, struct stack *ret_from)
+{
+#ifdef __SANITIZE_ADDRESS__
+	struct stack ignored;
+	ret_from = ret_from ? ret_from : &ignored;
+	__sanitizer_finish_switch_fiber(kept, &ret_from->bottom, &ret_from->size);
+#else
+	(void)kept, (void)ret_from;
+#endif
+}
+
 static void co_main(void)
 {
 	struct co *c = current;
+	switch_end(NULL, &main_stack);
 	c->fn(c->arg);
 	c->ended = true;
+	switch_begin(NULL, main_stack.bottom, main_stack.size);
 	_longjmp(scheduler, 1);
 }
 
@@ -83,11 +115,14 @@ bool co_resume(struct co *c)
 	PRE(current == NULL && !c->ended);
 	c->turn++;
 	current = c;
+	static void *kept;
 	if (_setjmp(scheduler) == 0) {
+		switch_begin(&kept, c->stack, STACK_SIZE);
 		if (c->begun)
 			_longjmp(c->at, 1);
 		first_turn(c);
 	}
+	switch_end(kept, NULL);
 	c = current;
 	current = NULL;
 	if (!c->ended)
@@ -102,8 +137,11 @@ void co_yield (void)
 	struct co *c = current;
 	PRE(c != NULL);
 	unsigned watching = simalloc_watch_swap(0);
-	if (_setjmp(c->at) == 0)
+	if (_setjmp(c->at) == 0) {
+		switch_begin(&c->kept, main_stack.bottom, main_stack.size);
 		_longjmp(scheduler, 1);
+	}
+	switch_end(c->kept, &main_stack);
 	(void)simalloc_watch_swap(watching);
 }
 

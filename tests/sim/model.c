@@ -607,7 +607,7 @@ void model_barrier(struct host *h, const struct repl_io *io)
 	h->barrier_session = io->session;
 	h->last_flush_seq = io->seq;
 	const struct sim_io *s = CONTAINER_OF(io, struct sim_io, io);
-	for (uint32_t v = 0; s->sent && s->sent->snap[v] && v < WORLD_VOLUMES; v++)
+	for (uint32_t v = 0; s->sent && v < WORLD_VOLUMES && s->sent->snap[v]; v++)
 		for (uint32_t u = 0; u < w->units[v]; u++)
 			if (h->disk[v].now[u] != s->sent->snap[v][u])
 				world_fail(
@@ -629,6 +629,8 @@ static void done_push(struct done_list *l, const struct done *d)
 
 static void done_drop(struct done_list *l, uint64_t n)
 {
+	if (n == 0)
+		return;
 	memmove(l->d, l->d + n, (l->n - n) * sizeof(*l->d));
 	l->n -= n;
 	l->base += n;
