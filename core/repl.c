@@ -906,7 +906,7 @@ static void read_done(struct repl *r, struct repl_io *io, int error)
 {
 	io->error = error;
 	io->tried = true;
-	if (error && detach_failed(r, io->volume, io, error) && detach_route(r, io))
+	if (error && detach_read_failed(r, io, error))
 		return;
 	if (error)
 		repl_set_error(r, error, "read", (int)io->volume, io->off, io->len, "a local read of %s failed: %s",

@@ -57,8 +57,9 @@ enum repl_kind {
 	REPL_MERGE,	   /* volume_merge_into_older(arg) on all volumes; flags REPL_MERGE_FOR_ROOM: -ERR_NOSPC, with
 			    * nothing done, unless that frees room and there is room for what it copies */
 	/* of local disk errors (core/repl_detach.c) */
-	REPL_READ, /* of a guest while a disk is detached; of the peer: READ_REQ. With ACT_SUBMIT, TARGET_DISK: read the
-		    * disk into the owner's buffer; of the peer's stream into one that the following ACT_SEND sends */
+	REPL_READ,    /* of a guest where the disk is detached or failed; of the peer: READ_REQ. With ACT_SUBMIT,
+		       * TARGET_DISK: read the disk into the owner's buffer; of the peer's stream into one that the
+		       * following ACT_SEND sends */
 	REPL_DETACH,  /* of the peer's stream, a barrier: volume, lineage */
 	REPL_ATTACH,  /* of the peer's stream, a barrier: volume */
 	REPL_REBUILD, /* the core's own: write the bytes that came with ACT_SUBMIT (none: zeroes) to the disk */

@@ -14,6 +14,9 @@
  * answered EIO, the region is dirty, and the pending generation goes in below the next one that is begun here, so that
  * a peer which did record it is found behind and not beside.
  *
+ * Before the pair is in sync nothing is detached (docs/adr/0009): an error is the guest's. Only a read that fails is
+ * the peer's to answer, where that has the range; this needs no record, as the disk here stays the current one.
+ *
  * A stale volume's write is sent under its claim, as any other, and completes when the peer has applied it; a flush of
  * the group when the peer has flushed; a read is a READ_REQ behind all that was sent before. A lost peer is EIO: at
  * once for a write that was sent, after peer_timeout for what had not been sent and for reads; and for the flushes
@@ -303,6 +306,33 @@ bool detach_route(struct repl *r, struct repl_io *io)
 		r->writes_in_flight--;
 	io->parked = true;
 	primary_send_write(r, io);
+	return true;
+}
+
+/* The peer's disk holds what a read of this range has to return, once all that was sent is applied there. While nothing
+ * is forwarded that is what is clean; else what is neither still to be sent nor hashed without an answer: a write to
+ * such a region is sent before its claim ends, which the read has waited for. */
+static bool peer_has(const struct repl *r, const struct repl_io *io)
+{
+	const struct repl_volume_state *v = &r->vol[io->volume];
+	struct range n = regions_of(io);
+	if (r->behind)
+		return !bitmap_any(&v->dirty, n.off, n.len);
+	return !bitmap_any(&v->todo, n.off, n.len) && !resync_unanswered(r, io);
+}
+
+bool detach_read_failed(struct repl *r, struct repl_io *io, int error)
+{
+	if (detach_failed(r, io->volume, io, error) && detach_route(r, io))
+		return true;
+	if (r->meta->settings.on_io_error != ON_IO_ERROR_DETACH || !is_disk_error(error) || !primary_live(r) ||
+	    !peer_has(r, io))
+		return false;
+	repl_set_error(r, error, "read", (int)io->volume, io->off, io->len,
+		       "a local read of %s failed: %s; the peer's copy of the range is read",
+		       r->meta->volumes[io->volume].name, err_short(error));
+	repl_release_claim(r, io);
+	send_read(r, io);
 	return true;
 }
 

@@ -379,15 +379,18 @@ void resync_hash_answer(struct repl *r, const struct wire_frame *f);
 void resync_acked(struct repl *r, const struct wire_frame *f);
 uint64_t resync_left(const struct repl *r); /* bytes to be sent */
 void resync_sample(struct repl *r);	    /* of its rate, for status */
+/* A part of its range was hashed, and whether it differs is not known. */
+bool resync_unanswered(const struct repl *r, const struct repl_io *io);
 uint32_t resync_hash_payload(uint64_t len); /* bytes of a HASH frame's payload */
 
 /* repl_detach.c */
 void detach_init(struct repl *r);
 /* The volume is, or is being, or now begins to be, detached. io: what failed, NULL: a sync. */
 bool detach_failed(struct repl *r, uint32_t volume, const struct repl_io *io, int error);
-bool detach_flush_failed(struct repl *r, uint64_t failed, int error); /* the same of each volume in the mask */
-bool detach_route(struct repl *r, struct repl_io *io);		      /* took it: it goes through the peer */
-bool detach_flush(struct repl *r, struct repl_io *io);		      /* took it: it waits for the peer */
+bool detach_flush_failed(struct repl *r, uint64_t failed, int error);	/* the same of each volume in the mask */
+bool detach_route(struct repl *r, struct repl_io *io);			/* took it: it goes through the peer */
+bool detach_flush(struct repl *r, struct repl_io *io);			/* took it: it waits for the peer */
+bool detach_read_failed(struct repl *r, struct repl_io *io, int error); /* took it: the peer is asked */
 void detach_park(struct repl *r, struct repl_io *io);
 bool detach_any(const struct repl *r);
 bool detach_of(const struct repl *r, uint32_t volume); /* stale */

@@ -183,6 +183,17 @@ static bool resync_differing(struct repl *r, struct repl_io *io)
 	return false;
 }
 
+bool resync_unanswered(const struct repl *r, const struct repl_io *io)
+{
+	for (unsigned i = 0; i < HASHES_MAX; i++) {
+		const struct rs_hash *h = &r->rs_hash[i];
+		if (h->used && h->mask == 0 && h->volume == io->volume && h->off < io->off + io->len &&
+		    io->off < h->off + h->len)
+			return true;
+	}
+	return false;
+}
+
 static struct rs_hash *hash_slot(struct repl *r)
 {
 	for (unsigned i = 0; i < HASHES_MAX; i++)

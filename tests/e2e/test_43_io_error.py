@@ -15,6 +15,7 @@ import repfs_e2e as e2e  # noqa: E402
 from repfs_e2e import BLOCK, MIB, BadIo, Host, check, check_eq, check_errno, wait_for  # noqa: E402
 
 SIZE = 8 * MIB
+REGION = 64 << 10  # what is dirty is known by these
 
 
 def pair(store=None, **settings):
@@ -153,6 +154,42 @@ def test_pass():
     bad.mend()
     a.wait_status("vm1", 60, link="SYNCED", health="ok", error=None)
     e2e.pwrite(vol, 0, b"\x52" * BLOCK, sync=True)
+    whole_again(a, b, vol)
+
+
+def dead_disk_is_seen(vol, a):
+    """The region at 64 KiB differs from the peer's, nothing else does, and the disk can neither be read nor written."""
+    e2e.check_bytes(vol, 0, REGION, 0x11, "a range that the peer has")
+    check_errno(errno.EIO, "a range that the peer lacks", e2e.pread, vol, REGION, REGION)
+    check_errno(errno.EIO, "a range that the peer lacks a part of", e2e.pread, vol, REGION - BLOCK, 2 * BLOCK)
+    check_errno(errno.EIO, "a write", e2e.pwrite, vol, 4 * MIB, b"\x72" * BLOCK)
+    check_errno(errno.EIO, "what was written where it failed", e2e.pread, vol, 4 * MIB, BLOCK)
+    e2e.check_bytes(vol, 5 * MIB, MIB, 0x11, "more that the peer has")
+    check(not detached(a), "detached, though the peer lacks a range")
+
+
+def test_not_in_sync():
+    """Paused, in a resync, without the peer: nothing is detached. Reads are the peer's where it has the range, all else is EIO;
+    mended, the disk is still the one that the peer is synced from."""
+    bad, a, b, vol = pair()
+    a.wait_status("vm1", 60, dirty_bytes=0)
+    a.repctl("pause", "vm1")
+    e2e.pwrite(vol, REGION, b"\x71" * REGION, sync=True)
+    bad.fail("rw", "*/disk.raw")
+    dead_disk_is_seen(vol, a)
+    a.repctl("resume", "vm1")
+    a.wait_status("vm1", 60, link="RESYNC")
+    dead_disk_is_seen(vol, a)
+    b.kill9()
+    a.wait_status("vm1", 60, link="DOWN")
+    check_errno(errno.EIO, "a read without the peer", e2e.pread, vol, 0, REGION)
+    check_errno(errno.EIO, "a write without the peer", e2e.pwrite, vol, 0, b"\x73" * BLOCK)
+    bad.mend()
+    e2e.check_bytes(vol, 0, REGION, 0x11, "a write that failed has written nothing")
+    b.start()
+    a.wait_status("vm1", 60, link="SYNCED", health="ok", error=None)
+    e2e.check_bytes(vol, REGION, REGION, 0x71, "what was written while paused")
+    e2e.check_bytes(vol, 4 * MIB, BLOCK, 0x11, "a write that failed has written nothing")
     whole_again(a, b, vol)
 
 

@@ -1,9 +1,9 @@
 /* A preloaded library that makes file operations of a program fail: bad disks for the e2e tests.
  *
  * $REPFS_BADIO names a file of rules, looked at before each operation, one rule a line: OPS CODE PATTERN. OPS are
- * letters: w (write), s (sync of a file or folder), o (making or opening a file for writing); CODE is an errno; PATTERN
- * is an fnmatch pattern of the whole path. An absent or empty file: nothing fails. A failed write has written nothing,
- * a failed sync has synced nothing. */
+ * letters: r (read), w (write), s (sync of a file or folder), o (making or opening a file for writing); CODE is an
+ * errno; PATTERN is an fnmatch pattern of the whole path. An absent or empty file: nothing fails. A failed write has
+ * written nothing, a failed sync has synced nothing. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -54,6 +54,11 @@ static bool fd_fails(char op, int fd)
 }
 
 #define REAL(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
+
+ssize_t pread64(int fd, void *buf, size_t n, off64_t off)
+{
+	return fd_fails('r', fd) ? -1 : REAL(pread64)(fd, buf, n, off);
+}
 
 ssize_t pwrite64(int fd, const void *buf, size_t n, off64_t off)
 {

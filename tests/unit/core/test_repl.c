@@ -3547,6 +3547,128 @@ Test(repl, a_lost_peer_of_a_detached_disk_is_an_error)
 	host_free(h);
 }
 
+static void fail_read(struct host *h, char name, uint64_t off)
+{
+	const char text[] = {name, 0};
+	guest(h, name, REPL_READ, off, 4096);
+	fin_full(h, text, -ERR_IO, false, 0, false);
+}
+
+/* The disk is not detached before the pair is in sync: what the peer lacks could only be read here. But of what it has
+ * already, a read that fails here is the peer's to answer. */
+Test(repl, a_read_that_fails_in_a_resync_is_answered_by_the_peer_where_it_has_the_range)
+{
+	struct host *h = primary(PROTOCOL_F);
+	write_alone(h, 0);
+	guest(h, 'b', REPL_WRITE, 131072, 4096);
+	fin(h, "b");
+	forget(h);
+	connect(h, &peer_meta);
+	EXPECT(h, "send:RESYNC_BEGIN#1");
+	frame(h, WIRE_RESYNC_READY, 1, 2, 0, NULL, 0);
+	EXPECT(h, "do:scan/own");
+	fail_read(h, 'r', 65536);
+	EXPECT(h, "do:r/disk send:READ_REQ#1"); /* behind RESYNC_BEGIN and all that was forwarded */
+	fail_read(h, 's', 131072 - 2048);
+	EXPECT(h, "do:s/disk done:s=ERR_IO"); /* half of it is still to be sent */
+	read_reply(h, 1, 65536, 4096, 0);
+	EXPECT(h, "done:r");
+	struct repl_status st;
+	repl_status(h->r, h->now, &st);
+	cr_assert(st.error.code == ERR_IO && st.error.off == 65536 && st.error.len == 4096);
+	cr_assert_str_eq(st.error.operation, "read");
+	cr_assert_eq(repl_detached(h->r), 0);
+	fin_full(h, "scan", 0, false, 65536, false);
+	fin(h, "read");
+	EXPECT(h, "do:read/own do:scan/own send:RESYNC_WRITE#2");
+	fail_read(h, 't', 0);
+	EXPECT(h, "do:t/disk send:READ_REQ#2"); /* that has been sent now */
+	guest(h, 'u', REPL_READ, 0, 4096);
+	link_down(h);
+	EXPECT(h, "do:u/disk do:t/disk"); /* asked here again: there is nobody else */
+	fin_full(h, "t", -ERR_IO, false, 0, false);
+	fin_full(h, "u", -ERR_IO, false, 0, false);
+	EXPECT(h, "done:t=ERR_IO done:u=ERR_IO");
+	host_free(h);
+}
+
+Test(repl, a_read_that_fails_in_a_resync_is_an_error_where_a_hash_is_not_answered)
+{
+	struct host *h = hashing();
+	fin(h, "rhash");
+	EXPECT(h, "send:HASH#2");
+	fail_read(h, 'r', 65536);
+	EXPECT(h, "do:r/disk done:r=ERR_IO"); /* it counts as sent, but may differ */
+	fail_read(h, 's', 131072);
+	EXPECT(h, "do:s/disk send:READ_REQ#1");
+	host_free(h);
+}
+
+Test(repl, a_read_that_fails_while_behind_is_answered_by_the_peer_where_nothing_is_dirty)
+{
+	struct host *h = warm_primary(PROTOCOL_F);
+	pause_now(h);
+	EXPECT(h, "send:FLUSH#4 do:sync/disk send:BEHIND cmd");
+	fail_read(h, 'r', 0); /* it was sent, and the word that it is durable there is not here */
+	EXPECT(h, "do:r/disk done:r=ERR_IO");
+	fin(h, "sync");
+	ack(h, 4, 4, 4);
+	fail_read(h, 's', 0);
+	EXPECT(h, "do:s/disk send:READ_REQ#1");
+	guest(h, 'a', REPL_WRITE, 0, 4096);
+	saved(h);
+	fin(h, "a");
+	forget(h);
+	fail_read(h, 't', 8192);
+	EXPECT(h, "do:t/disk done:t=ERR_IO");
+	host_free(h);
+}
+
+Test(repl, under_pass_no_read_is_the_peers)
+{
+	struct host *h = warm_primary(PROTOCOL_F);
+	pass(h);
+	fail_read(h, 'r', 65536);
+	EXPECT(h, "do:r/disk done:r=ERR_IO");
+	host_free(h);
+}
+
+/* Not in sync, a write that fails is the guest's error: of its region the peer may lack the rest. */
+Test(repl, a_write_that_fails_before_the_pair_is_in_sync_is_an_error_and_stays_dirty)
+{
+	struct host *h = primary(PROTOCOL_F);
+	write_alone(h, 0);
+	connect(h, &peer_meta);
+	EXPECT(h, "send:RESYNC_BEGIN#1");
+	guest(h, 'b', REPL_WRITE, 65536, 4096);
+	fin_full(h, "b", -ERR_IO, false, 0, false);
+	EXPECT(h, "do:b/disk send:WRITE_FAILED done:b=ERR_IO");
+	cr_assert(dirty(h, 65536));
+	cr_assert_eq(repl_detached(h->r), 0);
+	fail_read(h, 'r', 65536);
+	EXPECT(h, "do:r/disk done:r=ERR_IO"); /* what it holds now is here alone */
+	host_free(h);
+	/* The same while paused, and while there is no peer. */
+	h = warm_primary(PROTOCOL_F);
+	pause_now(h);
+	forget(h);
+	guest(h, 'b', REPL_WRITE, 65536, 4096);
+	saved(h);
+	fin_full(h, "b", -ERR_IO, false, 0, false);
+	EXPECT(h, "save:primary/RUNNING do:b/disk send:WRITE_FAILED done:b=ERR_IO");
+	cr_assert(dirty(h, 65536));
+	link_down(h);
+	forget(h);
+	guest(h, 'c', REPL_WRITE, 131072, 4096);
+	fin_full(h, "c", -ERR_IO, false, 0, false);
+	EXPECT(h, "do:c/disk done:c=ERR_IO");
+	cr_assert(dirty(h, 131072));
+	fail_read(h, 'r', 262144);
+	EXPECT(h, "do:r/disk done:r=ERR_IO");
+	cr_assert_eq(repl_detached(h->r), 0);
+	host_free(h);
+}
+
 /* A write was answered when the peer had applied it. If the peer has lost power since, it is nowhere: no flush may say
  * that it is durable. */
 Test(repl, flushes_say_that_a_lost_peer_had_not_flushed_what_only_it_has)

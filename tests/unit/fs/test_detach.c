@@ -293,11 +293,77 @@ Test(detach, pass_answers_the_error_and_syncs_the_range_again)
 	disks_are(65536 + 4096, 4096, 0x11);
 }
 
+/* Nothing is dirty any more: the clear cycle has been. */
+static void wait_clean(void)
+{
+	for (int i = 0; pair_status_int(&p.a, "vm", "dirty_bytes") != 0; i++) {
+		cr_assert_lt(i, 4000, "regions stay dirty");
+		(void)poll(NULL, 0, 5);
+	}
+}
+
+/* The peer lacks the region at 64 KiB and holds the rest; the disk here can neither be read nor written. */
+static void dead_disk(void)
+{
+	atomic_store(&fa.read, -ERR_IO);
+	atomic_store(&fa.write, -ERR_IO);
+}
+
+static void dead_disk_is_seen(void)
+{
+	OK(pair_is(&p.a, "vm", 0, 65536, 0x11));
+	OK(pair_is(&p.a, "vm", 131072, 131072, 0x11));
+	cr_assert_eq(pair_is(&p.a, "vm", 65536, 65536, 0x22), -ERR_IO);
+	cr_assert_eq(pair_is(&p.a, "vm", 61440, 8192, 0x22), -ERR_IO, "a part of it is not there");
+	cr_assert_eq(pair_write(&p.a, "vm", 2 << 20, 4096, 0x33), -ERR_IO);
+	cr_assert_eq(pair_is(&p.a, "vm", 2 << 20, 4096, 0x33), -ERR_IO, "what it holds now only this disk knows");
+	cr_assert_not(detached());
+}
+
+/* Mended, it is still what the peer is synced from. */
+static void mended_disk_is_the_source(void)
+{
+	mend(&fa);
+	OK(pair_wait_link(&p.a, "vm", "SYNCED"));
+	disks_are(0, 65536, 0x11);
+	disks_are(65536, 65536, 0x22);
+	OK(pair_write(&p.a, "vm", 2 << 20, 4096, 0x33));
+	disks_are(2 << 20, 4096, 0x33);
+	disks_are((2 << 20) + 4096, 65536, 0x11);
+}
+
+Test(detach, in_a_resync_a_failed_read_is_the_peers_where_it_has_the_range)
+{
+	wait_clean();
+	pair_host_stop(&p.b);
+	OK(pair_wait_link(&p.a, "vm", "DOWN"));
+	OK(pair_write(&p.a, "vm", 65536, 65536, 0x22));
+	dead_disk();
+	OK(pair_host_start(&p, &p.b));
+	OK(pair_wait_link(&p.a, "vm", "RESYNC"));
+	dead_disk_is_seen();
+	mended_disk_is_the_source();
+}
+
+Test(detach, while_paused_a_failed_read_is_the_peers_where_it_has_the_range)
+{
+	wait_clean();
+	OK(pair_do(&p.a, "pause", named(), NULL));
+	OK(pair_write(&p.a, "vm", 65536, 65536, 0x22));
+	dead_disk();
+	dead_disk_is_seen();
+	OK(pair_do(&p.a, "resume", named(), NULL));
+	dead_disk_is_seen();
+	mended_disk_is_the_source();
+}
+
 Test(detach, without_a_synced_peer_an_error_is_the_guests)
 {
 	pair_host_stop(&p.b);
 	OK(pair_wait_link(&p.a, "vm", "DOWN"));
 	atomic_store(&fa.write, -ERR_IO);
 	cr_assert_eq(pair_write(&p.a, "vm", 0, 4096, 0x22), -ERR_IO);
+	atomic_store(&fa.read, -ERR_IO);
+	cr_assert_eq(pair_is(&p.a, "vm", 1 << 20, 4096, 0x11), -ERR_IO);
 	cr_assert_not(detached());
 }
