@@ -1,7 +1,9 @@
 /* What a seed does beside sim.c's operations and faults. All of it is drawn from the world's second stream: it begins
  * with the seed too, but a kind that is added here, or left out (--plain), changes nothing of what the first one draws.
  *
- * A seed has about half of the kinds; of those that it has one comes with every so many operations.
+ * A seed has about half of the kinds; of those that it has one comes with every so many operations. Some seeds are
+ * shaky too (net.c cuts most connections early, and storage.c those that something slow was begun in), some cruel
+ * (world_moment: power is lost just as something matters).
  */
 #include <inttypes.h>
 
@@ -107,7 +109,13 @@ static void tune(struct sim *s)
 	s->w->count.settings++;
 }
 
-static void (*const kinds[])(struct sim *s) = {clock_jump, path_errors, no_room, burst, tune};
+/* The guest sleeps, now and then long enough for intent bits to go. */
+static void idle(struct sim *s)
+{
+	world_run(s->w, world_more(s->w, world_more(s->w, 6) ? SEC : 25 * SEC));
+}
+
+static void (*const kinds[])(struct sim *s) = {clock_jump, path_errors, no_room, burst, tune, idle};
 
 #define KINDS (sizeof(kinds) / sizeof(kinds[0]))
 
@@ -119,6 +127,8 @@ void mix_begin(struct sim *s, bool plain)
 	for (unsigned k = 0; k < KINDS; k++)
 		s->mix_kinds |= (unsigned)world_more(w, 2) << k;
 	s->mix_one_in = 8 + world_more(w, 40);
+	w->shaky = world_more(w, 3) == 0;
+	w->cruel = world_more(w, 4) == 0;
 }
 
 void mix_settings(struct sim *s, struct settings *set)

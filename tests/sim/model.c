@@ -403,6 +403,7 @@ void model_end(struct host *h, struct exec *x, int error, bool save_failed)
 	ver *now = now_of(h, x) + x->first;
 	if (x->io && !error)
 		x->io->executed = true;
+	h->own |= !x->active && x->io && !x->io->stream;
 	x->io = NULL;
 	if (error)
 		settle_failed(h, x);
@@ -677,6 +678,16 @@ static void failed_over(struct host *h, const struct repl_meta *old, const struc
 	world_note(w, "host %u: failed over to %" PRIu64 ", received %" PRIu64, h->id, m->target, m->received);
 	if (m->received && !ghost_find(h, m->received))
 		world_fail(w, "host %u: the checkpoint as received, %" PRIu64 ", was not opened", h->id, m->received);
+	/* [FOGEN] that shuts the old primary out. */
+	if (m->lineage.current == old->lineage.current || m->lineage.current == peer_of(h)->seen->lineage.current)
+		world_fail(w, "host %u: a failover begins no generation", h->id);
+	/* [FOFLUSH] what that checkpoint says, and what latest is from now on, is there whatever happens. */
+	for (uint32_t v = 0; v < WORLD_VOLUMES; v++)
+		for (uint32_t u = 0; u < w->units[v]; u++)
+			if (shows(w, h->disk[v].now[u]) != shows(w, h->disk[v].durable[u]))
+				world_fail(w, "host %u: a failover keeps unit %u of volume %u as %s, durable is %s",
+					   h->id, u, v, text_of(w, h->disk[v].now[u]),
+					   text_of(w, h->disk[v].durable[u]));
 	/* [FOKEEP] nothing that was received is thrown away. */
 	if (!m->received && old->n_ckpts && !old->broken)
 		world_fail(w, "host %u: a failover keeps no checkpoint of the disk as received", h->id);
@@ -814,6 +825,16 @@ void model_publish(struct host *h, const struct repl_meta *m, const struct repl_
 	bool is_committed = old->state == STATE_FAILOVER && m->state == STATE_DONE;
 	if (is_committed)
 		committed(h, old);
+	if (failover)
+		h->own = true;
+	bool other = old->role == ROLE_SECONDARY && m->lineage.current != old->lineage.current;
+	if (m->role == ROLE_SECONDARY && ((old->inconsistent && !m->inconsistent) || other)) {
+		/* [LASTLIN] What it had by itself is given up, and so no default target of a failover. */
+		if (h->own && m->last_stream)
+			world_fail(w, "host %u: a failover would go back to checkpoint %" PRIu64 ", which was given up",
+				   h->id, m->last_stream);
+		h->own = false;
+	}
 	if (old->inconsistent && !m->inconsistent && m->role == ROLE_SECONDARY)
 		adopted(h, m);
 	/* [PREKEEP] a consistent target takes a checkpoint before the first write of a resync. */
@@ -829,6 +850,7 @@ void model_publish(struct host *h, const struct repl_meta *m, const struct repl_
 	}
 	repl_meta_copy(h->seen, m);
 	ghosts_keep(h, m);
+	world_moment(h);
 }
 
 /* ---- guests' answers ---- */
@@ -1023,9 +1045,20 @@ static void synced_check(struct host *h)
 void model_after_step(struct host *h)
 {
 	bool synced = repl_forwarding(h->core) && world_link(h->w, h->id) == LINK_SYNCED;
-	if (synced && !h->synced_before)
+	if (synced && !h->synced_before) {
 		synced_check(h);
+		world_moment(h);
+	}
 	h->synced_before = synced;
+	for (uint32_t v = 0; v < WORLD_VOLUMES; v++) { /* regions have become clean: was that right? */
+		uint64_t n = repl_volume_state(h->core, v)->dirty.count;
+		bool fewer = n<h->dirty_before[v], more = n> h->dirty_before[v];
+		h->dirty_before[v] = n;
+		if (fewer)
+			model_check(h->w);
+		if (more)
+			world_moment(h);
+	}
 }
 
 /* ---- crashes ---- */
@@ -1369,6 +1402,16 @@ static bool by_dirty_sets(struct world *w)
 	return d == LINEAGE_EQUAL || d == LINEAGE_PARTIAL;
 }
 
+/* A power cut of either host would change nothing [LOCALDUR]. */
+static bool all_show(const struct world *w, uint32_t vol, uint32_t u)
+{
+	ver v = shows(w, w->h[0].disk[vol].now[u]);
+	for (unsigned i = 0; i < WORLD_HOSTS; i++)
+		if (shows(w, w->h[i].disk[vol].now[u]) != v || shows(w, w->h[i].disk[vol].durable[u]) != v)
+			return false;
+	return true;
+}
+
 void model_check(struct world *w)
 {
 	for (unsigned i = 0; i < WORLD_HOSTS; i++)
@@ -1382,8 +1425,7 @@ void model_check(struct world *w)
 	/* I4 */
 	for (uint32_t v = 0; v < WORLD_VOLUMES; v++)
 		for (uint32_t u = 0; u < w->units[v] && !stale_somewhere(&w->h[0], v); u++) {
-			ver a = w->h[0].disk[v].now[u], b = w->h[1].disk[v].now[u];
-			if (a == b || shows(w, a) == shows(w, b))
+			if (all_show(w, v, u))
 				continue;
 			uint64_t region = ((uint64_t)u * WORLD_UNIT) >> REGION_SHIFT;
 			/* A clear cycle may find the region clean under a write that lay over its cut: that is dirty
@@ -1393,8 +1435,11 @@ void model_check(struct world *w)
 			if (!dirty_on(&w->h[0], v, region) && !dirty_on(&w->h[1], v, region))
 				world_fail(w,
 					   "unit %u of volume %u (region %" PRIu64
-					   ") is %s on host 0, %s on host 1, and dirty on neither",
-					   u, v, region, text_of(w, a), text_of(w, b));
+					   ") is %s (durably %s) on host 0, %s (durably %s) on host 1, and dirty on "
+					   "neither",
+					   u, v, region, text_of(w, w->h[0].disk[v].now[u]),
+					   text_of(w, w->h[0].disk[v].durable[u]), text_of(w, w->h[1].disk[v].now[u]),
+					   text_of(w, w->h[1].disk[v].durable[u]));
 		}
 }
 

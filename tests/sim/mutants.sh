@@ -45,6 +45,7 @@ fi
 
 work=$(mktemp -d "${TMPDIR:-/tmp}/repfs-mutants-XXXXXX")
 trap 'rm -rf "$work"' EXIT
+cp -r "$dir" "$work/mutants" && dir=$work/mutants # the tree may change meanwhile
 export CCACHE_NOHASHDIR=1
 launcher=()
 command -v ccache >/dev/null && launcher=(-DCMAKE_C_COMPILER_LAUNCHER=ccache)

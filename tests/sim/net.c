@@ -2,7 +2,8 @@
  * as net/link.c does with sockets.
  *
  * A connection can end by either side's closing, or be cut: what is under way is delivered or lost, and each side hears
- * of it in its own time, perhaps never. An old one may still deliver after a new one has taken its place.
+ * of it in its own time, perhaps never. An old one may still deliver after a new one has taken its place: its receiver
+ * may be held up with a frame in hand, the last one that it hands over when it goes on (`held`).
  */
 #include <inttypes.h>
 #include <stdio.h>
@@ -47,9 +48,12 @@ static void on_down(struct world *w, void *arg, uint64_t n)
 {
 	struct end *e = arg;
 	int code = -(int)n;
-	(void)w;
 	if (!alive(e))
 		return;
+	if (e->held) { /* the receiver tells, when it has handed over what it has */
+		world_at(w, 100 * US, on_down, e, n);
+		return;
+	}
 	e->gone = true;
 	if (e->h->conn == e)
 		e->h->conn = NULL;
@@ -61,12 +65,12 @@ static void on_down(struct world *w, void *arg, uint64_t n)
 						     .text = "the connection ended"});
 }
 
+/* Until then what has arrived is taken, unless it is closed from this side. */
 static void plan_down(struct end *e, int code, uint64_t ns)
 {
 	if (e->down_planned)
 		return;
 	e->down_planned = true;
-	e->closing = true;
 	world_at(e->c->w, ns, on_down, e, (uint64_t)-code);
 }
 
@@ -452,17 +456,51 @@ static size_t take_frame(struct end *e)
 	return len;
 }
 
+/* The receiver does not run for a while, with the next frame in hand. */
+static void hold(struct end *e)
+{
+	struct world *w = e->c->w;
+	uint64_t most = e->slow ? 300 * MS : 4 * MS;
+	e->slow = false;
+	e->held = e->rx.len;
+	parse_plan(e, 1 + world_more(w, most));
+}
+
+/* It goes on; true: its connection was closed meanwhile, and that was the last frame. */
+static bool hand_over(struct end *e)
+{
+	size_t held = e->held;
+	if (!e->closing) {
+		e->held = 0;
+		return false;
+	}
+	e->rx.len = held;
+	if (alive(e)) {
+		world_note(e->c->w, "host %u: a frame of session %" PRIu64 " after its end", e->h->id, e->session);
+		(void)take_frame(e);
+	}
+	e->held = 0;
+	fifo_clear(&e->rx);
+	return true;
+}
+
 static void parse(struct world *w, void *arg, uint64_t n)
 {
 	struct end *e = arg;
 	unsigned taken = 0, most = world_chance(w, 3) ? 1 : 100;
 	(void)n;
 	e->parsing = false;
+	if (e->held && hand_over(e))
+		return;
 	while (alive(e) && !e->closing && taken < most) {
 		/* Backpressure: this thread reads the socket. */
 		e->waiting = e->attached && e->h->stream_bytes >= e->h->stream_max && e->h->conn == e;
 		if (e->waiting)
 			return; /* net_room */
+		if (e->attached && e->rx.len && (e->slow || (w->shaky && world_more(w, 200) == 0))) {
+			hold(e);
+			return;
+		}
 		size_t len = take_frame(e);
 		if (len == 0)
 			break;
@@ -495,6 +533,29 @@ void net_room(struct host *h)
 
 /* ---- dialling ---- */
 
+static void cut(struct conn *c, bool may_be_silent);
+
+/* A network that loses most connections, mostly in its handshake or soon after. */
+static void shaky_cut(struct world *w, void *arg, uint64_t n)
+{
+	struct conn *c = arg;
+	(void)n;
+	if (w->calm || c->cut || !(alive(&c->end[0]) || alive(&c->end[1])))
+		return;
+	world_note(w, "net: cut of a shaky connection");
+	w->count.cuts++;
+	cut(c, true);
+}
+
+static void shaky(struct conn *c)
+{
+	struct world *w = c->w;
+	if (!w->shaky || w->calm || world_more(w, 6) == 0)
+		return;
+	static const uint64_t by[] = {10, 40, 200, 1000};
+	world_at(w, w->net_ns + world_more(w, by[world_more(w, 4)] * w->net_ns), shaky_cut, c, 0);
+}
+
 static void dial_failed(struct world *w, void *arg, uint64_t life)
 {
 	struct host *h = arg;
@@ -509,8 +570,10 @@ static void handshake_over(struct world *w, void *arg, uint64_t n)
 	struct end *e = arg;
 	(void)w;
 	(void)n;
-	if (alive(e) && !e->attached)
+	if (alive(e) && !e->attached) {
+		e->closing = true;
 		plan_down(e, -ERR_PEER, 0);
+	}
 }
 
 static void dial_done(struct world *w, void *arg, uint64_t life)
@@ -538,6 +601,7 @@ static void dial_done(struct world *w, void *arg, uint64_t life)
 		world_at(w, HANDSHAKE_NS, handshake_over, e, 0);
 	}
 	send_hello(&c->end[0]);
+	shaky(c);
 }
 
 void net_dial(struct host *h, const char *addr)
@@ -570,6 +634,7 @@ static void cut(struct conn *c, bool may_be_silent)
 		struct end *e = &c->end[i];
 		if (world_chance(w, 2))
 			lose(e);
+		e->slow = w->shaky && world_more(w, 2) == 0;
 		fifo_clear(&e->out);
 		if (!alive(e))
 			continue;

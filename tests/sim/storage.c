@@ -24,8 +24,15 @@ static void stop(struct host *h)
 		return;
 	if (h->stalled_until > w->now)
 		co_pause(h, h->stalled_until - w->now);
-	else if (w->stop_one_in && world_chance(w, w->stop_one_in))
-		co_pause(h, world_delay(w, w->disk_ns));
+	else if (w->stop_one_in && world_chance(w, w->stop_one_in)) {
+		uint64_t ns = world_delay(w, w->disk_ns);
+		/* Work of a session that ends while it is carried out, and goes on in the next one. */
+		if (w->shaky && !w->calm && ns > 2 * MS && world_more(w, 4) == 0) {
+			world_cut(w);
+			ns += world_more(w, 200 * MS);
+		}
+		co_pause(h, ns);
+	}
 }
 
 #define IN(d) (((struct sdisk *)(void *)(d))->in)

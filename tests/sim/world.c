@@ -366,6 +366,16 @@ void world_crash_at(struct world *w, unsigned host, enum world_crash how, uint64
 	simstore_stop_at(h->ss, nth, (enum simstore_stop)world_below(w, 3));
 }
 
+void world_moment(struct host *h)
+{
+	struct world *w = h->w;
+	if (!w->cruel || w->calm || world_more(w, 24) != 0)
+		return;
+	unsigned id = world_more(w, 4) ? h->id : !h->id;
+	if (w->h[id].up && !w->h[id].crash_point)
+		world_crash_at(w, id, WORLD_POWER, 1 + world_more(w, 6));
+}
+
 void world_shutdown(struct world *w, unsigned host)
 {
 	struct host *h = &w->h[host];

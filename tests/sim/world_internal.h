@@ -114,6 +114,8 @@ struct end { /* of a connection */
 	uint64_t life; /* of the host when it was made */
 	bool gone;     /* down has been reported, or the host died */
 	bool down_planned, closing, closed_by_core, attached, hello_sent, hello_got, waiting, fin;
+	bool slow;   /* its receiver is held up at the next frame */
+	size_t held; /* with the first frame of so much of rx in hand; 0: it is not */
 	uint8_t peer_store[16];
 	bool pumping, parsing;
 	uint64_t session, seed, nonce;
@@ -210,6 +212,7 @@ struct host {
 	uint8_t *failed[WORLD_VOLUMES]; /* local writes of this session that failed: such a unit is anybody's guess */
 	ver *adopt[WORLD_VOLUMES];	/* source: `str` when it sent RESYNC_DONE */
 	bool wrote_alone;
+	bool own;	    /* its disk was written by its own guest, or by a failover, since it last followed */
 	uint64_t peer_life; /* when the session began */
 	uint64_t emptied_ns;
 	uint64_t numbers_max; /* highest checkpoint ever opened here */
@@ -219,6 +222,7 @@ struct host {
 	bool meta_seen;
 	struct repl_meta *seen; /* the record as last published */
 	bool synced_before;
+	uint64_t dirty_before[WORLD_VOLUMES]; /* regions */
 };
 
 struct world {
@@ -233,6 +237,8 @@ struct world {
 	bool calm;
 	uint64_t partition_until;
 	bool flip;
+	bool cruel; /* power is lost at the moments that matter */
+	bool shaky; /* most connections are cut, many of them early, and receivers are held up */
 	/* the seed's temper */
 	unsigned stop_one_in; /* of storage calls that stop; 0: none */
 	uint64_t disk_ns, net_ns;
@@ -253,6 +259,8 @@ void world_at(struct world *w, uint64_t ns, void (*fn)(struct world *w, void *ar
 uint64_t world_delay(struct world *w, uint64_t mean_ns); /* mostly short, sometimes long */
 void host_spawn(struct host *h, void (*fn)(void *arg), void *arg, uint64_t delay_ns);
 void co_pause(struct host *h, uint64_t ns); /* from one of h's coroutines */
+/* Something begins or has ended on h that a crash just then must not undo, or half do. */
+void world_moment(struct host *h);
 void host_die(struct host *h, enum world_crash how);
 void host_shutdown_end(struct host *h);
 void world_quiet(struct host *h, bool on); /* no faults while the model looks */
