@@ -5,12 +5,11 @@ slowed, hosts are killed, checkpoints are taken, settings change, hosts fail ove
 
   long_70_soak.py [--seconds N] [--seed S]      default: 3600 s
 
-The group has two volumes. fio writes `data`, all of it again and again, and reads back what it wrote. A logged writer writes
-`root`. Each round is one of
+The group has two volumes: fio writes `data` and reads back what it wrote, a logged writer writes `root`. Each round is one of
 
   faults     faults of the link, kill -9 and restarts of the secondary, checkpoints, settings; the guest must not notice:
              no error, fio's verification clean; at the end both disks are equal and the last checkpoint holds all of it
-  primary    kill -9 of the primary under the writer, once or twice; all that had been answered is there
+  primary    kill -9 of the primary under fio and the writer, once or twice; all that had been answered to either is there
   failover   the primary's host is lost; the other fails over, to its last checkpoint or to the latest; what has to be there
              is there; the old primary comes back, and follows by `failback`, or by `resolve` where it wrote alone; what it
              had stays readable as a checkpoint. The hosts have then changed places
@@ -35,19 +34,51 @@ PATIENCE = 90
 
 
 class Fio:
-    """fio over the whole of a volume, pass after pass, each read back and verified."""
+    """fio over a volume, with verification.
 
-    def __init__(self, path, passes, seed):
-        self.proc = subprocess.Popen(
-            ["fio", "--name=soak", "--filename=" + path, "--size=%d" % SIZE, "--rw=randwrite", "--bsrange=512-32k",
-             "--ioengine=libaio", "--iodepth=8", "--direct=1", "--loops=%d" % passes, "--rate_iops=2500", "--fsync=64",
-             "--verify=crc32c", "--verify_fatal=1", "--do_verify=1", "--randseed=%d" % seed, "--output-format=terse"],
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=e2e.tmp("fio"))
+    end(): all of it, pass after pass, and fio reads each back.
+    With dies=True, for a host that is killed: one pass, by jobs each of which saves how far it came when it meets the error.
+    interrupted() waits for that; verify() has fio read all that had been answered to it. What fio saves says only how many
+    requests it had made, so a job makes one at a time."""
+
+    JOBS = 4
+
+    def __init__(self, path, seed, passes=1, dies=False):
+        self.path, self.dir, self.begun = path, e2e.tmp(), os.stat(path).st_mtime_ns
+        size = SIZE // (self.JOBS if dies else 1)
+        self.job = ["fio", "--name=soak", "--filename=" + path, "--size=%d" % size, "--rw=randwrite", "--bsrange=512-32k",
+                    "--ioengine=libaio", "--direct=1", "--fsync=64", "--verify=crc32c", "--verify_fatal=1",
+                    "--randseed=%d" % seed, "--aux-path=" + self.dir, "--output-format=terse", "--group_reporting"]
+        if dies:
+            self.job += ["--iodepth=1", "--numjobs=%d" % self.JOBS, "--offset_increment=%d" % size, "--rate_iops=150"]
+            self.start("--do_verify=0", "--verify_state_save=1")
+        else:
+            self.job += ["--iodepth=8", "--loops=%d" % passes, "--rate_iops=2500", "--do_verify=1"]
+            self.start()
         e2e.track(self)
 
-    def end(self):
-        out, _ = self.proc.communicate(timeout=1200)
+    def start(self, *options):
+        self.proc = subprocess.Popen(self.job + list(options), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                     stderr=subprocess.STDOUT, text=True, cwd=self.dir)
+
+    def wait_writes(self):
+        wait_for(lambda: os.stat(self.path).st_mtime_ns != self.begun, "fio's first write", PATIENCE)
+
+    def end(self, timeout=1200):
+        out, _ = self.proc.communicate(timeout=timeout)
         check_eq(self.proc.returncode, 0, "fio with verification; it said\n%s\nexit code" % out[-2000:])
+        return out
+
+    def interrupted(self):
+        out, _ = self.proc.communicate(timeout=PATIENCE)
+        for i in range(self.JOBS):
+            check(os.path.exists("%s/local-soak-%d-verify.state" % (self.dir, i)), "fio saved no state; it said\n" + out)
+
+    def verify(self):
+        self.start("--verify_only", "--verify_state_load=1", "--do_verify=1")
+        read = int(self.end(PATIENCE).strip().splitlines()[-1].split(";")[5])
+        check(read > 0, "fio verified nothing")
+        return read
 
     def close(self):
         if self.proc.poll() is None:
@@ -63,7 +94,7 @@ class Soak:
         self.p, self.s = self.pair.a, self.pair.b  # primary, secondary
         # The loser of a resolve goes on dialling: either may be the way that the connection takes.
         self.proxies = {self.pair.b.name: self.pair.proxy, self.pair.a.name: Proxy(("127.0.0.1", self.pair.a.port))}
-        self.count = {}
+        self.count, self.verified = {}, 0
         self.kept = []  # checkpoints pinned by settle
         self.new_log()
 
@@ -142,7 +173,7 @@ class Soak:
             self.p.repctl("resume", "vm1")
 
     def faults(self):
-        fio = Fio(self.p.volume("data"), self.rng.randrange(2, 8), self.rng.randrange(1 << 30))
+        fio = Fio(self.p.volume("data"), self.rng.randrange(1 << 30), passes=self.rng.randrange(2, 8))
         writer = self.writer()
         while fio.proc.poll() is None:
             self.fault()
@@ -156,12 +187,15 @@ class Soak:
     # ---- the primary dies and comes back
 
     def primary(self):
+        fio = Fio(self.p.volume("data"), self.rng.randrange(1 << 30), dies=True)
         writer = self.writer()
         writer.wait_ops(50)
-        time.sleep(self.rng.uniform(0, 1))
+        fio.wait_writes()
+        time.sleep(self.rng.uniform(0, 2))
         self.p.kill9()
         writer.stop(errors_ok=True)
         now = time.monotonic_ns()
+        fio.interrupted()
         self.p.start()
         if self.rng.random() < 0.3:
             time.sleep(self.rng.uniform(0, 0.3))
@@ -169,6 +203,7 @@ class Soak:
             self.p.start()
         self.log.verify({"root": self.p.volume("root")}, required=self.log.completed_before(now),
                         what="the primary after kill -9")
+        self.verified += fio.verify()
         self.settle()
 
     # ---- the primary's host is lost
@@ -258,7 +293,8 @@ def main():
                     print("  %d rounds, %d s left" % (rounds, end - said), flush=True)
         except e2e.TestError as e:
             raise e2e.TestError("round %d, --seed %d: %s" % (rounds + 1, seed, e)) from e
-        print("  %d rounds: %s" % (rounds, ", ".join("%d %s" % (n, w) for w, n in sorted(s.count.items()))), flush=True)
+        print("  %d rounds: %s; fio found %d MiB again after kills of the primary"
+              % (rounds, ", ".join("%d %s" % (n, w) for w, n in sorted(s.count.items())), s.verified >> 10), flush=True)
 
     soak.limit = seconds + 1800
     sys.argv = sys.argv[:1]
