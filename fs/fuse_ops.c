@@ -762,12 +762,14 @@ static void op_read(fuse_req_t req, fuse_ino_t ino, size_t size, off_t off, stru
 		(void)fuse_reply_buf(req, NULL, 0);
 		return;
 	}
-	if (file->text) {
-		(void)fuse_reply_buf(req, file->text + at, (size_t)len);
-		return;
-	}
+	/* The answer comes from this thread's own buffer: who has it may close the file, which another thread then
+	 * frees, before this one is back from giving it. */
 	void *buf = read_buffer(f);
-	int r = buf ? gvol_read(file->v, file->h, gvol_file_of(file->kind), file->ckpt, at, len, buf) : -ERR_NOMEM;
+	int r = buf ? 0 : -ERR_NOMEM;
+	if (buf && file->text)
+		memcpy(buf, file->text + at, (size_t)len);
+	else if (buf)
+		r = gvol_read(file->v, file->h, gvol_file_of(file->kind), file->ckpt, at, len, buf);
 	if (r < 0)
 		(void)fuse_reply_err(req, errno_io(r));
 	else
