@@ -1,7 +1,7 @@
 /* Coroutines, and the locks that know of them (co.h).
  *
- * A coroutine's first turn enters its stack by setcontext; all later switches are _setjmp and _longjmp, which, unlike
- * swapcontext, save no signal mask and so make no system call: the simulator switches a million times a second.
+ * A stack is entered by setcontext once; all later switches are _setjmp and _longjmp, which, unlike swapcontext, save no
+ * signal mask and so make no system call: the simulator switches a million times a second.
  */
 #include "tests/sim/co.h"
 
@@ -64,14 +64,25 @@ static void switch_end(void *kept, struct stack *ret_from)
 #endif
 }
 
+static void leave(struct co *c)
+{
+	if (_setjmp(c->at) == 0) {
+		switch_begin(&c->kept, main_stack.bottom, main_stack.size);
+		_longjmp(scheduler, 1);
+	}
+	switch_end(c->kept, &main_stack);
+}
+
+/* One after the other on the same stack: setcontext makes system calls. */
 static void co_main(void)
 {
 	struct co *c = current;
 	switch_end(NULL, &main_stack);
-	c->fn(c->arg);
-	c->ended = true;
-	switch_begin(NULL, main_stack.bottom, main_stack.size);
-	_longjmp(scheduler, 1);
+	for (;;) {
+		c->fn(c->arg);
+		c->ended = true;
+		leave(c);
+	}
 }
 
 static struct co *co_alloc(void)
@@ -106,7 +117,7 @@ struct co *co_new(void (*fn)(void *arg), void *arg, void *owner)
 	c->fn = fn;
 	c->arg = arg;
 	c->owner = owner;
-	c->begun = c->ended = false;
+	c->ended = false;
 	return c;
 }
 
@@ -137,11 +148,7 @@ void co_yield (void)
 	struct co *c = current;
 	PRE(c != NULL);
 	unsigned watching = simalloc_watch_swap(0);
-	if (_setjmp(c->at) == 0) {
-		switch_begin(&c->kept, main_stack.bottom, main_stack.size);
-		_longjmp(scheduler, 1);
-	}
-	switch_end(c->kept, &main_stack);
+	leave(c);
 	(void)simalloc_watch_swap(watching);
 }
 
