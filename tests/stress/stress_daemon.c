@@ -5,9 +5,10 @@
  *   guest       writes the end of v1 on the secondary's view (its active overlay) and reads it back
  *   readers     read the secondary's view: a sector is one write's, whole, or zeroes
  *   controller  stops the writers for a moment, takes a checkpoint, lets them go on and compares the whole view with
- *               what was there at that moment; restarts either host; changes the protocol
- *   churn       creates, writes, exports and deletes other volumes, protects a few
- *   managers    send verbs, odd ones too, over the control sockets, also while a host goes down
+ *               what was there at that moment; restarts either host; changes the protocol; pauses; drops checkpoints;
+ * makes the primary's disk fail, so that its I/O goes through the peer, and has it rebuilt churn       creates, writes,
+ * exports and deletes other volumes, protects a few managers    send verbs, odd ones too, over the control sockets,
+ * also while a host goes down
  *
  * In the end the primary is lost, and the secondary fails over: group g to its checkpoint with the guest's own writes,
  * group h to the latest. A difference or an error that nothing explains ends it with exit code 1. Arguments: seconds
@@ -54,12 +55,13 @@ static struct vol vols[] = {
 #define VOLS (sizeof(vols) / sizeof(vols[0]))
 
 static struct pair p;
+static struct faults disk_faults = {.match = "v0/disk.raw"}; /* the primary's */
 static pthread_rwlock_t a_up, b_up; /* shared: a call on that host; exclusive: it stops and starts */
 static pthread_rwlock_t pause_lock; /* shared: one operation of a writer; exclusive: the writers stand still */
 static pthread_mutex_t guest_lock;  /* the guest's model, and that no checkpoint comes in between */
 static uint64_t guest_model[GUEST_LEN / SECTOR];
 static atomic_bool end, failed;
-static atomic_ulong marks, writes, flushes, checkpoints, restarts, compares, verbs, churned, guest_writes;
+static atomic_ulong marks, writes, flushes, checkpoints, restarts, compares, verbs, churned, guest_writes, detaches;
 
 static _Thread_local struct err last;
 
@@ -460,10 +462,59 @@ static int synced(const char *group)
 	return err;
 }
 
+static bool detached(const char *volume)
+{
+	json_t *status = daemon_status(p.a.d, "g"), *v;
+	json_t *group = json_array_get(json_object_get(status, "groups"), 0);
+	bool is = false;
+	size_t i;
+	json_array_foreach(json_object_get(group, "volumes"), i,
+			   v) if (strcmp(json_string_value(json_object_get(v, "name")), volume) == 0) is =
+	    json_is_true(json_object_get(v, "detached"));
+	json_decref(status);
+	return is;
+}
+
+/* The primary's disk fails: its writers go on through the peer, and have it back after a while. */
+static void disk_fails(struct worker *w)
+{
+	if (synced("g"))
+		return;
+	uint64_t until = clock_mono_ns() + 30 * NS_PER_SEC;
+	atomic_store(rnd(w, 2) ? &disk_faults.write : &disk_faults.read, -ERR_IO);
+	while (!detached("v0") && clock_mono_ns() < until && !atomic_load(&end))
+		(void)usleep(5000);
+	if (!detached("v0") && !atomic_load(&end))
+		fail("nobody has met the failed disk", "v0", 0, 0);
+	(void)usleep((useconds_t)rnd(w, 100000));
+	atomic_store(&disk_faults.write, 0);
+	atomic_store(&disk_faults.read, 0);
+	int err;
+	/* Busy: what the daemon says is detached may still be on its way into the record. */
+	while ((err = act(&p.a, "resync", json_pack("{s:s, s:b, s:i}", "name", "g", "wait", 1, "timeout_ms", 30000))) ==
+		   -ERR_BUSY &&
+	       clock_mono_ns() < until)
+		(void)usleep(5000);
+	if (err || detached("v0"))
+		fail("the disk does not come back", "v0", 0, err);
+	atomic_fetch_add(&detaches, 1);
+}
+
+static void drop_one(struct worker *w)
+{
+	uint64_t numbers[16], latest;
+	struct gvol *gv = gvol_find(p.b.d, "v0");
+	uint64_t n = gv ? min_u64(gvol_ckpts(gv, numbers, ARRAY_LEN(numbers), &latest), ARRAY_LEN(numbers)) : 0;
+	gvol_unref(gv);
+	if (n)
+		(void)act(&p.b, "checkpoints",
+			  json_pack("{s:s, s:I}", "name", "g", "drop", (json_int_t)numbers[rnd(w, n)]));
+}
+
 static void control_once(struct worker *w)
 {
 	static const char *const protocols[] = {"A", "B", "C", "F"};
-	uint64_t what = rnd(w, 20);
+	uint64_t what = rnd(w, 23);
 	if (what == 0)
 		restart(&p.b, &b_up, rnd(w, 2));
 	else if (what == 1)
@@ -477,13 +528,21 @@ static void control_once(struct worker *w)
 			if (!view_is(&p.b, &vols[i], vols[i].at_ckpt, "the view after a checkpoint"))
 				return;
 		atomic_fetch_add(&compares, 1);
+	} else if (what == 10) {
+		(void)act(&p.a, "pause", json_pack("{s:s}", "name", "g"));
+		(void)usleep((useconds_t)rnd(w, 50000));
+		(void)act(&p.a, "resume", json_pack("{s:s}", "name", "g"));
+	} else if (what == 11) {
+		disk_fails(w);
+	} else if (what < 14) {
+		drop_one(w);
 	} else
 		(void)usleep(20000);
 }
 
 static int set_up(void)
 {
-	int err = pair_open(&p);
+	int err = pair_open_with(&p, &disk_faults, NULL);
 	for (size_t i = 0; !err && i < VOLS; i++) {
 		vols[i].model = calloc(vols[i].size / SECTOR, sizeof(uint64_t));
 		vols[i].at_ckpt = calloc(vols[i].size / SECTOR, sizeof(uint64_t));
@@ -596,10 +655,10 @@ int main(int argc, char **argv)
 		free(vols[i].at_ckpt);
 	}
 	(void)printf(
-	    "%lu writes, %lu flushes, %lu checkpoints, %lu compared, %lu restarts, %lu guest writes, %lu verbs, "
-	    "%lu created and deleted: %s\n",
+	    "%lu writes, %lu flushes, %lu checkpoints, %lu compared, %lu restarts, %lu detached, %lu guest writes, "
+	    "%lu verbs, %lu created and deleted: %s\n",
 	    atomic_load(&writes), atomic_load(&flushes), atomic_load(&checkpoints), atomic_load(&compares),
-	    atomic_load(&restarts), atomic_load(&guest_writes), atomic_load(&verbs), atomic_load(&churned),
-	    atomic_load(&failed) ? "FAILED" : "ok");
+	    atomic_load(&restarts), atomic_load(&detaches), atomic_load(&guest_writes), atomic_load(&verbs),
+	    atomic_load(&churned), atomic_load(&failed) ? "FAILED" : "ok");
 	return atomic_load(&failed) ? 1 : 0;
 }
