@@ -77,6 +77,7 @@ class Rig:
         self.writer = e2e.Writer(self.log, {v: self.pair.a.volume(v) for v in VOLUMES}, threads=4, seed=rng.randrange(1 << 30),
                                  fsync_every=rng.choice((5, 25, 100)))
         self.ckpt = None
+        self.kept = None  # the checkpoint that settle has pinned
 
     def load(self):
         self.writer.start()
@@ -96,13 +97,16 @@ class Rig:
         p.a.wait_synced("vm1", 40)
         p.b.wait_synced("vm1", 20)
         self.writer.pause()
-        n = p.checkpoint()
+        n = int(p.a.repctl("checkpoint", "vm1", "--keep").out)  # retention would drop it under a slow reader
         now = time.monotonic_ns()
         p.same(*VOLUMES)
         self.log.verify({v: p.b.checkpoint_file(v, n) for v in VOLUMES}, required=self.log.completed_before(now),
                         what="checkpoint %d" % n)
         for v in VOLUMES:
             e2e.check_same(p.a.volume(v), p.b.volume(v), "primary and view of " + v)
+        if self.kept:
+            p.b.repctl("-y", "checkpoints", "vm1", "--drop", self.kept, code=(0, 5))
+        self.kept = n
         self.writer.resume()
 
 
