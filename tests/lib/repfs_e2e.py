@@ -640,6 +640,8 @@ class _Pipe:
         self.bytes = 0
         self.eof = False
         self.cond = threading.Condition()
+
+    def start(self):
         for fn in (self._read, self._write):
             threading.Thread(target=fn, daemon=True).start()
 
@@ -652,7 +654,7 @@ class _Pipe:
                         self.eof = True
                         self.cond.notify_all()
                         return
-                    while self.bytes > self.LIMIT and not self.conn.dead:
+                    while (self.bytes > self.LIMIT or self.conn.proxy.stalled.is_set()) and not self.conn.dead:
                         self.cond.wait(0.1)
                     self.queue.append((time.monotonic(), data))
                     self.bytes += len(data)
@@ -717,7 +719,7 @@ class Proxy:
 
     cut(): resets what is connected; new connections are taken. down(): the same, and new ones are refused until up().
     lose(): the host on the far side is gone: nothing undelivered arrives any more, connections are reset, new ones refused.
-    stall()/unstall(): nothing is forwarded in either direction, nothing is closed. delay: seconds, each way.
+    stall()/unstall(): nothing is taken or forwarded in either direction, nothing is closed. delay: seconds, each way.
     mangle: None or a function (from_client, bytes) -> bytes.
     """
 
@@ -766,6 +768,8 @@ class Proxy:
                     conn.reset()
                     return
                 self.conns = [c for c in self.conns if not c.dead] + [conn]
+            for pipe in conn.pipes:  # not before a cut() finds it: what has been forwarded was connected
+                pipe.start()
 
     def cut(self):
         with self.lock:
