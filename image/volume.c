@@ -492,7 +492,7 @@ int volume_reopen(struct volume *v, struct err *e)
 	int rc;
 
 	volume_path(v->name, DISK_FILE, path);
-	rc = storage_open(v->storage, path, 0, &fresh);
+	rc = storage_open(v->storage, path, STORAGE_FRESH, &fresh);
 	if (rc < 0)
 		return err_set(e, -rc, "reopen volume %s: opening %s: %s", v->name, path, err_short(rc));
 	rc = disk_get_size(fresh, &size);

@@ -86,8 +86,8 @@ int volume_write_active(struct volume *v, uint64_t base, struct volume_req *req)
 
 /* Disk (and in `power`, nothing else is pending by then) durable: a real fdatasync in either durability. */
 int volume_sync(struct volume *v);
-/* Opens the disk anew and lets go of the old descriptor, with what a failed sync left on it (I10): what it holds is
- * unknown to the caller from then on. -ERR_x: the old one stays. */
+/* Opens the disk anew and lets go of the old descriptor, with what a failed sync left on it (I10) and in the
+ * cache: what the disk holds is unknown to the caller from then on. -ERR_x: the old one stays. */
 int volume_reopen(struct volume *v, struct err *e);
 /* Active overlay durable: data, then map. */
 int volume_sync_active(struct volume *v);
