@@ -354,6 +354,8 @@ static bool tx_prepare(struct repl *r, struct tx *t, struct repl_meta *m)
 		repl_state_move(m, STATE_DONE);
 		return true;
 	case TX_SETTINGS:
+		if (t->command && m->role == ROLE_SECONDARY) /* it follows meanwhile: they are the primary's */
+			return false;
 		m->settings = t->settings;
 		return true;
 	case TX_ROOM:
@@ -450,10 +452,10 @@ static void tx_done(struct repl *r, struct tx *t, int error)
 			primary_settings_changed(r);
 		} else if (t->command)
 			repl_command_done(r, t->command, 0, " ");
-		else if (t->number && t->session == r->session && r->is_target) {
+		else if (t->session == r->session && r->is_target) {
 			if (error) /* the primary waits for an answer, and tells them again with its next JOIN */
 				session_refuse(r, ERR_IO, "the settings could not be saved there");
-			else
+			else if (t->number) /* else those of its JOIN */
 				session_send(r, WIRE_SETTINGS_ACK, t->number, 0, 0, 0, NULL, 0);
 		}
 		break;

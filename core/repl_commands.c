@@ -288,6 +288,11 @@ static void cmd_discard(struct repl *r, struct repl_command *c)
 
 static void cmd_settings(struct repl *r, struct repl_command *c)
 {
+	if (r->meta->role == ROLE_SECONDARY) {
+		repl_command_done(r, c, -ERR_STATE,
+				  "this host is secondary for it; set it on the primary, the peer gets it from there");
+		return;
+	}
 	if (r->setting || repl_tx_pending(r, TX_SETTINGS)) {
 		repl_command_done(r, c, -ERR_BUSY, "another change of settings is under way");
 		return;

@@ -421,12 +421,17 @@ void primary_frame(struct repl *r, const struct repl_event *ev)
 	}
 }
 
-void primary_settings_changed(struct repl *r)
+static void send_settings(struct repl *r)
 {
 	struct wbuf w = {.data = r->scratch, .size = sizeof(r->scratch)};
 	settings_encode(&r->meta->settings, &w);
 	INVARIANT(!w.failed);
 	session_send(r, WIRE_SETTINGS, ++r->setting_token, 0, 0, 0, w.data, (uint32_t)w.len);
+}
+
+void primary_settings_changed(struct repl *r)
+{
+	send_settings(r);
 	scan_acks(r);		    /* a weaker protocol may release what waits */
 	r->rs_allow_ns = r->now_ns; /* at the old rate the next step may be far away */
 }
@@ -643,6 +648,8 @@ void primary_activate(struct repl *r)
 	    r->decision <= LINEAGE_DETACHED && (r->theirs.flags & (WIRE_JOIN_INCONSISTENT | WIRE_JOIN_FRESH)) == 0;
 	r->behind = r->meta->paused && !detach_any(r);
 	r->congested = false;
+	if (memcmp(&r->meta->settings, &r->mine.settings, sizeof(struct settings)) != 0) /* set since its JOIN */
+		send_settings(r);
 	struct repl_io *io;
 	if (r->behind) {
 		r->rs_done_sent = r->cycle_on = false;

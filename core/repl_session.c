@@ -855,6 +855,7 @@ void session_frame(struct repl *r, const struct repl_event *ev)
 			session_protocol_error(r, "SETTINGS do not decode");
 			return;
 		}
+		r->theirs.settings = s; /* what a resync that is about to begin goes by */
 		/* A peer that does not wait for the answer gets one for its last word only. */
 		struct tx *t = repl_tx_queued(r, TX_SETTINGS);
 		if (t == NULL || t->command)

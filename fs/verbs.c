@@ -1101,14 +1101,8 @@ static int do_set(const struct call *c)
 	int err = need_group(c, &g);
 	if (err)
 		return err;
-	mutex_lock(&g->lock);
-	bool secondary = repl_meta(g->core)->role == ROLE_SECONDARY;
-	mutex_unlock(&g->lock);
 	if (!json_is_object(map) || json_object_size(map) == 0)
 		err = err_set(c->e, ERR_USAGE, "give one or more KEY=VALUE; `get` shows the keys");
-	else if (secondary)
-		err = err_set(c->e, ERR_STATE,
-			      "this host is secondary for it; set it on the primary, the peer gets it from there");
 	else
 		err = change_settings(c, g, map);
 	err = prefixed(c, g->name, err);

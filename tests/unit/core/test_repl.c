@@ -2931,18 +2931,88 @@ Test(repl, a_failover_whose_dirty_map_cannot_be_written_changes_nothing)
 	host_free(h);
 }
 
+static void settings_frame(struct host *h, const struct settings *s)
+{
+	uint8_t buf[WIRE_SETTINGS_MAX];
+	struct wbuf w = {.data = buf, .size = sizeof(buf)};
+	settings_encode(s, &w);
+	frame(h, WIRE_SETTINGS, 7, 0, 0, buf, (uint32_t)w.len);
+}
+
 Test(repl, settings_that_the_secondary_cannot_save_are_answered)
 {
 	struct host *h = secondary();
-	uint8_t buf[WIRE_SETTINGS_MAX];
-	struct wbuf w = {.data = buf, .size = sizeof(buf)};
-	settings_encode(&repl_meta(h->r)->settings, &w);
-	frame(h, WIRE_SETTINGS, 7, 0, 0, buf, (uint32_t)w.len);
+	settings_frame(h, &repl_meta(h->r)->settings);
 	EXPECT(h, "save:secondary/RUNNING");
 	save_fails(h, -ERR_NOSPC);
 	EXPECT(h, "save:secondary/RUNNING");
 	saved(h);
 	EXPECT(h, "send:REFUSE close");
+	host_free(h);
+}
+
+/* The record that begins a resync takes the source's settings: its newest, not those of its JOIN. */
+Test(repl, a_resync_that_begins_leaves_newer_settings)
+{
+	struct host *h = secondary();
+	struct settings s = repl_meta(h->r)->settings;
+	s.keep_last = 77;
+	frame(h, WIRE_BEHIND, 0, 0, 0, NULL, 0);
+	stream(h, 'r', WIRE_RESYNC_BEGIN, REPL_RESYNC_BEGIN, 2, 100, 0);
+	settings_frame(h, &s);
+	EXPECT(h, "do:r/ckpt save:secondary/RUNNING");
+	saved(h);
+	fin(h, "r");
+	saved(h);
+	cr_assert_eq(repl_meta(h->r)->inconsistent, true);
+	cr_assert_eq(repl_meta(h->r)->settings.keep_last, 77);
+	host_free(h);
+}
+
+Test(repl, settings_of_the_join_that_cannot_be_saved_end_the_session)
+{
+	static struct repl_meta m;
+	meta_of(&m, ROLE_SECONDARY, STATE_RUNNING);
+	meta_of(&peer_meta, ROLE_PRIMARY, STATE_RUNNING);
+	peer_meta.settings.keep_last = 77;
+	struct host *h = host_new(&m);
+	link_up(h, false);
+	join_frame(h, &peer_meta, 0);
+	EXPECT(h, "send:JOIN send:DIRTY_END save:secondary/RUNNING");
+	save_fails(h, -ERR_IO);
+	saved(h);
+	EXPECT(h, "save:secondary/RUNNING send:REFUSE close");
+	host_free(h);
+}
+
+Test(repl, settings_changed_during_the_handshake_follow_it)
+{
+	static struct repl_meta m;
+	meta_of(&m, ROLE_PRIMARY, STATE_RUNNING);
+	meta_of(&peer_meta, ROLE_SECONDARY, STATE_RUNNING);
+	struct host *h = host_new(&m);
+	struct settings s = m.settings;
+	link_up(h, true);
+	EXPECT(h, "send:JOIN");
+	s.keep_last = 77;
+	set_now(h, s);
+	EXPECT(h, "save:primary/RUNNING cmd");
+	join_frame(h, &peer_meta, 0);
+	frame(h, WIRE_DIRTY_END, 0, 0, 0, NULL, 0);
+	fin(h, "intents");
+	saved(h);
+	EXPECT(h, "do:intents/own save:primary/RUNNING send:SETTINGS#1 send:RESYNC_DONE#1");
+	host_free(h);
+}
+
+Test(repl, settings_are_the_primarys)
+{
+	struct host *h = secondary();
+	struct settings s = repl_meta(h->r)->settings;
+	h->cmd = (struct repl_command){.cmd = CMD_SETTINGS, .settings = s};
+	step(h, (struct repl_event){.type = EV_COMMAND, .command = &h->cmd});
+	EXPECT(h, "cmd=ERR_STATE");
+	cr_assert(strstr(h->cmd.err.text, "set it on the primary"), "%s", h->cmd.err.text);
 	host_free(h);
 }
 
