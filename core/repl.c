@@ -112,6 +112,8 @@ struct repl_io *list_pop(struct repl_list *l)
 
 void repl_emit(struct repl *r, struct repl_action *a)
 {
+	if (a->type == ACT_SEND)
+		r->queue_bytes += WIRE_HEADER_SIZE + a->frame.length_payload;
 	r->emit(r->emit_arg, a);
 }
 
@@ -1138,7 +1140,7 @@ void repl_init(struct repl *r, const struct repl_init_args *a)
 	r->emit = a->emit;
 	r->emit_arg = a->emit_arg;
 	r->random = a->random_seed;
-	r->now_ns = r->received_ns = r->sample_ns = r->marks_ns = a->now_ns;
+	r->now_ns = r->marks_ns = a->now_ns;
 	r->power = a->power;
 	r->ckpt_used = r->meta->ckpt_max;
 	reqset_init(&r->claims);

@@ -222,14 +222,15 @@ void repl_stopped(struct repl *r, struct repl_command *c)
 static void cmd_checkpoint(struct repl *r, struct repl_command *c)
 {
 	const struct repl_meta *m = r->meta;
+	enum link_state link = repl_link(r, r->now_ns);
 	if (m->role == ROLE_STANDALONE || m->state != STATE_RUNNING)
 		repl_command_done(r, c, -ERR_STATE, "it does not run (%s, %s); `protect` or `start` it first",
 				  role_name(m->role), state_name(m->state));
-	else if (r->link == LINK_DOWN || r->link == LINK_HANDSHAKE)
+	else if (link == LINK_DOWN || link == LINK_HANDSHAKE)
 		repl_command_done(r, c, -ERR_PEER, "%s is not connected; a checkpoint needs it in sync",
 				  repl_peer_text(r));
-	else if (r->link != LINK_SYNCED)
-		repl_command_done(r, c, -ERR_STATE, "the link is %s, not SYNCED; %s", link_state_name(r->link),
+	else if (link != LINK_SYNCED)
+		repl_command_done(r, c, -ERR_STATE, "the link is %s, not SYNCED; %s", link_state_name(link),
 				  m->paused ? "it is paused: `resume` it, then `wait --for=in-sync`"
 					    : "`wait --for=in-sync` first");
 	else if (r->stopping)

@@ -171,7 +171,6 @@ bool detach_failed(struct repl *r, uint32_t volume, const struct repl_io *io, in
 	a.frame.volume = r->meta->volumes[volume].id;
 	a.frame.length_payload = a.data_len;
 	r->last_was_flush = false;
-	r->queue_bytes += WIRE_HEADER_SIZE + a.frame.length_payload;
 	repl_emit(r, &a);
 	return true;
 }
@@ -266,7 +265,6 @@ static void send_read(struct repl *r, struct repl_io *io)
 	a.frame.volume = r->meta->volumes[io->volume].id;
 	a.frame.offset = io->off;
 	a.frame.length = io->len;
-	r->queue_bytes += WIRE_HEADER_SIZE;
 	if (r->reads.head == NULL && r->seq == r->applied)
 		r->progress_ns = r->now_ns;
 	repl_emit(r, &a);
@@ -627,7 +625,6 @@ static void attach_synced(struct repl *r, int error)
 		a.frame.seq = r->attach_seq = ++r->seq;
 		a.frame.volume = r->meta->volumes[i].id;
 		r->last_was_flush = false;
-		r->queue_bytes += WIRE_HEADER_SIZE;
 		repl_emit(r, &a);
 	}
 }

@@ -400,7 +400,7 @@ void failover_commit_start(struct repl *r)
 	r->admit = 0;
 	r->commit_vol = 0;
 	r->commit_off = 0;
-	r->commit_total = r->commit_done = 0;
+	r->commit_total = 0;
 	for (uint32_t i = 0; i < r->meta->n_volumes; i++)
 		r->commit_total += r->vol[i].todo.count << REGION_SHIFT;
 	failover_commit_pump(r);
@@ -502,7 +502,6 @@ void failover_commit_end(struct repl *r, struct repl_io *io, int error)
 		commit_failed(r, io, error);
 		return;
 	}
-	r->commit_done += io->len;
 	r->admit = (unsigned)min_u64(r->admit + 1, 2 * COMMITS_MAX);
 	failover_commit_pump(r);
 }

@@ -193,8 +193,8 @@ struct repl {
 	bool cycle_on, cycle_local;
 	bool cycle_io_busy, cycle_again; /* again: the local flush under way began too early for this cycle */
 	uint64_t cycle_seq, cycle_session, cycle_started_ns, cycle_next_ns;
-	/* What the peer is known to have received: all sent up to `sample_seq`, as it was at sample_ns. */
-	uint64_t sample_seq, sample_ns, received_ns;
+	/* What the peer is known to have applied: all sent up to `sample_seq`, as it was at sample_ns. */
+	uint64_t sample_seq, sample_ns, applied_ns;
 	struct repl_io clear_io;
 	bool clear_busy;
 	uint64_t intent_looked_ns;
@@ -278,7 +278,7 @@ struct repl {
 	struct repl_io commit[COMMITS_MAX];
 	bool commit_busy[COMMITS_MAX];
 	uint32_t commit_vol;
-	uint64_t commit_off, commit_total, commit_done;
+	uint64_t commit_off, commit_total;
 	bool committing, commit_stopped;
 	bool presynced;		/* the disks were synced once since the commit began */
 	bool throttled;		/* guests' writes are let in at half the commit's pace, so that it ends */
@@ -464,6 +464,7 @@ void repl_stopped(struct repl *r, struct repl_command *c); /* its stop is durabl
 
 /* repl_status.c */
 const char *repl_peer_text(const struct repl *r);
+enum link_state repl_link(const struct repl *r, uint64_t now_ns);
 
 /* repl_room.c */
 /* True: the io, which failed with `error`, waits for room to be made; it is submitted again, or fails for good. */

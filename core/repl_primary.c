@@ -44,7 +44,6 @@ void primary_send_io(struct repl *r, struct repl_io *io, unsigned type)
 				 : type == WIRE_HASH				 ? resync_hash_payload(io->len)
 										 : 0;
 	r->last_was_flush = false;
-	r->queue_bytes += WIRE_HEADER_SIZE + a.frame.length_payload;
 	repl_emit(r, &a);
 }
 
@@ -53,7 +52,6 @@ static uint64_t send_barrier(struct repl *r)
 {
 	if (!r->last_was_flush) {
 		session_send(r, WIRE_FLUSH, ++r->seq, 0, 0, 0, NULL, 0);
-		r->queue_bytes += WIRE_HEADER_SIZE;
 		r->last_was_flush = true;
 	}
 	return r->seq;
@@ -231,12 +229,12 @@ static void scan_acks(struct repl *r)
 static void cycle_check(struct repl *r);
 static bool cycle_start(struct repl *r);
 
-/* For the RPO: how old the newest moment is of which all that was sent has been received. */
-static void sample_received(struct repl *r)
+/* For the RPO: how old the newest moment is of which all that was sent has been applied. */
+static void sample_applied(struct repl *r)
 {
-	if (r->received < r->sample_seq)
+	if (r->applied < r->sample_seq)
 		return;
-	r->received_ns = r->sample_ns;
+	r->applied_ns = r->sample_ns;
 	r->sample_seq = r->seq;
 	r->sample_ns = r->now_ns;
 }
@@ -259,7 +257,7 @@ static void on_ack(struct repl *r, const struct repl_event *ev)
 	r->flushed = a.flushed;
 	r->progress_ns = r->now_ns;
 	if (r->link == LINK_SYNCED)
-		sample_received(r);
+		sample_applied(r);
 	scan_acks(r);
 	cycle_check(r);
 	detach_acked(r);
@@ -355,7 +353,7 @@ void primary_in_sync(struct repl *r)
 	/* The peer has it all durable: clear as soon as this host has. */
 	r->cycle_next_ns = r->now_ns;
 	(void)cycle_start(r);
-	sample_received(r);
+	sample_applied(r);
 	repl_log(r, 2, "in sync");
 	/* The checkpoint that ends a resync: the secondary's view stands on it. */
 	primary_checkpoint(r, NULL, 0);
@@ -441,7 +439,6 @@ void primary_settings_changed(struct repl *r)
 static void send_checkpoint(struct repl *r, uint64_t number, uint32_t flags)
 {
 	session_send(r, WIRE_CHECKPOINT, ++r->seq, number, r->wall_ns, (uint16_t)flags, NULL, 0);
-	r->queue_bytes += WIRE_HEADER_SIZE;
 	r->last_was_flush = false;
 }
 
@@ -641,7 +638,7 @@ void primary_activate(struct repl *r)
 	r->link = LINK_RESYNC;
 	r->progress_ns = r->now_ns;
 	r->sample_seq = 0;
-	r->sample_ns = r->received_ns;
+	r->sample_ns = r->applied_ns;
 	r->auto_ckpt = 0;
 	r->rs_begin_seq = r->rs_done_seq = r->rs_adopted_seq = 0;
 	r->rs_whole =
@@ -812,7 +809,7 @@ void primary_tick(struct repl *r)
 	if (!outstanding)
 		r->progress_ns = r->now_ns;
 	if (r->link == LINK_SYNCED)
-		sample_received(r);
+		sample_applied(r);
 	else if (!r->behind)
 		resync_sample(r);
 	pause_check(r);

@@ -54,7 +54,6 @@ void resync_begin(struct repl *r)
 		r->rs_whole = false;
 		r->rs_begin_seq = ++r->seq;
 		session_send(r, WIRE_RESYNC_BEGIN, r->seq, r->meta->lineage.current, r->rs_total, 0, NULL, 0);
-		r->queue_bytes += WIRE_HEADER_SIZE;
 		r->last_was_flush = false;
 	}
 	resync_pump(r);

@@ -26,7 +26,7 @@ static void reason(struct repl_status *s, const char *fmt, ...)
 /* What may be said of the link: nothing is known of a peer that has been silent for peer_timeout (the next tick ends
  * the session, unless it was this host that was held up), or whose session this host is closing; and a halted pair only
  * looks whether it is still one. */
-static enum link_state repl_link(const struct repl *r, uint64_t now_ns)
+enum link_state repl_link(const struct repl *r, uint64_t now_ns)
 {
 	bool silent = now_ns - min_u64(now_ns, r->heard_ns) > r->meta->settings.peer_timeout_ms * UINT64_C(1000000);
 	return r->closing || silent || r->meta->split_brain ? LINK_DOWN : r->link;
@@ -48,6 +48,18 @@ static void status_resync(const struct repl *r, uint64_t now_ns, struct repl_sta
 	uint64_t elapsed_ms = (now_ns - min_u64(now_ns, ns)) / UINT64_C(1000000);
 	if (elapsed_ms && s->resync_done > done)
 		s->resync_rate = (s->resync_done - done) * 1000 / elapsed_ms;
+}
+
+/* By what is left: guests' writes bring regions back. */
+static void status_commit(const struct repl *r, struct repl_status *s)
+{
+	uint64_t left = 0;
+	for (uint32_t i = 0; i < r->meta->n_volumes; i++)
+		left += r->vol[i].todo.count << REGION_SHIFT;
+	for (unsigned i = 0; i < COMMITS_MAX; i++)
+		left += r->commit_busy[i] ? units_of(r->commit[i].len, REGION_SHIFT) << REGION_SHIFT : 0;
+	s->commit_total = r->commit_total;
+	s->commit_done = r->commit_total - min_u64(left, r->commit_total);
 }
 
 void repl_status(const struct repl *r, uint64_t now_ns, struct repl_status *s)
@@ -79,16 +91,18 @@ void repl_status(const struct repl *r, uint64_t now_ns, struct repl_status *s)
 		status_resync(r, now_ns, s);
 	}
 	s->commit = m->state == STATE_FAILOVER || m->state == STATE_FAILOVER_FAILED;
-	s->commit_done = r->commit_done;
-	s->commit_total = r->commit_total;
+	if (s->commit)
+		status_commit(r, s);
 	if (m->role == ROLE_PRIMARY) {
 		bool any = false;
 		for (uint32_t i = 0; i < m->n_volumes; i++)
 			any = any || r->vol[i].dirty.count != 0;
-		s->rpo_known = true;
-		/* In sync, what was sent and not received would be lost with this host; else all that is dirty. */
-		bool behind = s->link == LINK_SYNCED ? r->received < r->seq : any;
-		s->rpo_ns = behind ? now_ns - min_u64(now_ns, r->received_ns) : 0;
+		/* In sync, what was sent and not applied may be lost with this host (a peer that has to stop applying
+		 * drops what it has received); else all that is dirty: how old that is, a host that was not in sync
+		 * since its start does not know. */
+		bool behind = s->link == LINK_SYNCED ? r->applied < r->seq : any;
+		s->rpo_known = !behind || r->applied_ns;
+		s->rpo_ns = behind ? now_ns - min_u64(now_ns, r->applied_ns) : 0;
 	}
 	s->checkpoint = m->last_stream;
 	int i = repl_meta_find_ckpt(m, m->last_stream);

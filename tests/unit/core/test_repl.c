@@ -1187,6 +1187,7 @@ Test(repl, a_full_queue_delays_or_falls_behind_until_it_has_drained)
 		tick(h, SEC - 1);
 		EXPECT(h, ""); /* one try a second */
 		tick(h, 1);
+		step(h, (struct repl_event){.type = EV_SENT, .session = h->session, .bytes = 1000}); /* a PING */
 		EXPECT(h, "save:primary/RUNNING");
 		cr_assert(dirty(h, 65536));
 		cr_assert_not(dirty(h, 0), "it arrived: only what was not sent is resynced");
@@ -1226,6 +1227,7 @@ Test(repl, a_queue_that_is_full_again_and_again_is_said_once)
 		step(h, (struct repl_event){.type = EV_SENT, .session = h->session, .bytes = 8 << 20});
 		forget(h);
 		tick(h, SEC);
+		step(h, (struct repl_event){.type = EV_SENT, .session = h->session, .bytes = 1000});
 		saved(h);
 		cr_assert(strstr(h->trace, "send:RESYNC_BEGIN"), "%s", h->trace);
 		forget(h);
@@ -3987,5 +3989,79 @@ Test(repl, a_secondary_syncs_and_records_a_detach_before_it_says_so)
 	EXPECT(h, "send:ACK"); /* under F too: the primary waits for each write */
 	fin_full(h, "d", -ERR_IO, false, 0, false);
 	EXPECT(h, "send:READ_REPLY#77 done:d=ERR_IO");
+	host_free(h);
+}
+
+/* ---- status ---- */
+
+static struct repl_status status_of(struct host *h)
+{
+	struct repl_status s;
+	repl_status(h->r, h->now, &s);
+	return s;
+}
+
+Test(repl, the_queue_is_all_that_was_sent_and_has_not_left)
+{
+	struct host *h = primary(PROTOCOL_F);
+	warm(h);
+	tick(h, SEC);
+	step(h, (struct repl_event){.type = EV_SENT, .session = h->session, .bytes = 1 << 20});
+	cr_assert_eq(status_of(h).queue_bytes, 0);
+	forget(h);
+	tick(h, SEC); /* a PING */
+	guest(h, 'a', REPL_WRITE, 0, 4096);
+	fin(h, "a");
+	EXPECT(h, "do:a/disk send:WRITE#5 done:a");
+	cr_assert_eq(status_of(h).queue_bytes, 2 * WIRE_HEADER_SIZE + 4096);
+	step(h, (struct repl_event){.type = EV_SENT, .session = h->session, .bytes = WIRE_HEADER_SIZE});
+	cr_assert_eq(status_of(h).queue_bytes, WIRE_HEADER_SIZE + 4096, "the write is whole in it");
+	host_free(h);
+}
+
+/* How old what the peer lacks is, a host that has just started can't know. */
+Test(repl, a_primary_that_has_restarted_knows_no_rpo_until_it_is_in_sync)
+{
+	static struct repl_meta m;
+	meta_of(&m, ROLE_PRIMARY, STATE_RUNNING);
+	m.alone = true;
+	struct host *h = host_new(&m);
+	cr_assert(status_of(h).rpo_known, "nothing is dirty");
+	static uint64_t bits[64];
+	struct bitmap b;
+	cr_assert_leq(bitmap_bytes(units_of(SIZE, INTENT_SHIFT)), sizeof(bits));
+	bitmap_init(&b, units_of(SIZE, INTENT_SHIFT), bits);
+	bitmap_set(&b, 0);
+	repl_load_intent(h->r, 0, &b, false);
+	tick(h, SEC);
+	cr_assert_not(status_of(h).rpo_known);
+	host_free(h);
+	h = primary(PROTOCOL_F);
+	warm(h);
+	ack(h, 3, 3, 3);
+	link_down(h);
+	tick(h, SEC);
+	guest(h, 'a', REPL_WRITE, 0, 4096);
+	cr_assert(status_of(h).rpo_known);
+	host_free(h);
+}
+
+Test(repl, a_commits_progress_never_passes_its_end)
+{
+	struct host *h = secondary();
+	command(h, CMD_FAILOVER, FAILOVER_DEFAULT);
+	repl_mark(h->r, 0, 0, 4096);
+	fin(h, "mark");
+	fin(h, "sync");
+	saved(h);
+	cr_assert_eq(status_of(h).commit_total, REGION_SIZE);
+	cr_assert_eq(status_of(h).commit_done, 0, "it is under way");
+	fin(h, "commit");
+	cr_assert_eq(status_of(h).commit_done, REGION_SIZE);
+	guest(h, 'i', REPL_WRITE, 65536, 4096);
+	fin(h, "i");
+	cr_assert_eq(status_of(h).commit_done, 0);
+	fin(h, "commit");
+	cr_assert_eq(status_of(h).commit_done, REGION_SIZE);
 	host_free(h);
 }
