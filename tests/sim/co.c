@@ -1,7 +1,7 @@
 /* Coroutines, and the locks that know of them (co.h).
  *
- * A stack is entered by setcontext once; all later switches are _setjmp and _longjmp, which, unlike swapcontext, save no
- * signal mask and so make no system call: the simulator switches a million times a second.
+ * A stack is entered by setcontext once; all later switches are _setjmp and _longjmp, which, unlike swapcontext, save
+ * no signal mask and so make no system call: the simulator switches a million times a second.
  */
 #include "tests/sim/co.h"
 

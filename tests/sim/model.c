@@ -63,7 +63,7 @@ static ver unit_read(const struct world *w, const uint8_t *p, uint32_t vol, uint
 }
 
 /* What a unit that holds v reads as. */
-static ver shows(const struct world *w, ver v)
+ver model_shows(const struct world *w, ver v)
 {
 	return v == NOT_THERE ? v : v == 0 || w->writes[v].zero ? 0 : v;
 }
@@ -133,6 +133,7 @@ void model_new(struct world *w)
 			for (unsigned k = 0; k < ARRAY_LEN(all); k++)
 				*all[k] = units_new(w, v);
 			h->failed[v] = simalloc(w->units[v]);
+			h->told[v] = simalloc(w->units[v] * sizeof(struct told));
 			units_set(w, v, h->act[v].now, NOT_THERE);
 			units_set(w, v, h->act[v].durable, NOT_THERE);
 			h->disk[v].since = simalloc(w->units[v] * sizeof(uint64_t));
@@ -167,6 +168,7 @@ void model_free(struct world *w)
 			simfree(h->disk[v].since);
 			simfree(h->act[v].since);
 			simfree(h->failed[v]);
+			simfree(h->told[v]);
 		}
 		for (unsigned k = 0; k < h->n_log; k++)
 			exec_drop(&h->log[k]);
@@ -340,7 +342,7 @@ static bool detached(struct host *h, uint32_t vol)
 	return h->up && (repl_detached(h->core) >> vol & 1);
 }
 
-static bool stale_somewhere(struct host *h, uint32_t vol)
+bool model_stale(struct host *h, uint32_t vol)
 {
 	struct host *p = peer_of(h);
 	return detached(h, vol) || detached(p, vol) || (h->seen->volumes[vol].flags | p->seen->volumes[vol].flags);
@@ -380,9 +382,9 @@ static void settle_failed(struct host *h, const struct exec *x)
 		uint32_t u = x->first + i;
 		ver c = unit_read(w, buf + (size_t)i * WORLD_UNIT, x->vol, u);
 		ver old = x->active ? view_ver(h, base, x->vol, u) : now[u];
-		if (c == shows(w, old))
+		if (c == model_shows(w, old))
 			continue;
-		if (c != shows(w, exec_ver(x, u)))
+		if (c != model_shows(w, exec_ver(x, u)))
 			world_fail(w, "host %u: after a failed write unit %u of volume %u is %s, neither %s nor %s",
 				   h->id, u, x->vol, text_of(w, c), text_of(w, old), text_of(w, exec_ver(x, u)));
 		now[u] = exec_ver(x, u);
@@ -487,12 +489,19 @@ void model_session(struct host *h)
 		memset(h->failed[v], 0, h->w->units[v]);
 }
 
-/* I4 to the letter: the disk is what the peer will hold, or the unit is in flight. */
-static bool in_flight(struct host *h, uint32_t vol, uint32_t u)
+static bool written(struct host *h, uint32_t vol, uint32_t u)
 {
-	for (struct running *r = h->running; r; r = r->next)
+	for (const struct running *r = h->running; r; r = r->next)
 		if (exec_covers(&r->x, false, vol, u))
 			return true;
+	return false;
+}
+
+/* I4 to the letter: the disk is what the peer will hold, or the unit is in flight. */
+bool model_in_flight(struct host *h, uint32_t vol, uint32_t u)
+{
+	if (written(h, vol, u))
+		return true;
 	for (struct sim_io *s = h->ios; s; s = s->next)
 		if (s->v && !s->forwarded && s->io.volume == vol && u >= UNITS_IN(s->io.off) &&
 		    u < UNITS_IN(s->io.off + s->io.len))
@@ -504,10 +513,10 @@ static void str_check(struct host *h, const char *when)
 {
 	struct world *w = h->w;
 	for (uint32_t v = 0; v < WORLD_VOLUMES; v++)
-		for (uint32_t u = 0; u < w->units[v] && !stale_somewhere(h, v); u++)
+		for (uint32_t u = 0; u < w->units[v] && !model_stale(h, v); u++)
 			if (h->str[v][u] != h->disk[v].now[u] &&
-			    shows(w, h->str[v][u]) != shows(w, h->disk[v].now[u]) && !h->failed[v][u] &&
-			    !in_flight(h, v, u))
+			    model_shows(w, h->str[v][u]) != model_shows(w, h->disk[v].now[u]) && !h->failed[v][u] &&
+			    !model_in_flight(h, v, u))
 				world_fail(w, "host %u: %s unit %u of volume %u is %s, and what was sent is %s", h->id,
 					   when, u, v, text_of(w, h->disk[v].now[u]), text_of(w, h->str[v][u]));
 }
@@ -576,7 +585,7 @@ void model_hashed(struct host *h, const struct sim_io *s)
 	if (h->dying || simstore_stopped(h->ss))
 		return;
 	for (uint32_t i = 0; i < sent->n; i++)
-		if (shows(w, sent->vers[i]) != shows(w, h->disk[sent->vol].now[sent->first + i]))
+		if (model_shows(w, sent->vers[i]) != model_shows(w, h->disk[sent->vol].now[sent->first + i]))
 			differ |= UINT64_C(1) << (((uint64_t)i * WORLD_UNIT) >> REGION_SHIFT);
 	w->count.hashes++;
 	w->count.hashes_differ += differ != 0;
@@ -652,7 +661,7 @@ static void promises_check(struct host *h, const ver *const have[WORLD_VOLUMES])
 		const ver *need[] = {h->prom_flushed[v], h->prom_applied[v], h->prom_received[v]};
 		for (unsigned k = 0; k < ARRAY_LEN(need); k++)
 			for (uint32_t u = 0; u < w->units[v]; u++)
-				if (have[v][u] < need[k][u] && shows(w, have[v][u]) != shows(w, need[k][u]))
+				if (have[v][u] < need[k][u] && model_shows(w, have[v][u]) != model_shows(w, need[k][u]))
 					world_fail(w,
 						   "host %u: failover to latest has %s in unit %u of volume %u, but "
 						   "the guest was told that "
@@ -684,7 +693,7 @@ static void failed_over(struct host *h, const struct repl_meta *old, const struc
 	/* [FOFLUSH] what that checkpoint says, and what latest is from now on, is there whatever happens. */
 	for (uint32_t v = 0; v < WORLD_VOLUMES; v++)
 		for (uint32_t u = 0; u < w->units[v]; u++)
-			if (shows(w, h->disk[v].now[u]) != shows(w, h->disk[v].durable[u]))
+			if (model_shows(w, h->disk[v].now[u]) != model_shows(w, h->disk[v].durable[u]))
 				world_fail(w, "host %u: a failover keeps unit %u of volume %u as %s, durable is %s",
 					   h->id, u, v, text_of(w, h->disk[v].now[u]),
 					   text_of(w, h->disk[v].durable[u]));
@@ -712,10 +721,10 @@ static void committed(struct host *h, const struct repl_meta *old)
 	for (uint32_t v = 0; v < WORLD_VOLUMES; v++)
 		for (uint32_t u = 0; u < w->units[v]; u++) {
 			ver want = view_ver(h, base, v, u);
-			if (shows(w, h->disk[v].now[u]) != shows(w, want))
+			if (model_shows(w, h->disk[v].now[u]) != model_shows(w, want))
 				world_fail(w, "host %u: the commit has ended and unit %u of volume %u is %s, not %s",
 					   h->id, u, v, text_of(w, h->disk[v].now[u]), text_of(w, want));
-			if (shows(w, h->disk[v].durable[u]) != shows(w, want))
+			if (model_shows(w, h->disk[v].durable[u]) != model_shows(w, want))
 				world_fail(
 				    w,
 				    "host %u: the commit has ended and unit %u of volume %u is durable as %s, not %s",
@@ -733,7 +742,7 @@ static void adopted(struct host *h, const struct repl_meta *m)
 		s->wrote_alone = false;
 	for (uint32_t v = 0; v < WORLD_VOLUMES; v++)
 		for (uint32_t u = 0; u < w->units[v]; u++) {
-			if (shows(w, h->disk[v].durable[u]) != shows(w, h->disk[v].now[u]))
+			if (model_shows(w, h->disk[v].durable[u]) != model_shows(w, h->disk[v].now[u]))
 				world_fail(
 				    w, "host %u: adopts with unit %u of volume %u not durable: %s, durable is %s",
 				    h->id, u, v, text_of(w, h->disk[v].now[u]), text_of(w, h->disk[v].durable[u]));
@@ -844,6 +853,8 @@ void model_publish(struct host *h, const struct repl_meta *m, const struct repl_
 		world_fail(w, "host %u steps down though it has answered guests alone: that is a split brain", h->id);
 	if (s->active_id != old->active_id)
 		active_emptied(h, is_committed);
+	if (m->role == ROLE_PRIMARY && old->role != ROLE_PRIMARY)
+		h->reign_from = w->n_writes;
 	if (m->role != old->role || (m->inconsistent && !old->inconsistent)) {
 		done_clear(&h->done);
 		done_clear(&h->done_peer);
@@ -865,7 +876,7 @@ static ver at_least(ver a, ver b)
 static void done_check(struct host *h, const struct done *d, const ver *have, unsigned where, const char *what)
 {
 	for (uint32_t u = d->first; u < d->first + d->n; u++)
-		if (have[u] == NOT_THERE || (have[u] < d->v && shows(h->w, have[u]) != shows(h->w, d->v)))
+		if (have[u] == NOT_THERE || (have[u] < d->v && model_shows(h->w, have[u]) != model_shows(h->w, d->v)))
 			world_fail(h->w, "host %u: %s, but unit %u of volume %u is %s on host %u, not %s", h->id, what,
 				   u, d->vol, text_of(h->w, have[u]), where, text_of(h->w, d->v));
 }
@@ -974,6 +985,8 @@ void model_done(struct host *h, struct sim_io *s, int error)
 	done_push(&h->done, &d);
 	if (active)
 		return;
+	for (uint32_t u = d.first; u < d.first + d.n; u++)
+		h->told[d.vol][u] = (struct told){d.v, w->now};
 	done_push(&h->done_peer, &d);
 	if (h->done_peer.n > 2048)
 		done_drop(&h->done_peer, 1024);
@@ -995,6 +1008,7 @@ void model_done(struct host *h, struct sim_io *s, int error)
 void model_command(struct host *h, const struct repl_command *c, int error)
 {
 	struct world *w = h->w;
+	status_command(h, c, error);
 	if (error || c->cmd != CMD_CHECKPOINT)
 		return;
 	/* I17: answered after the secondary's completion, and numbers only grow. */
@@ -1035,7 +1049,7 @@ static void synced_check(struct host *h)
 			 * again. The flush was answered with an error (I10). */
 			if (detached(h, v) && lost_here(p, false, v, u))
 				continue;
-			if (shows(w, there) != shows(w, want) && there <= want)
+			if (model_shows(w, there) != model_shows(w, want) && there <= want)
 				world_fail(w,
 					   "host %u says SYNCED, and unit %u of volume %u is durably %s there, not %s",
 					   h->id, u, v, text_of(w, there), text_of(w, want));
@@ -1059,6 +1073,7 @@ void model_after_step(struct host *h)
 		if (more)
 			world_moment(h);
 	}
+	status_check(h);
 }
 
 /* ---- crashes ---- */
@@ -1079,6 +1094,7 @@ void model_died(struct host *h, enum world_crash how, bool evict)
 	done_clear(&h->done_peer);
 	h->str_valid = false;
 	h->synced_before = false;
+	h->died_ns = h->w->now;
 	h->n_execs = 0;
 	memset(h->execs, 0, EXECS_MAX * sizeof(*h->execs));
 }
@@ -1093,7 +1109,7 @@ static bool may_be(struct host *h, bool active, uint32_t vol, uint32_t u, ver c,
 		const struct exec *x = &h->log[i];
 		if (!exec_covers(x, active, vol, u) || !(all || x->cut) || x->begin < since)
 			continue;
-		if (shows(w, exec_ver(x, u)) == c) {
+		if (model_shows(w, exec_ver(x, u)) == c) {
 			*ret = exec_ver(x, u);
 			return true;
 		}
@@ -1114,15 +1130,15 @@ static void crash_look_disk(struct host *h, uint32_t vol, enum world_crash how, 
 	for (uint32_t u = 0; u < w->units[vol]; u++) {
 		ver c = unit_read(w, buf + (size_t)u * WORLD_UNIT, vol, u), is = 0;
 		bool all = how == WORLD_POWER || (evict && lost_here(h, false, vol, u));
-		if (how != WORLD_POWER && c == shows(w, d->now[u]))
+		if ((how != WORLD_POWER && c == model_shows(w, d->now[u])) || written(h, vol, u))
 			continue;
-		if (c != shows(w, d->now[u])) {
+		if (c != model_shows(w, d->now[u])) {
 			first = first < u ? first : u;
 			end = u + 1;
 		}
 		if (may_be(h, false, vol, u, c, all, &is))
 			d->now[u] = is;
-		else if (all && c == shows(w, d->durable[u]))
+		else if (all && c == model_shows(w, d->durable[u]))
 			d->now[u] = d->durable[u];
 		else
 			world_fail(w, "host %u: after %s unit %u of volume %u is %s; it was %s, durable %s", h->id,
@@ -1156,11 +1172,11 @@ static void crash_look_active(struct host *h, uint32_t vol, enum world_crash how
 		ver below = base ? base->v[vol][u] : h->disk[vol].now[u];
 		ver dur = a->durable[u] == NOT_THERE ? below : a->durable[u];
 		bool all = how == WORLD_POWER || (evict && lost_here(h, true, vol, u));
-		if (how != WORLD_POWER && c == shows(w, view_ver(h, base, vol, u)))
+		if (how != WORLD_POWER && c == model_shows(w, view_ver(h, base, vol, u)))
 			continue;
 		if (may_be(h, true, vol, u, c, all, &is))
 			a->now[u] = is;
-		else if (all && c == shows(w, dur))
+		else if (all && c == model_shows(w, dur))
 			a->now[u] = a->durable[u];
 		else
 			world_fail(w, "host %u: after %s unit %u of the view of volume %u is %s; it was %s, durable %s",
@@ -1185,6 +1201,32 @@ static void record_look(struct host *h)
 		if (!ghost_find(h, m->ckpts[i].number))
 			world_fail(h->w, "host %u: checkpoint %" PRIu64 " is kept and was never made", h->id,
 				   m->ckpts[i].number);
+}
+
+/* What a failed sync has lost went from the cache as the files were opened (STORAGE_FRESH). What is there and not on
+ * the medium was written by a handle whose later syncs were never carried out: it goes out with the next. */
+static void lost_left(struct host *h, int disk)
+{
+	for (unsigned i = 0, n = h->n_log; i < n; i++) {
+		struct exec x = h->log[i];
+		if (!x.lost || (disk >= 0 && (x.active || x.vol != (uint32_t)disk)))
+			continue;
+		x.vers = simdup(now_of(h, &x) + x.first, x.n * sizeof(ver));
+		x.begin = ++h->w->tick;
+		x.end = ++h->w->tick;
+		x.lost = false;
+		log_add(h, &x);
+	}
+}
+
+/* Given up, and opened anew for its rebuild: what is there is looked at, as after a kill. */
+void model_reopened(struct host *h, uint64_t volumes)
+{
+	for (uint32_t v = 0; v < WORLD_VOLUMES && !h->dying && !simstore_stopped(h->ss); v++)
+		if (volumes >> v & 1) {
+			crash_look_disk(h, v, WORLD_KILL, true);
+			lost_left(h, (int)v);
+		}
 }
 
 void model_opened(struct host *h, enum world_crash how, bool evict)
@@ -1217,19 +1259,8 @@ void model_opened(struct host *h, enum world_crash how, bool evict)
 		h->log[kept++] = *x;
 	}
 	h->n_log = kept;
-	/* What a failed sync has lost went from the cache as the files were opened (STORAGE_FRESH). What is there and
-	 * not on the medium was written by a handle whose later syncs were never carried out: it goes out with the
-	 * next. */
-	for (unsigned i = 0; i < kept && evict; i++) {
-		struct exec x = h->log[i];
-		if (!x.lost)
-			continue;
-		x.vers = simdup(now_of(h, &x) + x.first, x.n * sizeof(ver));
-		x.begin = ++w->tick;
-		x.end = ++w->tick;
-		x.lost = false;
-		log_add(h, &x);
-	}
+	if (evict)
+		lost_left(h, -1);
 	/* What the guest was told of this secondary's memory or cache is gone with them. */
 	for (uint32_t v = 0; v < WORLD_VOLUMES; v++) {
 		units_set(w, v, h->prom_received[v], 0);
@@ -1262,11 +1293,11 @@ static bool busy_with(const struct look *l, uint32_t u, ver c, uint64_t since)
 	if (l->ghost && !l->active)
 		return false;
 	for (struct running *r = h->running; r; r = r->next)
-		if (exec_covers(&r->x, l->active, l->vol, u) && shows(h->w, exec_ver(&r->x, u)) == c)
+		if (exec_covers(&r->x, l->active, l->vol, u) && model_shows(h->w, exec_ver(&r->x, u)) == c)
 			return true;
 	for (unsigned i = 0; i < EXECS_MAX; i++) {
 		const struct exec *x = &h->execs[i];
-		if (x->n && x->end >= since && exec_covers(x, l->active, l->vol, u) && shows(h->w, x->v) == c)
+		if (x->n && x->end >= since && exec_covers(x, l->active, l->vol, u) && model_shows(h->w, x->v) == c)
 			return true;
 	}
 	return false;
@@ -1278,7 +1309,7 @@ static void look_check(const struct look *l, const uint8_t *buf, const ver *befo
 	for (uint32_t i = 0; i < l->n; i++) {
 		uint32_t u = l->first + i;
 		ver c = unit_read(w, buf + (size_t)i * WORLD_UNIT, l->vol, u), now = look_ver(l, u);
-		if (c == shows(w, now) || (before && c == shows(w, before[i])) || busy_with(l, u, c, since))
+		if (c == model_shows(w, now) || (before && c == model_shows(w, before[i])) || busy_with(l, u, c, since))
 			continue;
 		world_fail(w, "host %u: a read of unit %u of volume %u%s %" PRIu64 " gives %s, not %s", l->h->id, u,
 			   l->vol,
@@ -1363,10 +1394,10 @@ static void read_done(struct host *h, struct sim_io *s, int error)
 	for (uint32_t i = 0; i < n; i++) {
 		uint32_t u = first + i;
 		ver c = unit_read(w, s->data + (size_t)i * WORLD_UNIT, vol, u);
-		bool right = c == shows(w, s->before[i]);
+		bool right = c == model_shows(w, s->before[i]);
 		for (ver v = s->from; v < w->n_writes && !right; v++) {
 			const struct write *x = &w->writes[v];
-			right = x->vol == vol && u >= x->first && u < x->first + x->n && shows(w, v) == c;
+			right = x->vol == vol && u >= x->first && u < x->first + x->n && model_shows(w, v) == c;
 		}
 		if (!right)
 			world_fail(w, "host %u: a read through the core of unit %u of volume %u gives %s, not %s",
@@ -1405,9 +1436,9 @@ static bool by_dirty_sets(struct world *w)
 /* A power cut of either host would change nothing [LOCALDUR]. */
 static bool all_show(const struct world *w, uint32_t vol, uint32_t u)
 {
-	ver v = shows(w, w->h[0].disk[vol].now[u]);
+	ver v = model_shows(w, w->h[0].disk[vol].now[u]);
 	for (unsigned i = 0; i < WORLD_HOSTS; i++)
-		if (shows(w, w->h[i].disk[vol].now[u]) != v || shows(w, w->h[i].disk[vol].durable[u]) != v)
+		if (model_shows(w, w->h[i].disk[vol].now[u]) != v || model_shows(w, w->h[i].disk[vol].durable[u]) != v)
 			return false;
 	return true;
 }
@@ -1417,6 +1448,10 @@ void model_check(struct world *w)
 	for (unsigned i = 0; i < WORLD_HOSTS; i++)
 		if (!w->h[i].up || w->h[i].dying)
 			return;
+	for (unsigned i = 0; i < WORLD_HOSTS; i++) {
+		status_check_loss(&w->h[i]);
+		status_check_settings(&w->h[i]);
+	}
 	for (unsigned i = 0; i < WORLD_HOSTS; i++)
 		if (repl_forwarding(w->h[i].core) && world_link(w, i) == LINK_SYNCED && w->h[i].str_valid)
 			str_check(&w->h[i], "in sync");
@@ -1424,13 +1459,13 @@ void model_check(struct world *w)
 		return;
 	/* I4 */
 	for (uint32_t v = 0; v < WORLD_VOLUMES; v++)
-		for (uint32_t u = 0; u < w->units[v] && !stale_somewhere(&w->h[0], v); u++) {
+		for (uint32_t u = 0; u < w->units[v] && !model_stale(&w->h[0], v); u++) {
 			if (all_show(w, v, u))
 				continue;
 			uint64_t region = ((uint64_t)u * WORLD_UNIT) >> REGION_SHIFT;
 			/* A clear cycle may find the region clean under a write that lay over its cut: that is dirty
 			 * or sent when it ends, and its host waits for it before it says what is dirty. */
-			if (in_flight(&w->h[0], v, u) || in_flight(&w->h[1], v, u))
+			if (model_in_flight(&w->h[0], v, u) || model_in_flight(&w->h[1], v, u))
 				continue;
 			if (!dirty_on(&w->h[0], v, region) && !dirty_on(&w->h[1], v, region))
 				world_fail(w,
@@ -1472,6 +1507,7 @@ static void check_bytes(struct host *h, uint32_t vol, struct ghost *g)
 
 void model_check_all(struct world *w)
 {
+	status_check_clean(w);
 	for (unsigned i = 0; i < WORLD_HOSTS; i++) {
 		struct host *h = &w->h[i];
 		const struct repl_meta *m = repl_meta(h->core);
@@ -1480,7 +1516,7 @@ void model_check_all(struct world *w)
 			for (uint32_t k = 0; k < m->n_ckpts; k++)
 				check_bytes(h, v, base_of(h, m->ckpts[k].number));
 			for (uint32_t u = 0; u < w->units[v]; u++)
-				if (shows(w, h->disk[v].now[u]) != shows(w, w->h[0].disk[v].now[u]))
+				if (model_shows(w, h->disk[v].now[u]) != model_shows(w, w->h[0].disk[v].now[u]))
 					world_fail(w,
 						   "at the end unit %u of volume %u is %s on host 0 and %s on host %u",
 						   u, v, text_of(w, w->h[0].disk[v].now[u]),

@@ -166,8 +166,11 @@ static void pump(struct world *w, void *arg, uint64_t n)
 	if (len) {
 		fly(e, e->out.data + e->out.at, len, false);
 		fifo_drop(&e->out, len);
-		if (e->session)
-			host_step(e->h, &(struct repl_event){.type = EV_SENT, .session = e->session, .bytes = len});
+		size_t own = len < e->out_own ? len : e->out_own;
+		e->out_own -= own;
+		if (e->session && len > own)
+			host_step(e->h,
+				  &(struct repl_event){.type = EV_SENT, .session = e->session, .bytes = len - own});
 		if (!alive(e))
 			return;
 	}
@@ -188,6 +191,8 @@ static void send_frame(struct end *e, struct wire_frame *f, const void *payload)
 	fifo_add(&e->out, header, sizeof(header));
 	if (f->length_payload)
 		fifo_add(&e->out, payload, f->length_payload);
+	if (!e->session)
+		e->out_own = e->out.len;
 	pump_plan(e, world_below(e->c->w, 20 * US));
 }
 

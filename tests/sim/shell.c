@@ -19,13 +19,6 @@ struct job {
 	struct repl_io *io;
 };
 
-struct sim_command {
-	struct repl_command c;
-	struct host *h;
-	struct world_result *ret;
-	struct sim_command *next;
-};
-
 /* Allocations in it count (tests/sim/simalloc.h). */
 #define WATCHED(expr)                                                                                                  \
 	({                                                                                                             \
@@ -123,6 +116,8 @@ static int execute(struct host *h, struct repl_io *io)
 	int err = WATCHED(repl_exec_io(&h->x, io, s ? s->data : NULL, into, h->base));
 	if (x)
 		model_end(h, x, err, io->save_failed);
+	if (io->kind == REPL_REOPEN)
+		model_reopened(h, io->arg);
 	if (active)
 		pthread_rwlock_unlock(&h->view);
 	return err;
@@ -547,7 +542,7 @@ void host_tick(struct world *w, void *arg, uint64_t life)
 		return;
 	struct repl_event ev = {.type = EV_TICK};
 	if (h->conn)
-		ev.heard_ns = h->conn->waiting ? w->now : h->conn->heard_ns;
+		ev.heard_ns = h->conn->waiting ? (h->conn->waited_ns = w->now) : h->conn->heard_ns;
 	host_step(h, &ev);
 	if (h->closing)
 		host_shutdown_end(h);

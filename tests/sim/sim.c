@@ -382,7 +382,9 @@ static bool clean(struct world *w)
 	if (!sim_in_sync(w) || !quiet(w))
 		return false;
 	repl_status(w->h[the_sim->vm].core, w->now, &st);
-	return st.dirty_bytes == 0 && !world_detached(w, the_sim->vm) && w->h[0].n_cos == 0 && w->h[1].n_cos == 0;
+	bool numbers = world_meta(w, 0)->last_stream == world_meta(w, 1)->last_stream; /* no checkpoint under way */
+	return st.dirty_bytes == 0 && numbers && !world_detached(w, the_sim->vm) && w->h[0].n_cos == 0 &&
+	       w->h[1].n_cos == 0;
 }
 
 static const char *kinds_left(struct world *w)

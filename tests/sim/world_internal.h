@@ -91,6 +91,13 @@ struct sim_io {
 	struct sim_io *next, *prev;
 };
 
+struct sim_command {
+	struct repl_command c;
+	struct host *h;
+	struct world_result *ret;
+	struct sim_command *next;
+};
+
 struct round {
 	bool running;
 	struct repl_io *waiting;
@@ -101,6 +108,10 @@ struct done {
 	ver v;
 	uint32_t vol, first, n;
 	bool strict; /* it counts on the peer: a detached disk's */
+};
+struct told { /* of a unit: its last write that was answered, and when */
+	ver v;
+	uint64_t ns;
 };
 struct done_list {
 	struct done *d;
@@ -121,10 +132,12 @@ struct end { /* of a connection */
 	uint64_t session, seed, nonce;
 	uint64_t tx_number, rx_number;
 	uint64_t heard_ns, drain_until;
+	uint64_t waited_ns; /* when it last had bytes that it could not take in */
 	struct fifo {
 		uint8_t *data;
 		size_t at, len, cap; /* what is there begins at `at` */
 	} out, rx;
+	size_t out_own; /* of out, from before the session: not the core's */
 	uint64_t rx_at; /* bytes of the stream before rx */
 	/* on their way to the other end */
 	struct chunk {
@@ -223,6 +236,9 @@ struct host {
 	struct repl_meta *seen; /* the record as last published */
 	bool synced_before;
 	uint64_t dirty_before[WORLD_VOLUMES]; /* regions */
+	ver reign_from;			      /* the first write since it became primary */
+	struct told *told[WORLD_VOLUMES];
+	uint64_t died_ns;
 };
 
 struct world {
@@ -298,6 +314,7 @@ void model_fill(struct host *h,
 /* Around every write of a disk or an active overlay. */
 struct exec *model_begin(struct host *h, const struct repl_io *io, struct sim_io *s);
 void model_end(struct host *h, struct exec *x, int error, bool save_failed);
+void model_reopened(struct host *h, uint64_t volumes);
 void model_hashed(struct host *h, const struct sim_io *s); /* HASH of the stream was compared */
 void model_sync_begin(struct host *h, uint64_t *mark);
 #define MODEL_ACTIVES (-1)
@@ -317,5 +334,15 @@ void model_read_begin(struct host *h, struct sim_io *s);
 void model_check(struct world *w);
 void model_check_all(struct world *w);
 void sent_free(struct sent *s);
+ver model_shows(const struct world *w, ver v); /* what a unit that holds v reads as */
+bool model_in_flight(struct host *h, uint32_t vol, uint32_t u);
+bool model_stale(struct host *h, uint32_t vol); /* a disk of that volume is given up, on either host */
+
+/* status.c */
+void status_check(struct host *h);
+void status_check_loss(struct host *h);
+void status_command(struct host *h, const struct repl_command *c, int error); /* that ends so */
+void status_check_settings(struct host *h);
+void status_check_clean(struct world *w);
 
 #endif
