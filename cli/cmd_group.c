@@ -239,8 +239,17 @@ int cmd_failback(struct cli *c)
 
 int cmd_unprotect(struct cli *c)
 {
-	json_t *r;
-	int rc = cli_call_print(c, "unprotect", cli_name_args(c->args[0]), true, &r);
+	bool force = cli_has(c, "force");
+	if (force &&
+	    !cli_confirm(c,
+			 "unprotect %s: a detached disk is taken as it is. What was written through the peer since "
+			 "it was detached is not on it; if the peer still holds that, `failover` it there.",
+			 c->args[0]))
+		return 1;
+	json_t *args = cli_name_args(c->args[0]), *r;
+	if (!args || !put_flag(args, "force", force))
+		return no_memory(c, args);
+	int rc = cli_call_print(c, "unprotect", args, true, &r);
 	if (r)
 		cli_note(c, "%s: standalone; its checkpoints stay", c->args[0]);
 	json_decref(r);

@@ -85,6 +85,10 @@ static const struct cli_opt resolve_opts[] = {
      .help = "whose copy is given up; it stays as a pinned checkpoint"},
     {.name = NULL},
 };
+static const struct cli_opt unprotect_opts[] = {
+    {.name = "force", .help = "take a detached disk as it is, without what was written through the peer"},
+    {.name = NULL},
+};
 static const struct cli_opt resync_opts[] = {
     {.name = "wait", .help = "return when the disk is whole again"},
     {.name = NULL},
@@ -124,8 +128,8 @@ const struct cli_verb cli_verbs[] = {
     {"failover", "GROUP", 1, 1, "on the secondary: make its copy the live disk", failover_opts, cmd_failover},
     {"failback", "GROUP", 1, 1, "after a failover: make this host primary and the old primary its secondary",
      failback_opts, cmd_failback},
-    {"unprotect", "GROUP", 1, 1, "end the protection on this host for good; its disk and checkpoints stay", NULL,
-     cmd_unprotect},
+    {"unprotect", "GROUP", 1, 1, "end the protection on this host for good; its disk and checkpoints stay",
+     unprotect_opts, cmd_unprotect},
     {"diverged", "GROUP", 1, 1, "what each side of a split brain holds that the other does not", NULL, cmd_diverged},
     {"resolve", "GROUP", 1, 1, "end a split brain: the copy that is given up follows the other", resolve_opts,
      cmd_resolve},

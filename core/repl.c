@@ -266,12 +266,21 @@ static void prepare_activate(struct repl *r, struct repl_meta *m)
 
 /* The peer is forgotten: from here on nothing is recorded as dirty, so the generation that begins ends all partial
  * syncs with what was its peer. */
-static void prepare_unprotect(struct repl *r, struct repl_meta *m)
+static void prepare_unprotect(struct repl *r, struct tx *t, struct repl_meta *m)
 {
 	m->role = ROLE_STANDALONE;
 	repl_state_move(m, STATE_DONE);
-	if (m->lineage.current)
+	if (r->lineage_pending)
+		m->lineage = r->detach_lineage;
+	if (repl_meta_flagged(m, VOLUME_STALE) || r->stale) {
+		/* By force. It lacks what was written in the generations of its detach, so nothing it has in common
+		 * with its peer may say that it is newer: a later `protect` of the two is refused without --adopt,
+		 * which keeps what the other holds. */
+		m->lineage = (struct lineage){.current = repl_random(r)};
+		t->arg = 1;
+	} else if (m->lineage.current) {
 		lineage_part(&m->lineage, repl_random(r));
+	}
 	m->alone = m->lineage.current != 0;
 	m->has_peer = m->split_brain = m->shut_out = m->broken = false;
 	history_release_kept(m);
@@ -280,7 +289,7 @@ static void prepare_unprotect(struct repl *r, struct repl_meta *m)
 	m->peer[0] = 0;
 	memset(m->peer_store, 0, sizeof(m->peer_store));
 	for (uint32_t i = 0; i < m->n_volumes; i++)
-		m->volumes[i].flags = 0; /* the peer's matter; a stale one of its own is refused */
+		m->volumes[i].flags = 0;
 }
 
 /* Edits `m`, a copy of the record. False: it no longer applies, nothing is saved. */
@@ -303,7 +312,7 @@ static bool tx_prepare(struct repl *r, struct tx *t, struct repl_meta *m)
 	case TX_UNPROTECT:
 		if (m->state != STATE_NONE && m->state != STATE_DONE)
 			return false;
-		prepare_unprotect(r, m);
+		prepare_unprotect(r, t, m);
 		return true;
 	case TX_IN_SYNC:
 		if (t->session != r->session)
@@ -542,7 +551,7 @@ static void meta_saved(struct repl *r, const struct repl_event *ev)
 		r->meta = r->next;
 		r->next = old;
 		r->ckpt_used = max_u64(r->ckpt_used, r->meta->ckpt_max);
-		if (t.kind == TX_BUMP || t.kind == TX_DETACH || t.kind == TX_ACTIVATE)
+		if (t.kind == TX_BUMP || t.kind == TX_DETACH || t.kind == TX_ACTIVATE || t.kind == TX_UNPROTECT)
 			r->lineage_pending = false;
 		repl_emit(r, &(struct repl_action){.type = ACT_SERVING, .meta = r->meta});
 		error_over(r, "metadata");

@@ -126,9 +126,9 @@ enum link_state { LINK_DOWN, LINK_HANDSHAKE, LINK_RESYNC, LINK_SYNCED };
 const char *link_state_name(unsigned s);
 
 enum repl_cmd {
-	CMD_PROTECT,  /* text: peer; flags: WIRE_JOIN_ADOPT, PROTECT_HASH; ids set in the record by the shell before */
-	CMD_FAILBACK, /* text: peer */
-	CMD_UNPROTECT,
+	CMD_PROTECT,   /* text: peer; flags: WIRE_JOIN_ADOPT, PROTECT_HASH; ids set in the record by the shell before */
+	CMD_FAILBACK,  /* text: peer */
+	CMD_UNPROTECT, /* flags: UNPROTECT_FORCE */
 	CMD_RESOLVE, /* number: enum repl_discard; result: the loser's kept checkpoint, where this host is the loser */
 	CMD_START,
 	CMD_STOP,
@@ -142,6 +142,7 @@ enum repl_cmd {
 	CMD_RESYNC,   /* rebuild detached disks from the peer; done when that has begun */
 };
 #define PROTECT_HASH (1U << 31) /* compare hashes before anything is sent, until the first time in sync */
+#define UNPROTECT_FORCE 1U	/* a detached disk is taken as it is, without what went through the peer */
 #define FAILOVER_DEFAULT 0
 #define FAILOVER_LATEST UINT64_MAX
 enum repl_discard { DISCARD_LOCAL, DISCARD_PEER };

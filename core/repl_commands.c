@@ -183,6 +183,7 @@ static void cmd_stop(struct repl *r, struct repl_command *c)
 static void cmd_unprotect(struct repl *r, struct repl_command *c)
 {
 	const struct repl_meta *m = r->meta;
+	bool stale = repl_meta_flagged(m, VOLUME_STALE) || detach_any(r), force = (c->flags & UNPROTECT_FORCE) != 0;
 	if (m->role == ROLE_STANDALONE && !m->has_peer && !m->split_brain)
 		repl_command_done(r, c, -ERR_STATE, "it is standalone already: it has no peer to forget");
 	else if (m->state == STATE_FAILOVER || m->state == STATE_FAILOVER_FAILED)
@@ -192,17 +193,24 @@ static void cmd_unprotect(struct repl *r, struct repl_command *c)
 		    r, c, -ERR_STATE,
 		    "the sync of this copy has not ended: its disk is incomplete. `failover --force` goes "
 		    "back to what it held before");
-	else if (repl_meta_flagged(m, VOLUME_STALE) || detach_any(r))
+	else if (stale && !force)
 		repl_command_done(
 		    r, c, -ERR_STATE,
 		    "a disk of it here is detached and not current, only the peer holds its content; `resync` it, "
-		    "or fail over there. If the peer is lost for good, `stop` it, copy disk.raw out of the store, "
-		    "and `import` that as it is");
+		    "or fail over there. If the peer is lost for good or has forgotten this host, `--force` takes the "
+		    "disk as it is, without what was written through the peer");
+	else if (stale && primary_live(r))
+		repl_command_done(r, c, -ERR_STATE,
+				  "the peer is connected and holds what the detached disk lacks; `resync` it, or fail "
+				  "over there");
 	else if (role_changing(r) || repl_tx_pending(r, TX_UNPROTECT))
 		repl_command_done(r, c, -ERR_BUSY, "another command is changing its role");
-	else if (m->state == STATE_RUNNING)
-		cmd_stop(r, c);			      /* by its rules; then repl_stopped */
-	else if (r->is_target || !secondary_quiet(r)) /* what comes would be applied to a disk that is its host's own */
+	else if (m->state == STATE_RUNNING) { /* by the rules of `stop`; then repl_stopped */
+		if (stale && r->link == LINK_HANDSHAKE)
+			session_drop(r, "the detached disk is unprotected");
+		cmd_stop(r, c);
+	} else if (r->is_target ||
+		   !secondary_quiet(r)) /* what comes would be applied to a disk that is its host's own */
 		repl_command_done(r, c, -ERR_BUSY,
 				  "the primary's sync of this copy is under way (the link is %s); "
 				  "`wait --for=in-sync`, or `unprotect` it on the primary first",

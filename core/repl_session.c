@@ -743,6 +743,9 @@ void session_tx_done(struct repl *r, struct tx *t, int error)
 			repl_command_done(r, t->command, error, "its record could not be saved: %s", err_short(error));
 			return;
 		}
+		if (t->arg)
+			repl_log(r, 1,
+				 "the detached disk is taken as it is: what was written through the peer is not on it");
 		r->error.code = 0;
 		if (r->link != LINK_DOWN)
 			session_close(r, true);

@@ -518,8 +518,11 @@ static void publish(struct group *g, const struct repl_meta *m)
 	enum repl_serving now = repl_serving(m, false);
 	atomic_store(&g->serving, now);
 	atomic_store(&g->base, m->base);
-	/* A handle opened while this host wrote to its disk is stale once it follows another [SPEC 4]. */
-	if (old == SERVING_DISK && m->role == ROLE_SECONDARY && now != SERVING_DISK)
+	/* A handle opened while this host wrote to its disk is stale once it follows another [SPEC 4], and so is one
+	 * of a detached disk that is now taken as it is: what it wrote through the peer is not there. */
+	bool follows = m->role == ROLE_SECONDARY && now != SERVING_DISK;
+	bool back = m->role == ROLE_STANDALONE && atomic_load(&g->detached) != 0;
+	if (old == SERVING_DISK && (follows || back))
 		atomic_fetch_add(&g->handle_epoch, 1);
 }
 
@@ -541,6 +544,7 @@ static void save_run(struct pool_job *job)
 	bool chain = g->save.ckpt || g->save.drop || g->save.drop_through;
 	uint64_t old_base = atomic_load(&g->base);
 	int old_serving = atomic_load(&g->serving);
+	uint64_t old_handles = atomic_load(&g->handle_epoch);
 	int err = repl_exec_save(&g->exec, &g->save, &e);
 	if (err)
 		group_log(g, 0, e.text);
@@ -549,7 +553,8 @@ static void save_run(struct pool_job *job)
 		pthread_rwlock_wrlock(&g->view);
 		discarded = repl_exec_switch(&g->exec, &g->save);
 		publish(g, g->save.meta);
-		changed = discarded || old_base != g->save.meta->base || old_serving != atomic_load(&g->serving);
+		changed = discarded || old_base != g->save.meta->base || old_serving != atomic_load(&g->serving) ||
+			  old_handles != atomic_load(&g->handle_epoch);
 		pthread_rwlock_unlock(&g->view);
 	}
 	/* Before the core's answers go out: the kernel shows the new content when the command ends. But a host that

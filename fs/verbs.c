@@ -781,13 +781,15 @@ static int do_diverged(const struct call *c)
 	return 0;
 }
 
-static int simple(const struct call *c, enum repl_cmd cmd)
+static int simple(const struct call *c, enum repl_cmd cmd, uint32_t flags)
 {
 	struct group *g;
 	int err = need_group(c, &g);
 	if (err)
 		return err;
 	struct shell_command *sc = shell_command_new(cmd);
+	if (sc)
+		sc->c.flags = flags;
 	err = command(c, g, sc);
 	if (!err) {
 		result(c, json_pack("{s:s}", "group", g->name));
@@ -801,37 +803,37 @@ static int simple(const struct call *c, enum repl_cmd cmd)
 
 static int do_start(const struct call *c)
 {
-	return simple(c, CMD_START);
+	return simple(c, CMD_START, 0);
 }
 
 static int do_stop(const struct call *c)
 {
-	return simple(c, CMD_STOP);
+	return simple(c, CMD_STOP, 0);
 }
 
 static int do_pause(const struct call *c)
 {
-	return simple(c, CMD_PAUSE);
+	return simple(c, CMD_PAUSE, 0);
 }
 
 static int do_resume(const struct call *c)
 {
-	return simple(c, CMD_RESUME);
+	return simple(c, CMD_RESUME, 0);
 }
 
 static int do_unprotect(const struct call *c)
 {
-	return simple(c, CMD_UNPROTECT);
+	return simple(c, CMD_UNPROTECT, arg_bool(c, "force", false) ? UNPROTECT_FORCE : 0);
 }
 
 static int do_discard(const struct call *c)
 {
-	return simple(c, CMD_DISCARD);
+	return simple(c, CMD_DISCARD, 0);
 }
 
 static int do_resync(const struct call *c)
 {
-	int err = simple(c, CMD_RESYNC);
+	int err = simple(c, CMD_RESYNC, 0);
 	struct group *g = NULL;
 	if (err || !arg_bool(c, "wait", false) || (err = need_group(c, &g)) < 0)
 		return err;

@@ -193,6 +193,30 @@ def test_not_in_sync():
     whole_again(a, b, vol)
 
 
+def test_survivor_has_forgotten_it():
+    """The peer took over and was unprotected: the old primary, whose disk lacks what went through the peer, is told by nobody.
+    `unprotect --force` takes that disk as it is; what the survivor holds is not written over by it."""
+    bad, a, b, vol = pair()
+    bad.fail("w", "*/disk.raw")
+    e2e.pwrite(vol, 0, b"\x81" * MIB, sync=True)
+    check(detached(a), "not detached")
+    a.repctl("unprotect", "vm1", "--force", code=5).says("connected")
+    a.stop()
+    bad.mend()
+    b.repctl("-y", "failover", "vm1", "--to", "latest", "--wait")
+    b.repctl("unprotect", "vm1")
+    a.start()
+    check_errno(errno.EIO, "a read of what only the survivor has", e2e.pread, vol, 0, BLOCK)
+    a.repctl("unprotect", "vm1", code=5).says("--force")
+    a.repctl("unprotect", "vm1", "--force")
+    st = a.status("vm1")
+    check_eq((st["role"], st["state"], detached(a)), ("standalone", "DONE", False), "after unprotect --force")
+    e2e.check_bytes(vol, 0, MIB, 0x11, "the disk as it is")
+    e2e.check_bytes(b.volume("vm1"), 0, MIB, 0x81, "the survivor's")
+    a.repctl("protect", "vm1", "--peer", b.listen, code=5).says("--adopt")
+    e2e.check_bytes(b.volume("vm1"), 0, MIB, 0x81, "the survivor's")
+
+
 def test_full_medium():
     """Real EIO: a filesystem on a loop device whose backing file cannot grow any more."""
     e2e.need_root()

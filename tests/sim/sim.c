@@ -152,14 +152,12 @@ static void op_failover(struct sim *s)
 	}
 }
 
-/* A survivor is not unprotected while its old primary may stand with a disk that is not current: nothing but a copy by
- * hand would get that one out (docs/adr/0009). */
+/* By force where a disk of it is detached and its peer has forgotten it: nobody else can help it (docs/adr/0009). */
 static void unprotect(struct sim *s, unsigned h)
 {
-	const struct repl_meta *m = world_meta(s->w, h), *o = world_meta(s->w, !h);
-	bool survivor = m && m->role == ROLE_STANDALONE && m->has_peer;
-	if (!survivor || (o && !world_detached(s->w, !h)))
-		command(s, h, (struct repl_command){.cmd = CMD_UNPROTECT});
+	const struct repl_meta *o = world_meta(s->w, !h);
+	bool forgotten = o && o->role == ROLE_STANDALONE && !o->has_peer;
+	command(s, h, (struct repl_command){.cmd = CMD_UNPROTECT, .flags = forgotten ? UNPROTECT_FORCE : 0});
 }
 
 static void op_command(struct sim *s)
@@ -304,20 +302,25 @@ void sim_maintain(struct sim *s)
 	} else if (m[h]->role == ROLE_STANDALONE && (m[h]->state == STATE_NONE || m[h]->state == STATE_DONE)) {
 		if (!m[!h] || m[!h]->role != ROLE_PRIMARY)
 			protect(s, m[h]);
-		else if (m[!h]->state == STATE_DONE) /* it learns that it was shut out when it connects */
-			command(s, !h, (struct repl_command){.cmd = world_chance(w, 3) ? CMD_UNPROTECT : CMD_START});
-		else if (world_unrelated(w) || !m[h]->has_peer)
-			command(s, !h, (struct repl_command){.cmd = CMD_UNPROTECT});
+		else if (m[!h]->state == STATE_DONE &&
+			 !world_chance(w, 3)) /* connected, it learns that it was shut out */
+			command(s, !h, (struct repl_command){.cmd = CMD_START});
+		else if (m[!h]->state == STATE_DONE || world_unrelated(w) || !m[h]->has_peer)
+			unprotect(s, !h);
 	} else if (world_detached(w, h) && world_chance(w, 3)) {
 		command(s, h, (struct repl_command){.cmd = CMD_RESYNC});
 	} else if (m[h]->role == ROLE_PRIMARY && m[!h] && m[!h]->role == ROLE_STANDALONE && !m[!h]->has_peer) {
-		command(s, h, (struct repl_command){.cmd = CMD_UNPROTECT}); /* stops it first */
+		unprotect(s, h); /* stops it first */
 	} else if (m[h]->role == ROLE_PRIMARY && m[h]->state == STATE_DONE) {
-		bool forgotten = m[!h] && m[!h]->role == ROLE_STANDALONE;
-		command(s, h,
-			(struct repl_command){.cmd = forgotten && !world_chance(w, 3) ? CMD_UNPROTECT : CMD_START});
+		if (m[!h] && m[!h]->role == ROLE_STANDALONE && !world_chance(w, 3))
+			unprotect(s, h);
+		else
+			command(s, h, (struct repl_command){.cmd = CMD_START});
 	} else if (m[h]->role == ROLE_PRIMARY && world_unrelated(w)) {
-		command(s, h, (struct repl_command){.cmd = m[h]->state == STATE_RUNNING ? CMD_STOP : CMD_UNPROTECT});
+		if (m[h]->state == STATE_RUNNING)
+			command(s, h, (struct repl_command){.cmd = CMD_STOP});
+		else
+			unprotect(s, h);
 	} else if (m[h]->state == STATE_FAILOVER_FAILED) {
 		command(s, h, (struct repl_command){.cmd = CMD_FAILOVER});
 	} else if (m[!h] && m[h]->role == ROLE_SECONDARY && m[!h]->role == ROLE_SECONDARY) {

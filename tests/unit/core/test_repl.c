@@ -3035,6 +3035,53 @@ Test(repl, on_cow_error_stop_stops_and_keeps_all)
 	host_free(h);
 }
 
+/* What B calls received is in this host's memory. Where applying stops it is dropped, behind a barrier or not: a guest
+ * was told that it is here, so until the primary has synced it again it is safe there alone (docs/FAILURES.md). */
+Test(repl, under_b_what_was_received_is_dropped_where_applying_stops)
+{
+	static struct repl_meta m;
+	meta_of(&m, ROLE_SECONDARY, STATE_RUNNING);
+	m.settings.protocol = PROTOCOL_B;
+	struct host *h = secondary_of(&m);
+	stream(h, 'a', WIRE_WRITE, REPL_WRITE, 2, 0, 4096);
+	stream(h, 'f', WIRE_FLUSH, REPL_FLUSH, 3, 0, 0);
+	stream(h, 'w', WIRE_WRITE, REPL_WRITE, 4, 65536, 4096);
+	step(h, (struct repl_event){.type = EV_BATCH});
+	EXPECT(h, "do:a/disk send:ACK"); /* received: 4 */
+	fin_full(h, "a", -ERR_NOSPC, false, 0, true);
+	EXPECT(h, "send:IO_ERROR#2 close done:a=ERR_NOSPC done:f=ERR_CANCELED done:w=ERR_CANCELED");
+	host_free(h);
+}
+
+Test(repl, under_b_what_the_peer_dropped_is_dirty_here_and_sent_again)
+{
+	struct host *h = warm_primary(PROTOCOL_B);
+	tick(h, 2 * SEC); /* a clear cycle: what was written before is clean */
+	ack(h, 4, 4, 4);
+	fin(h, "sync");
+	cr_assert_not(dirty(h, 0));
+	forget(h);
+	guest(h, 'a', REPL_WRITE, 0, 4096);
+	fin(h, "a");
+	EXPECT(h, "do:a/disk send:WRITE#5");
+	ack(h, 5, 4, 4);
+	EXPECT(h, "done:a"); /* received is all that B asks for */
+	uint8_t buf[64];
+	struct wire_refuse x = {.code = ERR_NOSPC, .text = "cow"};
+	int n = wire_refuse_encode(&x, buf, sizeof(buf));
+	frame(h, WIRE_IO_ERROR, 5, 0, 4096, buf, (uint32_t)n);
+	EXPECT(h, "close");
+	cr_assert(dirty(h, 0));
+	cr_assert_eq(repl_volume_state(h->r, 0)->dirty.count, 1);
+	connect(h, &peer_meta);
+	EXPECT(h, "send:RESYNC_BEGIN#1");
+	frame(h, WIRE_RESYNC_READY, 1, 2, 0, NULL, 0);
+	fin_full(h, "scan", 0, false, 65536, false);
+	fin(h, "read");
+	EXPECT(h, "do:scan/own do:read/own send:RESYNC_WRITE#2 send:RESYNC_DONE#3");
+	host_free(h);
+}
+
 Test(repl, on_cow_error_drop_history_drops_the_oldest_that_nothing_needs_then_stops)
 {
 	struct host *h = secondary_with(ON_COW_ERROR_DROP_HISTORY, 3, 0);
@@ -3779,6 +3826,81 @@ Test(repl, flushes_say_that_a_lost_peer_had_not_flushed_what_only_it_has)
 	EXPECT(h, "done:a");
 	guest(h, 'f', REPL_FLUSH, 0, 0);
 	EXPECT(h, "");
+	host_free(h);
+}
+
+static void unprotect_by_force(struct host *h)
+{
+	h->cmd = (struct repl_command){.cmd = CMD_UNPROTECT, .flags = UNPROTECT_FORCE};
+	step(h, (struct repl_event){.type = EV_COMMAND, .command = &h->cmd});
+}
+
+/* Standalone, and nothing in the record says that its disk is newer than what went through the peer. */
+static void is_unprotected(struct host *h)
+{
+	cr_assert_eq(h->saved.volumes[0].flags, 0);
+	cr_assert_not(h->saved.has_peer);
+	const struct lineage *l = &h->saved.lineage;
+	cr_assert(l->current != 0 && l->current != 100 && l->bitmap == 0);
+	for (unsigned i = 0; i < GENERATIONS_MAX; i++)
+		cr_assert_eq(l->history[i], 0);
+}
+
+/* Its peer has failed over and forgotten it: without --force a disk that lacks what went through the peer would pass
+ * for current, and nobody can rebuild it. */
+Test(repl, a_detached_disk_is_unprotected_by_force_where_the_peer_is_lost)
+{
+	struct host *h = detached_primary();
+	ack(h, 5, 5, 4);
+	EXPECT(h, "done:a");
+	unprotect_by_force(h);
+	EXPECT(h, "cmd=ERR_STATE"); /* connected: it holds what is lacking here */
+	link_down(h);
+	guest(h, 'r', REPL_READ, 0, 4096); /* waits for the peer */
+	command(h, CMD_UNPROTECT, 0);
+	EXPECT(h, "cmd=ERR_STATE");
+	tick(h, 3 * SEC);
+	link_up(h, true);
+	EXPECT(h, "dial send:JOIN");
+	unprotect_by_force(h); /* also while the peer is about to refuse it */
+	EXPECT(h, "close save:primary/DONE");
+	saved(h);
+	EXPECT(h, "save:standalone/DONE");
+	is_unprotected(h);
+	unsigned warnings = h->warnings;
+	saved(h);
+	EXPECT(h, "done:r=ERR_IO cmd");
+	cr_assert_eq(h->warnings, warnings + 1);
+	cr_assert_eq(repl_detached(h->r), 0);
+	guest(h, 's', REPL_READ, 0, 4096);
+	guest(h, 'w', REPL_WRITE, 8192, 4096);
+	EXPECT(h, "do:s/disk do:w/disk");
+	fin(h, "s");
+	fin(h, "w");
+	guest(h, 'f', REPL_FLUSH, 0, 0); /* no promise of the old peer's stands */
+	fin(h, "f");
+	EXPECT(h, "done:s done:w do:f/disk done:f");
+	tick(h, 10 * SEC);
+	EXPECT(h, "");
+	host_free(h);
+}
+
+/* A primary that learned that it was shut out, before its peer forgot it. */
+Test(repl, a_shut_out_detached_disk_is_unprotected_by_force)
+{
+	static struct repl_meta m;
+	meta_of(&m, ROLE_SECONDARY, STATE_NONE);
+	m.base = m.last_stream = m.n_ckpts = 0;
+	m.shut_out = true;
+	m.volumes[0].flags = VOLUME_STALE;
+	struct host *h = host_new(&m);
+	command(h, CMD_UNPROTECT, 0);
+	EXPECT(h, "cmd=ERR_STATE");
+	unprotect_by_force(h);
+	EXPECT(h, "save:standalone/DONE");
+	is_unprotected(h);
+	saved(h);
+	EXPECT(h, "cmd");
 	host_free(h);
 }
 

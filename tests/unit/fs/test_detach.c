@@ -367,3 +367,110 @@ Test(detach, without_a_synced_peer_an_error_is_the_guests)
 	cr_assert_eq(pair_is(&p.a, "vm", 1 << 20, 4096, 0x11), -ERR_IO);
 	cr_assert_not(detached());
 }
+
+static int unprotect_by_force(void)
+{
+	json_t *args = named();
+	json_object_set_new(args, "force", json_true());
+	return pair_do(&p.a, "unprotect", args, NULL);
+}
+
+static int protect_again(bool adopt)
+{
+	return pair_do(&p.a, "protect",
+		       json_pack("{s:s, s:s, s:b, s:b, s:i}", "name", "vm", "peer", p.addr, "adopt", adopt, "wait", 1,
+				 "timeout_ms", 20000),
+		       NULL);
+}
+
+/* What went through the peer is at 1 MiB, and not on the disk here. */
+static void write_through_the_peer(void)
+{
+	atomic_store(&fa.write, -ERR_IO);
+	OK(pair_write(&p.a, "vm", 65536, 4096, 0x22));
+	OK(pair_write(&p.a, "vm", 1 << 20, 1 << 20, 0x33));
+	OK(flush(&p.a));
+	cr_assert(detached());
+}
+
+/* The peer is lost for good. */
+Test(detach, by_force_the_disk_is_taken_as_it_is)
+{
+	uint8_t block[4096];
+	write_through_the_peer();
+	cr_assert_eq(unprotect_by_force(), -ERR_STATE);
+	cr_assert(strstr(p.a.err.text, "connected"), "%s", p.a.err.text);
+	struct gvol *v = gvol_find(p.a.d, "vm");
+	struct gvol_handle *h = NULL;
+	bool direct;
+	OK(gvol_open(v, true, true, &h, &direct));
+	memset(block, 0xaa, sizeof(block));
+	OK(gvol_read(v, h, GVOL_VOLUME, 0, 1 << 20, sizeof(block), block));
+	cr_assert_eq(block[4095], 0x33);
+	pair_host_stop(&p.b);
+	OK(pair_wait_link(&p.a, "vm", "DOWN"));
+	cr_assert_eq(pair_do(&p.a, "unprotect", named(), NULL), -ERR_STATE);
+	cr_assert(strstr(p.a.err.text, "--force"), "%s", p.a.err.text);
+	OK(unprotect_by_force());
+	cr_assert_not(detached());
+	/* A guest that goes on does not find itself in the past. */
+	cr_assert_eq(gvol_read(v, h, GVOL_VOLUME, 0, 1 << 20, sizeof(block), block), -ERR_IO);
+	cr_assert_eq(gvol_write(v, h, 0, sizeof(block), block), -ERR_IO);
+	gvol_release(h);
+	gvol_unref(v);
+	mend(&fa);
+	OK(pair_is(&p.a, "vm", 1 << 20, 1 << 20, 0x11));
+	OK(pair_write(&p.a, "vm", 0, 65536, 0x44));
+	OK(flush(&p.a));
+	OK(pair_disk_is(&p.a, "vm", 0, 65536, 0x44));
+	pair_host_stop(&p.a);
+	OK(pair_host_start(&p, &p.a));
+	cr_assert_not(detached());
+	OK(pair_is(&p.a, "vm", 0, 65536, 0x44));
+}
+
+/* A pinned checkpoint of b's holds `want` bytes there. */
+static bool kept_on_b(uint64_t off, uint8_t want)
+{
+	json_t *r = NULL, *c;
+	size_t i;
+	unsigned found = 0;
+	OK(pair_do(&p.b, "checkpoints", named(), &r));
+	struct gvol *v = gvol_find(p.b.d, "vm");
+	json_array_foreach(json_object_get(r, "checkpoints"), i, c)
+	{
+		uint8_t block[4096], wanted[4096];
+		memset(block, 0xaa, sizeof(block));
+		memset(wanted, want, sizeof(wanted));
+		uint64_t number = (uint64_t)json_integer_value(json_object_get(c, "number"));
+		OK(gvol_read(v, NULL, GVOL_CKPT, number, off, sizeof(block), block));
+		found += json_is_true(json_object_get(c, "pinned")) && memcmp(block, wanted, sizeof(block)) == 0;
+	}
+	gvol_unref(v);
+	json_decref(r);
+	return found != 0;
+}
+
+/* The peer took over and was unprotected, before this host heard of it: nobody but this command helps. What it holds is
+ * not written over but on command, and kept. */
+Test(detach, a_survivor_that_forgot_its_old_primary_loses_nothing_to_it)
+{
+	write_through_the_peer();
+	pair_host_stop(&p.a);
+	mend(&fa);
+	json_t *args = named();
+	json_object_set_new(args, "to", json_string("latest"));
+	json_object_set_new(args, "wait", json_true());
+	OK(pair_do(&p.b, "failover", args, NULL));
+	OK(pair_do(&p.b, "unprotect", named(), NULL));
+	OK(pair_host_start(&p, &p.a));
+	cr_assert_eq(pair_do(&p.a, "unprotect", named(), NULL), -ERR_STATE);
+	OK(unprotect_by_force());
+	OK(pair_is(&p.a, "vm", 1 << 20, 1 << 20, 0x11));
+	cr_assert_eq(protect_again(false), -ERR_STATE);
+	OK(pair_is(&p.b, "vm", 65536, 4096, 0x22));
+	OK(pair_is(&p.b, "vm", 1 << 20, 1 << 20, 0x33));
+	OK(protect_again(true));
+	disks_are(1 << 20, 1 << 20, 0x11);
+	cr_assert(kept_on_b(1 << 20, 0x33));
+}
