@@ -245,6 +245,54 @@ def test_failback_moves_only_what_differs():
     e2e.check_bytes(p.b.volume("vm1"), 0, BLOCK, 0x77, "the secondary's view")
 
 
+def failback_killed(victim, before_restart):
+    """I15: a host dies in the resync of a failback. Started again it goes on by itself, with no second command; what the survivor
+    wrote is on both, and it has not begun anew."""
+    p = Pair(proxy=True)
+    (vol,) = p.protect(size=SIZE)
+    e2e.pwrite(vol, 0, b"\x11" * SIZE, sync=True)
+    p.checkpoint()
+    wait_for(lambda: p.a.status("vm1")["dirty_bytes"] == 0, "dirty bits to clear", LONG)
+    p.a.restart()  # and what it wrote does not count as in flight any more
+    p.a.wait_synced("vm1", LONG)
+    p.proxy.down()
+    p.a.wait_status("vm1", LONG, link="DOWN")
+    p.b.repctl("-y", "failover", "vm1", "--wait")
+    want = bytearray(b"\x11" * SIZE)
+    for i in range(16):  # the first MiB, a part of each region
+        want[i * 64 * KIB:i * 64 * KIB + BLOCK] = bytes([0x30 + i]) * BLOCK
+        e2e.pwrite(p.b.volume("vm1"), i * 64 * KIB, bytes([0x30 + i]) * BLOCK, sync=True)
+    p.b.repctl("set", "vm1", "resync_rate=64K")
+    p.b.repctl("failback", "vm1", "--peer", p.a.listen)
+    wait_for(lambda: (lambda r: r and r["done"] > 0)(p.b.status("vm1")["resync"]), "the resync to move something", LONG)
+    st = p.a.status("vm1")
+    check_eq((st["role"], st["state"]), ("secondary", "NONE"), "the old primary in the resync")
+    host = getattr(p, victim)
+    host.kill9()
+    before_restart(p)
+    host.start()
+    e2e.pwrite(p.b.volume("vm1"), 3 * MIB, b"\x55" * BLOCK, sync=True)  # a guest goes on
+    want[3 * MIB:3 * MIB + BLOCK] = b"\x55" * BLOCK
+    p.b.repctl("set", "vm1", "resync_rate=0")
+    in_sync(p, p.b, p.a, want)
+    moved = p.b.status("vm1")["counters"]["resync_bytes"]
+    check(moved <= 3 * MIB, "the failback moved %d bytes for 1 MiB and a block" % moved)
+    check_eq(p.a.repctl("-y", "failover", "vm1", json=True)["checkpoint"], p.b.status("vm1")["checkpoint"],
+             "the default target is the last checkpoint of the new lineage")
+
+
+def test_failback_whose_target_is_killed():
+    failback_killed("a", lambda p: p.b.wait_status("vm1", LONG, role="primary", state="RUNNING", link="DOWN"))
+
+
+def test_failback_whose_source_is_killed():
+    def target_alone(p):
+        p.a.wait_status("vm1", LONG, link="DOWN")
+        p.a.repctl("-y", "failover", "vm1", code=5)  # of what it follows now it has no checkpoint [LASTLIN]
+        p.a.repctl("unprotect", "vm1", code=5).says("incomplete")
+    failback_killed("b", target_alone)
+
+
 def test_old_primary_without_own_writes_waits_for_the_failback():
     p = Pair(proxy=True)
     (vol,) = p.protect(size=MIB)

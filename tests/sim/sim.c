@@ -152,12 +152,14 @@ static void op_failover(struct sim *s)
 	}
 }
 
-/* By force where a disk of it is detached and its peer has forgotten it: nobody else can help it (docs/adr/0009). */
+/* By force where a disk of it is detached and its peer has forgotten it: nobody else can help it (docs/adr/0009). The
+ * reckless do so while the peer is merely away. */
 static void unprotect(struct sim *s, unsigned h)
 {
 	const struct repl_meta *o = world_meta(s->w, !h);
 	bool forgotten = o && o->role == ROLE_STANDALONE && !o->has_peer;
-	command(s, h, (struct repl_command){.cmd = CMD_UNPROTECT, .flags = forgotten ? UNPROTECT_FORCE : 0});
+	bool force = forgotten || (s->reckless && world_detached(s->w, h));
+	command(s, h, (struct repl_command){.cmd = CMD_UNPROTECT, .flags = force ? UNPROTECT_FORCE : 0});
 }
 
 static void op_command(struct sim *s)
