@@ -1373,6 +1373,7 @@ void model_read_begin(struct host *h, struct sim_io *s)
 	uint32_t vol = s->io.volume, first = UNITS_IN(s->io.off), n = UNITS_IN(s->io.len);
 	const ver *have = !detached(h, vol) ? h->disk[vol].now : h->str_valid ? h->str[vol] : peer_of(h)->disk[vol].now;
 	s->before = simdup(have + first, n * sizeof(ver));
+	s->of_detached = detached(h, vol);
 	s->from = h->w->n_writes;
 	for (struct sim_io *o = h->ios; o; o = o->next)
 		if (o->v && o->v < s->from && o->io.volume == vol)
@@ -1384,8 +1385,9 @@ static void read_done(struct host *h, struct sim_io *s, int error)
 	struct world *w = h->w;
 	uint32_t vol = s->io.volume, first = UNITS_IN(s->io.off), n = UNITS_IN(s->io.len);
 	if (error) {
-		/* Nor is it answered by a host that has stepped down meanwhile. */
-		bool serves = repl_serving(repl_meta(h->core), false) != SERVING_EIO;
+		/* Nor is it answered by a host that has stepped down meanwhile, or was unprotected by force: what it
+		 * asked for only the peer had. */
+		bool serves = repl_serving(repl_meta(h->core), false) != SERVING_EIO && !s->of_detached;
 		if (!h->errors_one_in && !h->had_errors && !repl_detached(h->core) && serves)
 			world_fail(w, "host %u: a read of volume %u fails: %s", h->id, vol, err_name(error));
 		return;

@@ -84,6 +84,7 @@ struct sim_io {
 	/* guests' */
 	ver *before;				/* READ through the core: what was there when it came */
 	ver from;				/* and the first write that may have come after */
+	bool of_detached;			/* and its disk was detached then */
 	uint64_t done_before, done_before_peer; /* FLUSH: writes of this host that were complete when it came */
 	uint64_t session;			/* in sync when it came: of which session */
 	bool promised;				/* FLUSH: by its protocol */
