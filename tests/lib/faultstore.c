@@ -1,6 +1,7 @@
 /* See faultstore.h. */
 #include "tests/lib/faultstore.h"
 
+#include <poll.h>
 #include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
@@ -46,10 +47,17 @@ static int fault_read(struct disk *d, uint64_t off, void *buf, size_t len)
 	return err ? err : disk_read(x->real, off, buf, len);
 }
 
+static void held(struct faults *f)
+{
+	while (f && atomic_load(&f->hold))
+		(void)poll(NULL, 0, 1);
+}
+
 /* Half of it is written: what a failed write leaves is nobody's promise. */
 static int fault_write(struct disk *d, uint64_t off, const void *buf, size_t len)
 {
 	struct fault_disk *x = disk_of(d);
+	held(x->f);
 	int err = x->f ? hit(x->f, atomic_load(&x->f->write)) : 0;
 	int rc = disk_write(x->real, off, buf, err ? len / 2 : len);
 	return err ? err : rc;
@@ -58,6 +66,7 @@ static int fault_write(struct disk *d, uint64_t off, const void *buf, size_t len
 static int fault_zero(struct disk *d, uint64_t off, uint64_t len, bool punch)
 {
 	struct fault_disk *x = disk_of(d);
+	held(x->f);
 	int err = x->f ? hit(x->f, atomic_load(&x->f->write)) : 0;
 	return err ? err : disk_zero(x->real, off, len, punch);
 }

@@ -4,7 +4,9 @@
 #define REPFS_TESTS_UNIT_FS_PAIRTEST_H
 
 #include <criterion/criterion.h>
+#include <poll.h>
 
+#include "core/os/clock.h"
 #include "tests/lib/pair.h"
 
 static struct pair p;
@@ -33,6 +35,36 @@ static inline void protect(void)
 	OK(pair_protect(&p, "vm"));
 	OK(pair_wait_state(&p.b, "vm", "RUNNING"));
 	OK(pair_wait_link(&p.b, "vm", "SYNCED"));
+}
+
+static inline int flush(struct pair_host *h)
+{
+	struct gvol *v = gvol_find(h->d, "vm");
+	int err = v ? gvol_flush(v, NULL) : -ERR_NOENT;
+	gvol_unref(v);
+	return err;
+}
+
+static inline void in_sync(void)
+{
+	json_t *args = named();
+	json_object_set_new(args, "for", json_string("in-sync"));
+	OK(pair_do(&p.a, "wait", args, NULL));
+}
+
+#define WAIT_FOR(condition)                                                                                            \
+	do {                                                                                                           \
+		uint64_t end_ = clock_mono_ns() + 20 * NS_PER_SEC;                                                     \
+		while (!(condition)) {                                                                                 \
+			cr_assert_lt(clock_mono_ns(), end_, "waited in vain for %s", #condition);                      \
+			(void)poll(NULL, 0, 5);                                                                        \
+		}                                                                                                      \
+	} while (0)
+
+/* The clear cycle has been: nothing is dirty any more. */
+static inline void wait_clean(void)
+{
+	WAIT_FOR(pair_status_int(&p.a, "vm", "dirty_bytes") == 0);
 }
 
 static inline void teardown(void)

@@ -49,14 +49,6 @@ static bool detached(void)
 	return yes;
 }
 
-static int flush(struct pair_host *h)
-{
-	struct gvol *v = gvol_find(h->d, "vm");
-	int err = v ? gvol_flush(v, NULL) : -ERR_NOENT;
-	gvol_unref(v);
-	return err;
-}
-
 static void mend(struct faults *f)
 {
 	atomic_store(&f->write, 0);
@@ -67,8 +59,7 @@ static void mend(struct faults *f)
 static void resync(void)
 {
 	OK(pair_do(&p.a, "resync", named(), NULL));
-	OK(pair_do(&p.a, "wait", json_pack("{s:s, s:s, s:i}", "name", "vm", "for", "in-sync", "timeout_ms", 10000),
-		   NULL));
+	in_sync();
 	cr_assert_not(detached());
 }
 
@@ -221,8 +212,7 @@ Test(detach, resync_brings_the_disk_back_under_writes)
 	OK(pair_do(&p.a, "resync", named(), NULL));
 	for (unsigned i = 0; i < 200; i++)
 		OK(pair_write(&p.a, "vm", (uint64_t)i * 20000, 20000, (uint8_t)(0x30 + i % 7)));
-	OK(pair_do(&p.a, "wait", json_pack("{s:s, s:s, s:i}", "name", "vm", "for", "in-sync", "timeout_ms", 10000),
-		   NULL));
+	in_sync();
 	cr_assert_not(detached());
 	for (unsigned i = 0; i < 200; i++)
 		disks_are((uint64_t)i * 20000, 20000, (uint8_t)(0x30 + i % 7));
@@ -286,20 +276,10 @@ Test(detach, pass_answers_the_error_and_syncs_the_range_again)
 	cr_assert_not(detached());
 	mend(&fa);
 	OK(pair_wait_link(&p.a, "vm", "SYNCED"));
-	OK(pair_do(&p.a, "wait", json_pack("{s:s, s:s, s:i}", "name", "vm", "for", "in-sync", "timeout_ms", 10000),
-		   NULL));
+	in_sync();
 	/* the half that was written is on both */
 	disks_are(65536, 4096, 0x22);
 	disks_are(65536 + 4096, 4096, 0x11);
-}
-
-/* Nothing is dirty any more: the clear cycle has been. */
-static void wait_clean(void)
-{
-	for (int i = 0; pair_status_int(&p.a, "vm", "dirty_bytes") != 0; i++) {
-		cr_assert_lt(i, 4000, "regions stay dirty");
-		(void)poll(NULL, 0, 5);
-	}
 }
 
 /* The peer lacks the region at 64 KiB and holds the rest; the disk here can neither be read nor written. */
