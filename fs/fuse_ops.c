@@ -66,7 +66,7 @@ struct fuse_ops {
 	_Atomic uint64_t refusal_ns;
 };
 
-/* An open file; fi->fh. */
+/* An open file or folder; fi->fh. */
 struct file {
 	enum inode_kind kind;
 	struct gvol *v;
@@ -75,6 +75,7 @@ struct file {
 	bool direct;
 	char *text; /* INODE_STATUS_FILE: the snapshot */
 	size_t text_len;
+	struct dir *dir;	   /* a folder */
 	struct file *next, **link; /* fuse_ops.files */
 };
 
@@ -485,10 +486,62 @@ static int dir_fill(struct fuse_ops *f, struct dir *d)
 	return d->failed ? ENOMEM : 0;
 }
 
-static void dir_free(struct dir *d)
+static void file_free(struct file *file)
 {
-	free(d->names);
-	free(d);
+	gvol_release(file->h);
+	gvol_unref(file->v);
+	free(file->text);
+	if (file->dir)
+		free(file->dir->names);
+	free(file->dir);
+	free(file);
+}
+
+static void file_link(struct fuse_ops *f, struct file *file)
+{
+	mutex_lock(&f->lock);
+	file->next = f->files;
+	file->link = &f->files;
+	if (file->next)
+		file->next->link = &file->next;
+	f->files = file;
+	mutex_unlock(&f->lock);
+}
+
+static void file_close(struct fuse_ops *f, struct file *file)
+{
+	mutex_lock(&f->lock);
+	*file->link = file->next;
+	if (file->next)
+		file->next->link = file->link;
+	mutex_unlock(&f->lock);
+	file_free(file);
+}
+
+/* Answers OPEN. A direct file's writes run in parallel; libfuse before 3.15 has no name for that, so the answer is
+ * written by hand there. */
+static int reply_open(fuse_req_t req, struct fuse_file_info *fi, bool direct)
+{
+#ifdef HAVE_FUSE_PARALLEL_DIRECT_WRITES
+	fi->direct_io = direct;
+	fi->parallel_direct_writes = direct;
+	return fuse_reply_open(req, fi);
+#else
+	struct fuse_open_out out = {.fh = fi->fh};
+	if (direct)
+		out.open_flags = FOPEN_DIRECT_IO | FOPEN_PARALLEL_DIRECT_WRITES;
+	return fuse_reply_buf(req, (const char *)&out, sizeof(out));
+#endif
+}
+
+/* The file, or folder, is open from here on. */
+static void file_reply(fuse_req_t req, struct fuse_file_info *fi, struct file *file)
+{
+	fi->fh = (uintptr_t)file;
+	file_link(ops_of(req), file);
+	/* -ENOENT: the opener was killed meanwhile, and no release will come. */
+	if (reply_open(req, fi, file->direct) == -ENOENT)
+		file_close(ops_of(req), file);
 }
 
 static void op_opendir(fuse_req_t req, fuse_ino_t ino, struct fuse_file_info *fi)
@@ -498,22 +551,17 @@ static void op_opendir(fuse_req_t req, fuse_ino_t ino, struct fuse_file_info *fi
 		(void)fuse_reply_err(req, ENOTDIR);
 		return;
 	}
-	struct dir *d = calloc(1, sizeof(*d));
-	if (!d) {
+	struct file *file = calloc(1, sizeof(*file));
+	if (file)
+		file->dir = calloc(1, sizeof(*file->dir));
+	if (!file || !file->dir) {
+		free(file);
 		(void)fuse_reply_err(req, ENOMEM);
 		return;
 	}
-	d->id = id;
-	fi->fh = (uintptr_t)d;
-	if (fuse_reply_open(req, fi) == -ENOENT)
-		dir_free(d);
-}
-
-static void op_releasedir(fuse_req_t req, fuse_ino_t ino, struct fuse_file_info *fi)
-{
-	(void)ino;
-	dir_free((struct dir *)(uintptr_t)fi->fh); // NOLINT(performance-no-int-to-ptr)
-	(void)fuse_reply_err(req, 0);
+	file->kind = id.kind;
+	file->dir->id = id;
+	file_reply(req, fi, file);
 }
 
 /* One entry into buf; its length, also when that is more than size (then nothing was written). */
@@ -535,7 +583,7 @@ static size_t dir_entry(fuse_req_t req, const struct name *n, bool plus, char *b
 
 static void readdir_reply(fuse_req_t req, size_t size, off_t off, const struct fuse_file_info *fi, bool plus)
 {
-	struct dir *d = (struct dir *)(uintptr_t)fi->fh; // NOLINT(performance-no-int-to-ptr)
+	struct dir *d = file_of(fi)->dir;
 	int r = off == 0 || !d->names ? dir_fill(ops_of(req), d) : 0;
 	char *buf = r ? NULL : malloc(size);
 	if (!buf) {
@@ -568,35 +616,6 @@ static void op_readdirplus(fuse_req_t req, fuse_ino_t ino, size_t size, off_t of
 /* ---- open files ----------------------------------------------------------------------------------------------------
  */
 
-static void file_free(struct file *file)
-{
-	gvol_release(file->h);
-	gvol_unref(file->v);
-	free(file->text);
-	free(file);
-}
-
-static void file_link(struct fuse_ops *f, struct file *file)
-{
-	mutex_lock(&f->lock);
-	file->next = f->files;
-	file->link = &f->files;
-	if (file->next)
-		file->next->link = &file->next;
-	f->files = file;
-	mutex_unlock(&f->lock);
-}
-
-static void file_close(struct fuse_ops *f, struct file *file)
-{
-	mutex_lock(&f->lock);
-	*file->link = file->next;
-	if (file->next)
-		file->next->link = file->link;
-	mutex_unlock(&f->lock);
-	file_free(file);
-}
-
 void fuse_ops_wait_answered(struct fuse_ops *f, unsigned ms)
 {
 	uint64_t deadline = clock_mono_ns() + ms * NS_PER_MS;
@@ -623,22 +642,6 @@ void fuse_ops_close_files(struct fuse_ops *f)
 		file_free(file);
 		file = next;
 	}
-}
-
-/* Answers OPEN. A direct file's writes run in parallel; libfuse before 3.15 has no name for that, so the answer is
- * written by hand there. */
-static int reply_open(fuse_req_t req, struct fuse_file_info *fi, bool direct)
-{
-#ifdef HAVE_FUSE_PARALLEL_DIRECT_WRITES
-	fi->direct_io = direct;
-	fi->parallel_direct_writes = direct;
-	return fuse_reply_open(req, fi);
-#else
-	struct fuse_open_out out = {.fh = fi->fh};
-	if (direct)
-		out.open_flags = FOPEN_DIRECT_IO | FOPEN_PARALLEL_DIRECT_WRITES;
-	return fuse_reply_buf(req, (const char *)&out, sizeof(out));
-#endif
 }
 
 static int file_open_volume(struct file *file, int flags)
@@ -705,11 +708,7 @@ static void op_open(fuse_req_t req, fuse_ino_t ino, struct fuse_file_info *fi)
 		(void)fuse_reply_err(req, r);
 		return;
 	}
-	fi->fh = (uintptr_t)file;
-	file_link(f, file);
-	/* -ENOENT: the opener was killed meanwhile, and no release will come. */
-	if (reply_open(req, fi, file->direct) == -ENOENT)
-		file_close(f, file);
+	file_reply(req, fi, file);
 }
 
 static void op_release(fuse_req_t req, fuse_ino_t ino, struct fuse_file_info *fi)
@@ -1181,7 +1180,7 @@ static const struct fuse_lowlevel_ops table = {
     .fsync = op_fsync,
     .opendir = op_opendir,
     .readdir = op_readdir,
-    .releasedir = op_releasedir,
+    .releasedir = op_release,
     .fsyncdir = op_fsyncdir,
     .statfs = op_statfs,
     .create = op_create,

@@ -437,6 +437,7 @@ class Host:
         cmd = [program("repctl"), "--store", self.store] + (["--json"] if json else []) + args
         kw = {"input": input} if input is not None else {}
         r = Answer(args, run(cmd, code=None, timeout=timeout, text=text, **kw))
+        check(not CRASH.search(r.err if text else r.err.decode(errors="replace")), "repctl itself fails: %s" % r)
         codes = code if isinstance(code, tuple) else (code,)
         check(code is None or r.code in codes, "on host %s: exit code is not %s: %s" % (self.name, code, r), self.log_tail)
         return r.json if json and r.code == 0 else r
