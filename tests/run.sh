@@ -4,8 +4,8 @@
 #   (plain)  preset dev with its ctest tests, the unit tests under AddressSanitizer and UBSan, tests/e2e/test_*
 #   --fast   preset dev with its ctest tests, no more
 #   --long   200,000 seeds in the simulator instead of 2,000, also some under AddressSanitizer and UBSan, the stress
-#            programs under ThreadSanitizer, tests/e2e/test_* with daemons under AddressSanitizer and UBSan and under
-#            ThreadSanitizer, and tests/e2e/long_*
+#            programs and tests/e2e/test_* with daemons under AddressSanitizer and UBSan and under ThreadSanitizer, and
+#            tests/e2e/long_*
 #
 # One line a test: PASS, FAIL or SKIP, its name, its seconds. The last line is `N passed, N failed`, with `, N skipped`
 # behind if there were any; exit 0 only if none failed. Each test's output is in build/log. An end-to-end test is an
@@ -197,7 +197,7 @@ run_ctest dev ""
 
 if build_preset asan; then
 	run_ctest asan asan- -L unit
-	[ $long -eq 1 ] && run_ctest asan asan- -R '^sim_(quick|points)$'
+	[ $long -eq 1 ] && run_ctest asan asan- -R '^(stress_.*|sim_(quick|points))$'
 fi
 if [ $long -eq 1 ] && build_preset tsan; then
 	run_ctest tsan tsan- -L stress
