@@ -17,6 +17,10 @@
  * save goes on: its record is newer than anything the unreadable copy may hold, over which it is written first; if that
  * fails, the other's older one is not put in its place.
  *
+ * The older record that is written over one whose save failed may itself not have reached the medium, where that one
+ * then still lies, to be found after the next power cut as the newest. So this copy is marked, and a load writes and
+ * syncs it again before anybody acts on the record.
+ *
  * A copy says too whether its file was made for it: then its name may not be durable yet, and the folder is synced
  * when that copy is next written or relied on.
  *
@@ -38,6 +42,7 @@
 #define META_HEADER_SIZE 48
 #define META_NAME_MAX (STORAGE_PATH_MAX + 8)
 #define META_CREATED 1U /* flag: the file was made for this copy */
+#define META_UNDOES 2U	/* flag: written over a record whose save failed */
 
 enum copy_state {
 	COPY_ABSENT,
@@ -287,8 +292,9 @@ static int secure(struct pair *p, const struct copy *best, const struct copy *ot
 	return rc < 0 ? rc : storage_sync_dir(p->s, p->dir);
 }
 
-/* Writes best's record over the other copy, as one whose durability comes after best's. */
-static int copy_over(struct pair *p, const struct copy *best, const struct copy *other, bool durable)
+/* Writes best's record over the other copy, as one whose durability comes after best's. `undoes`: a newer one may lie
+ * there. */
+static int copy_over(struct pair *p, const struct copy *best, const struct copy *other, bool undoes, bool durable)
 {
 	size_t len = META_HEADER_SIZE + best->payload_len;
 	uint8_t *raw = malloc(len);
@@ -298,7 +304,7 @@ static int copy_over(struct pair *p, const struct copy *best, const struct copy 
 		return -ERR_NOMEM;
 	memcpy(raw, best->raw, len);
 	put_u32(raw + 32, best->pass + 1);
-	put_u32(raw + 40, flags_for(other));
+	put_u32(raw + 40, flags_for(other) | (undoes ? META_UNDOES : 0));
 	put_u32(raw + 44, crc32c(0, raw, 44));
 	rc = copy_write(p, other, raw, len, durable);
 	free(raw);
@@ -342,7 +348,7 @@ static int save_pair(struct pair *p, uint8_t *raw, const char kind[4], uint32_t 
 	if (rc < 0) {
 		/* It may be whole in the page cache: without this a later load could find what was not saved. */
 		if (best && first->state != COPY_UNREADABLE)
-			(void)copy_over(p, best, first, durable);
+			(void)copy_over(p, best, first, true, durable);
 		return rc;
 	}
 	header_encode(raw, kind, sequence, version, 2, flags_for(second), raw + META_HEADER_SIZE, len);
@@ -350,7 +356,7 @@ static int save_pair(struct pair *p, uint8_t *raw, const char kind[4], uint32_t 
 	if (rc == 0 || !best || best->pass == 1)
 		return 0;
 	/* Left behind, it would pass for the newest where the first can't be read. */
-	(void)copy_over(p, best, first, durable);
+	(void)copy_over(p, best, first, true, durable);
 	return rc;
 }
 
@@ -402,10 +408,10 @@ static int repair(struct pair *p, const struct copy *best)
 	int rc;
 
 	if (other->state == COPY_GOOD && other->sequence == best->sequence)
-		return 0;
+		return other->flags & META_UNDOES ? copy_over(p, best, other, true, true) : 0;
 	rc = secure(p, best, other);
 	if (rc == 0)
-		(void)copy_over(p, best, other, true);
+		(void)copy_over(p, best, other, false, true);
 	return other->state == COPY_GOOD ? rc : 0;
 }
 
@@ -453,11 +459,9 @@ int meta_load(struct storage *s, const char *path, const char kind[4], uint32_t 
 	} else if (!version_known(best, version_max)) {
 		rc = version_refuse(best, "load", path, version_max, e);
 	} else if ((rc = repair(&p, best)) < 0) {
-		err_set(
-		    e, -rc,
-		    "load %s: %s is newer than the other copy and can't be made durable: %s; look at the disk under "
-		    "the store",
-		    path, best->path, err_short(rc));
+		err_set(e, -rc,
+			"load %s: what was found in %s can't be made durable: %s; look at the disk under the store",
+			path, best->path, err_short(rc));
 	} else {
 		memmove(best->raw, best->raw + META_HEADER_SIZE, best->payload_len);
 		*ret_version = best->version;

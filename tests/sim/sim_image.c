@@ -991,6 +991,19 @@ static void faults_on(struct world *w)
 	(void)simstore_rule_add(w->ss, &r);
 }
 
+/* Syncs of the record fail, those that put it right again too, and soon after comes the crash: what was durable must
+ * not have been overwritten while what is newer is not. */
+static void record_faults(struct world *w)
+{
+	simstore_rules_clear(w->ss);
+	(void)simstore_rule_add(w->ss, &(struct simstore_rule){.calls = SIMSTORE_BIT(SIMSTORE_SYNC),
+							       .path = "record*",
+							       .error = ERR_IO,
+							       .nth = 1 + pick(w, 3),
+							       .times = 1 + pick(w, 4)});
+	simstore_stop_at(w->ss, 1 + pick(w, 24), pick(w, 3));
+}
+
 static void run_seed(uint64_t seed)
 {
 	static struct world w;
@@ -1007,6 +1020,8 @@ static void run_seed(uint64_t seed)
 			simstore_stop_at(w.ss, 1 + pick(&w, 30), pick(&w, 3));
 		} else if (what == 2) {
 			simstore_rules_clear(w.ss);
+		} else if (what == 3) {
+			record_faults(&w);
 		}
 		step(&w, true);
 		if (simstore_stopped(w.ss) || !w.open || pick(&w, 60) == 0)

@@ -2,7 +2,8 @@
  *
  * What is written lies in a cache until its file is synced; names until a folder is synced. cs_power_cut keeps of each
  * unsynced write all, nothing or a part, and of the unsynced changes of names the first few. A failed sync behaves as
- * the kernel's does: the error comes once, the data stays readable from the cache and is never written out.
+ * the kernel's does: the error comes once, the data stays readable from the cache and is never written out, or was
+ * all the same.
  * cs->ops_left makes the machine stop at an operation, in the middle of it if it is a write.
  */
 #ifndef REPFS_TESTS_CRASHSTORE_H
@@ -59,9 +60,10 @@ struct crashstore {
 	struct cs_names names, history[CS_HISTORY]; /* history[0]: the durable ones */
 	unsigned n_history;
 	uint64_t seed;
-	long ops_left;		/* < 0: no stop */
-	unsigned sync_fails_in; /* one sync in so many fails; 0: none */
-	bool tear_bytes;	/* a write tears at any byte, else at sectors */
+	long ops_left;		 /* < 0: no stop */
+	unsigned sync_fails_in;	 /* one sync in so many fails; 0: none */
+	bool failed_sync_writes; /* such a one writes all out nevertheless */
+	bool tear_bytes;	 /* a write tears at any byte, else at sectors */
 	bool stopped;
 	unsigned writes, syncs;
 };
@@ -203,6 +205,8 @@ static inline int cs_sync(struct disk *d)
 		return -ERR_IO;
 	cs->syncs++;
 	if (cs->sync_fails_in && cs_random(cs, cs->sync_fails_in) == 0) {
+		for (unsigned i = 0; cs->failed_sync_writes && i < cd->inode->n_ops; i++)
+			cs_apply(cd->inode->disk, &cd->inode->ops[i]);
 		cs_forget_ops(cd->inode);
 		return -ERR_IO;
 	}

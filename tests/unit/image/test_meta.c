@@ -541,3 +541,29 @@ Test(meta, a_record_that_cant_be_made_durable_is_not_acted_on)
 	cr_assert_eq(load_number(cs, &rc), 2);
 	drop_store(cs);
 }
+
+/* The save's sync failed, and yet it is on the medium; what was put back over it was not synced when the process was
+ * killed. The next one has gone on from the old record: the failed one must not come back. */
+Test(meta, a_record_whose_save_failed_stays_away)
+{
+	for (unsigned i = 0; i < 100; i++) {
+		struct crashstore *cs = new_store(12 + i);
+		unsigned left = i % 4;
+		int rc;
+
+		cs->failed_sync_writes = true;
+		cr_assert_eq(save_number(cs, 1, 50, true), 0);
+		cr_assert_eq(save_number(cs, 2, 50, true), 0);
+		cs->sync_fails_in = 1;
+		cs->ops_left = 2 + (long)left; /* written, synced, put back, synced */
+		cr_assert_eq(save_number(cs, 3, 50, true), -ERR_IO);
+		cs_killed(cs);
+		cs->sync_fails_in = 0;
+		uint64_t n = load_number(cs, &rc);
+		cr_assert_eq(rc, 0);
+		cs_power_cut(cs);
+		cr_assert_eq(load_number(cs, &rc), n, "stopped after %u: %llu became another", left,
+			     (unsigned long long)n);
+		drop_store(cs);
+	}
+}
