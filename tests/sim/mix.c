@@ -115,7 +115,38 @@ static void idle(struct sim *s)
 	world_run(s->w, world_more(s->w, world_more(s->w, 6) ? SEC : 25 * SEC));
 }
 
-static void (*const kinds[])(struct sim *s) = {clock_jump, path_errors, no_room, burst, tune, idle};
+/* What nobody should ask for now, or of this host. */
+static void blunder(struct sim *s)
+{
+	struct world *w = s->w;
+	static const unsigned cmds[] = {CMD_FAILBACK, CMD_PROTECT, CMD_START, CMD_RESYNC};
+	struct repl_command c = {.cmd = cmds[world_more(w, 4)], .text = "peer"};
+	if (c.cmd == CMD_PROTECT && world_more(w, 2))
+		c.flags = WIRE_JOIN_ADOPT;
+	(void)world_command(w, (unsigned)world_more(w, 2), &c, NULL);
+}
+
+/* The secondary takes over in the midst of the stream: its primary may go on, and does not hear of it at once. */
+static void takeover(struct sim *s)
+{
+	struct world *w = s->w;
+	unsigned h = !s->vm;
+	const struct repl_meta *m = world_meta(w, h);
+	if (!m || m->role != ROLE_SECONDARY || m->state != STATE_RUNNING || s->failover_asked || world_more(w, 3))
+		return;
+	for (unsigned n = 4 + (unsigned)world_more(w, 12); n; n--)
+		(void)world_io(w, s->vm, world_more(w, 4) ? WORLD_WRITE : WORLD_FLUSH, (uint32_t)world_more(w, 2),
+			       world_more(w, 1 << 20), 1 + world_more(w, 64 << 10));
+	world_run(w, world_more(w, 3 * MS));
+	struct repl_command c = {.cmd = CMD_FAILOVER, .flags = FAILOVER_DISCARD_ACTIVE};
+	c.number = world_more(w, 2) ? FAILOVER_LATEST : FAILOVER_DEFAULT;
+	if (world_command(w, h, &c, &s->failover)) {
+		s->failover_asked = true;
+		s->failover_host = h;
+	}
+}
+
+static void (*const kinds[])(struct sim *s) = {clock_jump, path_errors, no_room, burst, tune, idle, blunder, takeover};
 
 #define KINDS (sizeof(kinds) / sizeof(kinds[0]))
 

@@ -537,6 +537,9 @@ void model_sent(struct host *h, const struct repl_action *a, struct sim_io *s, s
 		str_begin(h);
 	if (!sent)
 		return;
+	h->sent_n += a->io != NULL;
+	if (!a->io)
+		h->barrier_n = h->sent_n;
 	if (a->io) {
 		if (s) {
 			model_fill(h, s);
@@ -687,6 +690,10 @@ static void failed_over(struct host *h, const struct repl_meta *old, const struc
 	world_note(w, "host %u: failed over to %" PRIu64 ", received %" PRIu64, h->id, m->target, m->received);
 	if (m->received && !ghost_find(h, m->received))
 		world_fail(w, "host %u: the checkpoint as received, %" PRIu64 ", was not opened", h->id, m->received);
+	/* [FENCEFO] what was received is applied, and no worker of the session goes on. */
+	if (h->streams)
+		world_fail(w, "host %u: fails over while frame %" PRIu64 " of the stream is not applied", h->id,
+			   h->streams->io.seq);
 	/* [FOGEN] that shuts the old primary out. */
 	if (m->lineage.current == old->lineage.current || m->lineage.current == peer_of(h)->seen->lineage.current)
 		world_fail(w, "host %u: a failover begins no generation", h->id);
@@ -909,6 +916,11 @@ static void flush_done(struct host *h, struct sim_io *s)
 		done_check(h, d, active ? h->act[d->vol].durable : h->disk[d->vol].durable, h->id, "a flush has ended");
 	}
 	done_drop(&h->done, n);
+	/* [RSBARRIER] Whether it waits for the peer or not: what was sent before it is not passed by what comes after.
+	 */
+	if (s->session && h->conn && h->conn->session == s->session && repl_forwarding(h->core) &&
+	    h->barrier_n < s->sent_before)
+		world_fail(h->w, "host %u: a flush has ended, and the peer was sent no barrier for it", h->id);
 	uint64_t prot = repl_meta(h->core)->settings.protocol;
 	bool still = s->session && h->conn && h->conn->session == s->session && repl_forwarding(h->core) &&
 		     world_link(h->w, h->id) == LINK_SYNCED;

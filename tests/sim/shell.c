@@ -403,6 +403,7 @@ bool world_io(struct world *w, unsigned host, enum world_io kind, uint32_t vol, 
 		s->data = malloc(len);
 	s->done_before = h->done.base + h->done.n;
 	s->done_before_peer = h->done_peer.base + h->done_peer.n;
+	s->sent_before = h->sent_n;
 	/* A flush that came in a resync promises what SYNCED does if it ends in SYNCED; a write that came then does
 	 * not. */
 	bool live = repl_forwarding(h->core) && h->conn &&

@@ -290,15 +290,21 @@ void sim_maintain(struct sim *s)
 	if (m[0] && m[1] && m[s->vm]->role == ROLE_SECONDARY && m[!s->vm]->role != ROLE_SECONDARY)
 		s->vm = !s->vm; /* a failover or a resolve was under way */
 	unsigned h = s->vm;
-	if (m[!h] && m[!h]->state == STATE_FAILOVER_FAILED)
-		command(s, !h, (struct repl_command){.cmd = CMD_FAILOVER});
+	for (unsigned i = 0; i < WORLD_HOSTS; i++)
+		if (m[i] && m[i]->state == STATE_FAILOVER_FAILED)
+			command(s, i, (struct repl_command){.cmd = CMD_FAILOVER});
 	if (!m[h])
 		return;
 	if (world_link(w, h) == LINK_DOWN && world_chance(w, 12)) { /* afresh */
 		unprotect(s, (unsigned)world_below(w, 2));
 	} else if (m[0] && m[1] && m[0]->split_brain != m[1]->split_brain && !world_chance(w, 4)) {
-		/* One has it from before the other was unprotected: only that helps here too. */
-		unprotect(s, m[1]->split_brain);
+		/* One has it from before the other was unprotected: only that helps here too. Or the other is stopped,
+		 * and learns of it when it connects. */
+		unsigned other = !m[1]->split_brain;
+		if (m[other]->role == ROLE_PRIMARY && m[other]->state == STATE_DONE)
+			command(s, other, (struct repl_command){.cmd = CMD_START});
+		else
+			unprotect(s, !other);
 	} else if (world_split(w)) {
 		resolve(s);
 	} else if (m[h]->role == ROLE_STANDALONE && (m[h]->state == STATE_NONE || m[h]->state == STATE_DONE)) {
@@ -323,8 +329,6 @@ void sim_maintain(struct sim *s)
 			command(s, h, (struct repl_command){.cmd = CMD_STOP});
 		else
 			unprotect(s, h);
-	} else if (m[h]->state == STATE_FAILOVER_FAILED) {
-		command(s, h, (struct repl_command){.cmd = CMD_FAILOVER});
 	} else if (m[!h] && m[h]->role == ROLE_SECONDARY && m[!h]->role == ROLE_SECONDARY) {
 		command(s, h, (struct repl_command){.cmd = CMD_FAILOVER, .flags = FAILOVER_FORCE});
 	}

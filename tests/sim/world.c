@@ -366,9 +366,19 @@ void world_crash_at(struct world *w, unsigned host, enum world_crash how, uint64
 	simstore_stop_at(h->ss, nth, (enum simstore_stop)world_below(w, 3));
 }
 
+/* A manager that does not wait for the end of a commit. */
+static void hasty(struct world *w, void *arg, uint64_t life)
+{
+	struct host *h = arg;
+	if (h->up && h->life == life)
+		(void)world_command(w, h->id, &(struct repl_command){.cmd = CMD_FAILBACK, .text = "peer"}, NULL);
+}
+
 void world_moment(struct host *h)
 {
 	struct world *w = h->w;
+	if (w->cruel && !w->calm && h->seen->state == STATE_FAILOVER)
+		world_at(w, world_more(w, 5 * MS), hasty, h, h->life);
 	if (!w->cruel || w->calm || world_more(w, 24) != 0)
 		return;
 	unsigned id = world_more(w, 4) ? h->id : !h->id;

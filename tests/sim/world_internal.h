@@ -88,6 +88,7 @@ struct sim_io {
 	uint64_t done_before, done_before_peer; /* FLUSH: writes of this host that were complete when it came */
 	uint64_t session;			/* in sync when it came: of which session */
 	bool promised;				/* FLUSH: by its protocol */
+	uint64_t sent_before;			/* FLUSH: h->sent_n when it came */
 	struct sent *sent;			/* of the stream */
 	struct sim_io *next, *prev;
 };
@@ -223,6 +224,7 @@ struct host {
 	    *prom_received[WORLD_VOLUMES]; /* of this secondary */
 	ver *str[WORLD_VOLUMES];	   /* source: what the target holds once all that was sent is applied */
 	bool str_valid;
+	uint64_t sent_n, barrier_n;	/* data sent in all, and when the last barrier was */
 	uint8_t *failed[WORLD_VOLUMES]; /* local writes of this session that failed: such a unit is anybody's guess */
 	ver *adopt[WORLD_VOLUMES];	/* source: `str` when it sent RESYNC_DONE */
 	bool wrote_alone;
@@ -254,7 +256,7 @@ struct world {
 	bool calm;
 	uint64_t partition_until;
 	bool flip;
-	bool cruel; /* power is lost at the moments that matter */
+	bool cruel; /* power is lost at the moments that matter, and nobody waits for the end of a commit */
 	bool shaky; /* most connections are cut, many of them early, and receivers are held up */
 	/* the seed's temper */
 	unsigned stop_one_in; /* of storage calls that stop; 0: none */
