@@ -373,10 +373,21 @@ static void write_through_the_peer(void)
 	cr_assert(detached());
 }
 
+static void count_invalidation(void *arg, uint32_t volume)
+{
+	(void)volume;
+	atomic_fetch_add((_Atomic unsigned *)arg, 1);
+}
+
 /* The peer is lost for good. */
 Test(detach, by_force_the_disk_is_taken_as_it_is)
 {
+	static _Atomic unsigned invalidated;
 	uint8_t block[4096];
+	pair_host_stop(&p.a);
+	p.a.hooks = (struct daemon_hooks){.invalidate = count_invalidation, .arg = &invalidated};
+	OK(pair_host_start(&p, &p.a));
+	OK(pair_wait_link(&p.a, "vm", "SYNCED"));
 	write_through_the_peer();
 	cr_assert_eq(unprotect_by_force(), -ERR_STATE);
 	cr_assert(strstr(p.a.err.text, "connected"), "%s", p.a.err.text);
@@ -391,8 +402,10 @@ Test(detach, by_force_the_disk_is_taken_as_it_is)
 	OK(pair_wait_link(&p.a, "vm", "DOWN"));
 	cr_assert_eq(pair_do(&p.a, "unprotect", named(), NULL), -ERR_STATE);
 	cr_assert(strstr(p.a.err.text, "--force"), "%s", p.a.err.text);
+	unsigned before = atomic_load(&invalidated);
 	OK(unprotect_by_force());
 	cr_assert_not(detached());
+	WAIT_FOR(atomic_load(&invalidated) > before); /* or the kernel shows what it has cached */
 	/* A guest that goes on does not find itself in the past. */
 	cr_assert_eq(gvol_read(v, h, GVOL_VOLUME, 0, 1 << 20, sizeof(block), block), -ERR_IO);
 	cr_assert_eq(gvol_write(v, h, 0, sizeof(block), block), -ERR_IO);
