@@ -29,6 +29,7 @@ struct outbox {
 	struct shell_command *commands, **commands_tail;
 	char dial[ADDR_SIZE];
 	bool save, wake, apply;
+	bool invalidate; /* before a command is answered, and after requests have gone on */
 	struct gio *own; /* the request whose thread runs this step */
 };
 
@@ -559,14 +560,18 @@ static void save_run(struct pool_job *job)
 	}
 	/* Before the core's answers go out: the kernel shows the new content when the command ends. But a host that
 	 * served its disk may have requests that hold pages of the kernel's cache and wait for this very save (a hold,
-	 * a generation): invalidation would wait for them, so they get on first. */
+	 * a generation, a lost peer): invalidation would wait for them, so they get on first. */
 	bool late = old_serving == SERVING_DISK;
 	if (changed && !late)
 		invalidate(g);
 	struct repl_event ev = {.type = EV_META_SAVED, .error = err, .bytes = discarded};
-	step_and_run(g, &ev);
-	if (changed && late)
-		invalidate(g);
+	struct outbox o;
+	outbox_init(&o);
+	lock_with(g, &o);
+	step(g, &ev);
+	unlock_with(g);
+	o.invalidate = changed && late;
+	outbox_run(g, &o);
 	if (!err)
 		repl_exec_reap(&g->exec);
 	if (!err && chain)
@@ -648,7 +653,15 @@ static void outbox_run(struct group *g, struct outbox *o)
 		g->save_job.fn = save_run;
 		pool_submit(g->d->pool, &g->save_job);
 	}
-	if (o->wake || o->commands) {
+	if (o->wake || o->invalidate) {
+		o->wake = false;
+		mutex_lock(&g->lock);
+		cond_broadcast(&g->cond);
+		mutex_unlock(&g->lock);
+	}
+	if (o->invalidate)
+		invalidate(g);
+	if (o->commands) {
 		mutex_lock(&g->lock);
 		for (struct shell_command *c = o->commands, *next; c; c = next) {
 			next = c->next;
@@ -657,7 +670,6 @@ static void outbox_run(struct group *g, struct outbox *o)
 		}
 		o->commands = NULL;
 		o->commands_tail = &o->commands;
-		o->wake = false;
 		cond_broadcast(&g->cond);
 		mutex_unlock(&g->lock);
 	}
