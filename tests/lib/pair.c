@@ -12,7 +12,7 @@
 #include "core/os/clock.h"
 #include "core/os/io.h"
 
-#define PAIR_WAIT_NS (10 * NS_PER_SEC)
+#define PAIR_WAIT_NS (60 * NS_PER_SEC)
 
 static int remove_one(const char *path, const struct stat *st, int type, struct FTW *ftw)
 {
@@ -92,7 +92,7 @@ int pair_protect(struct pair *p, const char *group)
 {
 	return pair_do(
 	    &p->a, "protect",
-	    json_pack("{s:s, s:s, s:b, s:i}", "name", group, "peer", p->addr, "wait", 1, "timeout_ms", 10000), NULL);
+	    json_pack("{s:s, s:s, s:b, s:i}", "name", group, "peer", p->addr, "wait", 1, "timeout_ms", 60000), NULL);
 }
 
 static json_t *status_of(struct pair_host *h, const char *group)

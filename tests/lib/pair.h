@@ -33,7 +33,7 @@ void pair_host_stop(struct pair_host *h);
 int pair_do(struct pair_host *h, const char *verb, json_t *args, json_t **ret);
 int pair_create(struct pair_host *h, const char *volume, const char *group, uint64_t size);
 int pair_protect(struct pair *p, const char *group); /* and waits for sync */
-/* Each waits 10 s at most. */
+/* Each waits 60 s at most. */
 int pair_wait_state(struct pair_host *h, const char *group, const char *state);
 int pair_wait_link(struct pair_host *h, const char *group, const char *link);
 /* A status field as text; "" if it is not a string. */

@@ -55,8 +55,8 @@ static void is(struct pair_host *h, uint64_t off, uint64_t len, uint8_t byte)
 		     (unsigned long)(off + len), byte, r);
 }
 
-TestSuite(primary, .init = setup, .fini = teardown, .timeout = 60);
-TestSuite(replication, .init = protected_setup, .fini = teardown, .timeout = 60);
+TestSuite(primary, .init = setup, .fini = teardown, .timeout = 300);
+TestSuite(replication, .init = protected_setup, .fini = teardown, .timeout = 300);
 
 /* ---- primary: 1 read, 2 write before start; 3 start; 4 stop; 5 checkpoint; 6 error ---- */
 
@@ -324,7 +324,7 @@ Test(primary, a_written_volume_of_the_peer_is_not_taken_without_asking)
 }
 
 /* Two windows' worth of hashes, of which one region differs: that is sent, and found out before SYNCED is said. */
-Test(primary, a_resync_that_compares_hashes_sends_what_differs, .timeout = 60)
+Test(primary, a_resync_that_compares_hashes_sends_what_differs, .timeout = 300)
 {
 	enum { BIG = 64 << 20, AT = 37 << 20 };
 	for (int i = 0; i < 2; i++) {
@@ -435,7 +435,7 @@ Test(replication, stop_and_start_again)
 	OK(pair_do(&p.a, "stop", named(), NULL));
 	OK(pair_write(&p.a, "vm", 0, 4096, 0x55)); /* recorded as dirty */
 	OK(pair_do(&p.a, "start", named(), NULL));
-	OK(pair_do(&p.a, "wait", json_pack("{s:s, s:s, s:i}", "name", "vm", "for", "in-sync", "timeout_ms", 10000),
+	OK(pair_do(&p.a, "wait", json_pack("{s:s, s:s, s:i}", "name", "vm", "for", "in-sync", "timeout_ms", 60000),
 		   NULL));
 	OK(pair_wait_state(&p.b, "vm", "RUNNING"));
 	is(&p.b, 0, 4096, 0x55);
@@ -463,7 +463,7 @@ Test(replication, clean_restarts_reconnect_by_themselves)
 		OK(pair_host_start(&p, h));
 		OK(pair_wait_link(&p.a, "vm", "SYNCED"));
 		OK(pair_do(&p.a, "wait",
-			   json_pack("{s:s, s:s, s:i}", "name", "vm", "for", "in-sync", "timeout_ms", 10000), NULL));
+			   json_pack("{s:s, s:s, s:i}", "name", "vm", "for", "in-sync", "timeout_ms", 60000), NULL));
 		checkpoint();
 		is(&p.b, 0, 4096, 0x11);
 		is(&p.b, 4096, 4096, round == 0 ? 0x60 : round == 1 ? 0x60 : 0x62);
@@ -490,7 +490,7 @@ Test(replication, both_wrote_alone_is_a_split_brain_on_both)
 		return; /* it had heard of the failover before it could write */
 	OK(pair_host_start(&p, &p.b));
 	/* Each host records it by itself. */
-	for (int i = 0; i < 1000 && (pair_status_int(&p.a, "vm", "split_brain") != 1 ||
+	for (int i = 0; i < 6000 && (pair_status_int(&p.a, "vm", "split_brain") != 1 ||
 				     pair_status_int(&p.b, "vm", "split_brain") != 1);
 	     i++)
 		(void)nanosleep(&(struct timespec){.tv_nsec = 10000000}, NULL);

@@ -25,7 +25,7 @@ static void setup(void)
 	protect();
 }
 
-TestSuite(roles, .init = setup, .fini = teardown, .timeout = 90);
+TestSuite(roles, .init = setup, .fini = teardown, .timeout = 300);
 
 static bool holds(bool (*fn)(void))
 {

@@ -15,7 +15,7 @@
 #include "core/os/clock.h"
 #include "net/stream.h"
 
-TestSuite(stream, .timeout = 60);
+TestSuite(stream, .timeout = 300);
 
 struct pair {
 	int listen_fd;
