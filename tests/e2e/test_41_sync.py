@@ -64,7 +64,7 @@ def test_pause_and_resume():
     p.a.repctl("wait", "vm1", "--for=in-sync")
     moved = counter(p.a, "resync_bytes") - sent
     check(10 * BLOCK <= moved <= 12 * 64 * KIB, "the resync moved %d bytes" % moved)
-    check(p.a.status("vm1")["checkpoint"] > first, "the resync takes its own checkpoint")
+    wait_for(lambda: p.a.status("vm1")["checkpoint"] > first, "the checkpoint that the resync takes", WAIT)
     same_and_checkpoint(p)
     # over a restart of the primary
     clean(p)
@@ -134,7 +134,7 @@ def test_block():
     p.proxy.unstall()
     t.join(WAIT)
     check_eq(len(done), 100, "writes")
-    p.a.wait_status("vm1", 1, link="SYNCED")
+    p.a.wait_status("vm1", WAIT, link="SYNCED")
     same_and_checkpoint(p)
 
 
@@ -228,7 +228,7 @@ def test_rate_and_progress():
     t.join(WAIT)
     lines = [json.loads(x) for x in answers[0].err.splitlines()]
     check(lines and all(0 <= x["done"] <= x["total"] and "rate" in x and "eta_s" in x for x in lines), "progress of wait: %r" % lines)
-    p.a.wait_status("vm1", 1, link="SYNCED")
+    p.a.wait_status("vm1", WAIT, link="SYNCED")
     check_eq(resync(p), None, "resync when in sync")
     same_and_checkpoint(p)
 
@@ -285,7 +285,7 @@ def mid_resync(restart):
     p.a.repctl("resume", "vm1")
     wait_for(lambda: e2e.pread(p.b.disk("vm1"), MIB, BLOCK, direct=False) == b"\x33" * BLOCK, "the resync to write", WAIT)
     e2e.check_bytes(p.b.volume("vm1"), 0, SIZE, 0x11, "the view during a resync")
-    p.a.wait_status("vm1", 1, link="RESYNC")
+    p.a.wait_status("vm1", WAIT, link="RESYNC")
     p.b.repctl("checkpoint", "vm1", code=5)
     p.a.kill9()
     p.b.wait_status("vm1", WAIT, link="DOWN")
@@ -345,7 +345,7 @@ def test_reads_and_writes_that_are_held_end_with_the_daemon():
         t.start()
     threads[0].join(1.0)
     check(not done, "nothing was held: %r" % done)
-    p.a.stop(timeout=20.0)
+    p.a.stop(timeout=60)
     for t in threads:
         t.join(WAIT)
     check_eq(done, {"read": errno.EIO, "write": errno.EIO}, "what was held at the end")

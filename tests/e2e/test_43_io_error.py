@@ -129,7 +129,7 @@ def test_restart_and_lost_peer():
     t = time.monotonic()
     check_errno(errno.EIO, "a read without the peer", e2e.pread, vol, 0, BLOCK)
     check_errno(errno.EIO, "a write without the peer", e2e.pwrite, vol, 0, b"\x42" * BLOCK)
-    check(time.monotonic() - t < 10 * e2e.SLOW, "an error took %.1f s" % (time.monotonic() - t))
+    check(time.monotonic() - t < 30 * e2e.SLOW, "an error took %.1f s" % (time.monotonic() - t))
     a.restart()
     check_errno(errno.EIO, "a stale disk passes for current", e2e.pread, vol, 0, BLOCK)
     b.start()

@@ -29,7 +29,7 @@ def pair(bad_host, durability="process", store_b=None, **settings):
     return bad, a, b, vol, n
 
 
-def timed_write(vol, off, data, within=2, sync=True):
+def timed_write(vol, off, data, within=20, sync=True):
     t = time.monotonic()
     e = e2e.errno_of(e2e.pwrite, vol, off, data, sync=sync)
     check(time.monotonic() - t < within * e2e.SLOW, "a write took %.1f s" % (time.monotonic() - t))
@@ -54,7 +54,7 @@ def secondary(cases, durability):
     for i, (what, ops, pattern, code) in enumerate(cases):
         old, new = 0x11 + i, 0x12 + i
         bad.fail(ops, "*" + pattern, code)
-        check_eq(timed_write(vol, 0, bytes([new]) * SIZE, within=12), 0, what + ": the guest's write")
+        check_eq(timed_write(vol, 0, bytes([new]) * SIZE), 0, what + ": the guest's write")
         st = a.wait_status("vm1", 60, health="degraded")
         check_eq(st["error"]["code"], {errno.EIO: "ERR_IO", errno.ENOSPC: "ERR_NOSPC"}[code], what + ": the error")
         check(st["error"]["operation"] == "peer" and st["reasons"], what + ": status %r" % st)
@@ -85,7 +85,7 @@ def test_secondary_goes_on_by_itself():
     """What is no failed sync needs no restart: the primary comes again until it works."""
     bad, a, b, vol, n = pair("b")
     bad.fail("w", "*/undo-*.data", errno.ENOSPC)
-    check_eq(timed_write(vol, 0, b"\x22" * SIZE, within=12), 0, "the guest's write")
+    check_eq(timed_write(vol, 0, b"\x22" * SIZE), 0, "the guest's write")
     a.wait_status("vm1", 60, health="degraded")
     bad.mend()
     in_sync_again(a, b, vol)
@@ -99,8 +99,8 @@ def test_secondary_cannot_take_a_checkpoint():
                                      ("record, both copies", "w", "*/groups/vm1.*", errno.ENOSPC)):
         check_eq(timed_write(vol, 0, bytes([byte]) * SIZE), 0, what + ": a write before")
         bad.fail(ops, pattern, code)
-        a.repctl("checkpoint", "vm1", code=(1, 5, 6), timeout=30).says("checkpoint")
-        check_eq(timed_write(vol, 0, bytes([byte + 1]) * BLOCK, within=12), 0, what + ": a write after")
+        a.repctl("checkpoint", "vm1", code=(1, 5, 6), timeout=60).says("checkpoint")
+        check_eq(timed_write(vol, 0, bytes([byte + 1]) * BLOCK), 0, what + ": a write after")
         e2e.check_bytes(b.checkpoint_file("vm1", n), 0, SIZE, 0x11 if byte == 0x22 else byte - 0x10 + 0x0f, what + ": the last checkpoint")
         bad.mend()
         in_sync_again(a, b, vol)
@@ -135,7 +135,7 @@ def test_failover_that_cannot_be_saved():
     check_eq(timed_write(vol, 0, b"\x22" * MIB), 0, "a write")
     bad.fail("w", "*/groups/vm1.*", errno.ENOSPC)
     a.kill9()
-    b.wait_status("vm1", 20, link="DOWN")
+    b.wait_status("vm1", 60, link="DOWN")
     b.repctl("-y", "failover", "vm1", code=1).says("space", "nothing was changed")
     st = b.status("vm1")
     check_eq((st["role"], st["state"]), ("secondary", "RUNNING"), "role and state")
@@ -183,7 +183,7 @@ def test_primary_intent_map():
         a.stop()
         a.start()
         in_sync_again(a, b, vol)
-        wait_for(lambda: a.status("vm1")["dirty_bytes"] == 0, "all to be clean")
+        wait_for(lambda: a.status("vm1")["dirty_bytes"] == 0, "all to be clean", 60)
         bad.fail("w", "*/intent*", code)
         got = [timed_write(vol, i * MIB, b"\x44" * BLOCK) for i in range(4)]
         check(all(e in (0, code) for e in got), "writes: %r" % got)
@@ -202,7 +202,7 @@ def test_primary_record():
     check_eq((st["health"], st["error"]["operation"], st["error"]["code"]), ("degraded", "metadata", "ERR_IO"), "status")
     check_eq(timed_write(vol, 0, b"\x23" * BLOCK), 0, "a write in sync, after")
     b.kill9()
-    a.wait_status("vm1", 20, link=("DOWN", "HANDSHAKE"))
+    a.wait_status("vm1", 60, link=("DOWN", "HANDSHAKE"))
     check_eq(timed_write(vol, 0, b"\x24" * BLOCK), errno.EIO, "a write alone")
     bad.mend()
     check_eq(timed_write(vol, 0, b"\x25" * BLOCK), 0, "a write alone, after")

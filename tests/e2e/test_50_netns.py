@@ -13,7 +13,7 @@ from repfs_e2e import BLOCK, MIB, Host, check, check_eq  # noqa: E402
 
 
 def ip(*args, ns=None, code=0):
-    return e2e.run(["ip"] + (["-n", ns] if ns else []) + list(args), code=code, timeout=20)
+    return e2e.run(["ip"] + (["-n", ns] if ns else []) + list(args), code=code, timeout=60)
 
 
 class Network:
@@ -80,7 +80,7 @@ def test_cut_and_restored():
               "I/O waited %.1f and %.1f s for a cut link" % (w.slowest_write, w.slowest_flush))
         e2e.check_eq(b.status("vm1")["state"], "RUNNING", "the secondary without its link")
         net.restore()
-        a.wait_synced("vm1", 30)
+        a.wait_synced("vm1", 60)
     w.pause()
     same(a, b)
     w.resume()
@@ -103,7 +103,7 @@ def test_short_cut_is_survived():
     t.join(1.0)
     check(t.is_alive(), "a write under C completed with the link cut")
     net.restore()
-    t.join(20)
+    t.join(60)
     check_eq(done, [0], "the write after the link was restored")
     check_eq(a.status("vm1")["counters"]["reconnects"], before, "reconnects")
     same(a, b)
@@ -129,7 +129,7 @@ def test_failover_while_cut():
     w.stop()
     net.restore()
     for h in (a, b):
-        h.wait_status("vm1", 20, split_brain=True, link="DOWN")
+        h.wait_status("vm1", 60, split_brain=True, link="DOWN")
     log.verify({"vm1": b.volume("vm1")}, required=flushed, prefix="stream", what="the survivor after the old primary is back")
     log.verify({"vm1": vol}, required=log.completed_before(time.monotonic_ns()), what="the old primary")
 
@@ -154,11 +154,11 @@ def test_refused_without_insecure():
         a.wait_ready()
     b = Host("b", folder=d, netns=net.b, addr="10.77.0.2", insecure=True).start()
     vol = a.create("vm1", MIB)
-    a.repctl("protect", "vm1", "--peer", b.listen, code=(1, 5, 6), timeout=40).says("insecure|TLS|key")
+    a.repctl("protect", "vm1", "--peer", b.listen, code=(1, 5, 6), timeout=60).says("insecure|TLS|key")
     e2e.pwrite(vol, 0, b"x" * BLOCK)
     if a.port is not None:
         b.create("vm2", MIB)
-        b.repctl("protect", "vm2", "--peer", a.listen, code=(1, 5, 6), timeout=40).says("insecure|loopback|TLS|key|refused")
+        b.repctl("protect", "vm2", "--peer", a.listen, code=(1, 5, 6), timeout=60).says("insecure|loopback|TLS|key|refused")
 
 
 if __name__ == "__main__":

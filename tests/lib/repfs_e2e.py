@@ -1331,7 +1331,7 @@ def _terminated(signum, _frame):
     raise KeyboardInterrupt("signal %d" % signum)
 
 
-def main(limit=90.0, tests=None):
+def main(limit=240.0, tests=None):
     """Runs the calling file's tests: all, or those whose name contains one of the arguments."""
     scope = sys.modules["__main__"].__dict__
     if tests is None:
