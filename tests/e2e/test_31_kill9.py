@@ -33,4 +33,4 @@ def test_commit():
 
 
 if __name__ == "__main__":
-    e2e.main(limit=150)
+    e2e.main(limit=300)

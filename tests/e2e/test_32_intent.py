@@ -93,7 +93,7 @@ def rejoin(p, want, what):
     p.same()
 
 
-@e2e.limit(120)
+@e2e.limit(300)
 def test_random_writes_without_the_peer_cost_few_syncs():
     e2e.need("strace")
     p = Pair(durability="power")
@@ -119,7 +119,7 @@ def test_random_writes_without_the_peer_cost_few_syncs():
     check_eq(p.a.status("vm1")["dirty_bytes"], len({o // REGION for o in offsets}) * REGION, "dirty bytes")
 
 
-@e2e.limit(150)
+@e2e.limit(300)
 def test_what_travels_after_each_kind_of_end():
     p = Pair(durability="power")
     (vol,) = p.protect(size=48 * MIB)

@@ -47,7 +47,7 @@ def expect_files(guest, where, want, gone=()):
         check(name not in got, "%s/%s is there on %s" % (where, name, guest.name))
 
 
-@e2e.limit(150)
+@e2e.limit(300)
 def test_failover_to_the_checkpoint():
     p = pair()
     g = Guest([p.a.volume("vm1")], "primary")
@@ -79,7 +79,7 @@ def test_failover_to_the_checkpoint():
     r.poweroff()
 
 
-@e2e.limit(150)
+@e2e.limit(300)
 def test_failover_to_latest():
     """Protocol F: everything the guest saw fsynced is there."""
     p = pair(protocol="F", interval="1")
@@ -102,7 +102,7 @@ def test_failover_to_latest():
     s.poweroff()
 
 
-@e2e.limit(180)
+@e2e.limit(300)
 def test_guest_on_the_secondary_view():
     """COLO use: a guest runs on the secondary's view and writes there; a failover leaves it running, with what it wrote."""
     p = pair()
@@ -137,7 +137,7 @@ def test_guest_on_the_secondary_view():
     e2e.check_same(p.b.volume("vm1"), p.b.disk("vm1"), "mount and disk")
 
 
-@e2e.limit(150)
+@e2e.limit(300)
 def test_two_volumes():
     """Two disks in one group: a file on the second is written after its twin on the first; the checkpoint cuts both at once."""
     p = pair("vm1-root", "vm1-data", interval="0.4")

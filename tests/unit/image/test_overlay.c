@@ -267,7 +267,7 @@ Test(overlay, a_cut_word_is_absent)
 }
 
 /* Opening costs what was saved, not what could be: 16 TiB with a few blocks, far apart. */
-Test(overlay, a_large_volume_opens_at_once, .timeout = 20)
+Test(overlay, a_large_volume_opens_at_once, .timeout = 60)
 {
 	const uint64_t blocks = (UINT64_C(15) << 40) / BLOCK_SIZE;
 	uint8_t block[BLOCK_SIZE];

@@ -525,7 +525,7 @@ Test(volume_one, a_disk_that_is_reopened_is_asked_of_the_medium)
 }
 
 /* A 1 TiB volume with a few blocks: nothing walks it. Bounded by the test's time limit. */
-Test(volume, a_sparse_terabyte_is_not_walked, .timeout = 20)
+Test(volume, a_sparse_terabyte_is_not_walked, .timeout = 60)
 {
 	uint64_t size = UINT64_C(1) << 40, far = size - (UINT64_C(1) << 30), off, n = 0;
 	struct volume_open_args args = {.name = "big", .size = size, .ckpts = &(uint64_t){3}, .n_ckpts = 0};
