@@ -558,8 +558,10 @@ void model_sent(struct host *h, const struct repl_action *a, struct sim_io *s, s
 				    sent->first < r->x.first + r->x.n)
 					world_fail(w, "host %u: a resync sends units %u+%u while %u+%u are written",
 						   h->id, sent->first, sent->n, r->x.first, r->x.n);
-			if (!hash) /* what is equal there is what it was; what is not follows */
-				memcpy(str, sent->vers, sent->n * sizeof(ver));
+			/* By its hash: what is equal there counts as this write; what is not follows. */
+			for (uint32_t i = 0; i < sent->n; i++)
+				if (!hash || model_shows(w, str[i]) == model_shows(w, sent->vers[i]))
+					str[i] = sent->vers[i];
 		} else {
 			sent->v = s->v;
 			for (uint32_t i = 0; i < sent->n; i++)
@@ -580,6 +582,31 @@ void model_sent(struct host *h, const struct repl_action *a, struct sim_io *s, s
 	}
 }
 
+static bool lost_here(struct host *h, bool active, uint32_t vol, uint32_t u);
+
+/* What is equal counts as if the source's write had been carried out here: as durable as what is there already, or with
+ * the next sync, but for what a failed one has lost. */
+static void hash_equal(struct host *h, const struct sent *sent)
+{
+	struct world *w = h->w;
+	ver *now = h->disk[sent->vol].now + sent->first;
+	for (uint32_t i = 0; i < sent->n; i++)
+		if (model_shows(w, now[i]) == model_shows(w, sent->vers[i]))
+			now[i] = sent->vers[i];
+	for (uint32_t i = 0, first; i < sent->n; i++) {
+		for (first = i;
+		     i < sent->n && now[i] == sent->vers[i] && !lost_here(h, false, sent->vol, sent->first + i);)
+			i++;
+		if (i == first)
+			continue;
+		struct exec x = {.vol = sent->vol, .first = sent->first + first, .n = i - first};
+		x.vers = simdup(sent->vers + first, x.n * sizeof(ver));
+		x.begin = ++w->tick;
+		x.end = ++w->tick;
+		log_add(h, &x);
+	}
+}
+
 void model_hashed(struct host *h, const struct sim_io *s)
 {
 	struct world *w = h->w;
@@ -596,6 +623,7 @@ void model_hashed(struct host *h, const struct sim_io *s)
 	if (differ & ~s->io.ext_len || (s->io.ext_len != differ && !h->had_errors))
 		world_fail(w, "host %u: hashes of units %u+%u of volume %u say that %" PRIx64 " differ, not %" PRIx64,
 			   h->id, sent->first, sent->n, sent->vol, s->io.ext_len, differ);
+	hash_equal(h, sent);
 }
 
 void model_received(struct host *h, struct sim_io *s)
@@ -883,7 +911,7 @@ static ver at_least(ver a, ver b)
 static void done_check(struct host *h, const struct done *d, const ver *have, unsigned where, const char *what)
 {
 	for (uint32_t u = d->first; u < d->first + d->n; u++)
-		if (have[u] == NOT_THERE || (have[u] < d->v && model_shows(h->w, have[u]) != model_shows(h->w, d->v)))
+		if (have[u] < d->v || have[u] == NOT_THERE)
 			world_fail(h->w, "host %u: %s, but unit %u of volume %u is %s on host %u, not %s", h->id, what,
 				   u, d->vol, text_of(h->w, have[u]), where, text_of(h->w, d->v));
 }
