@@ -344,40 +344,24 @@ static void refuse(struct conn *c, int code, const char *text)
 	log_warn("", "refused %s: %s", link_peer_name(c->link), text);
 }
 
-/* Makes the recovery volumes of a group that a peer protects. Crash order: folders, then the record that names them. */
 static int make_recovery(struct daemon *d, const struct wire_join *j, struct err *e)
 {
+	int err = 0;
+	for (uint32_t i = 0; i < j->n_volumes && !err; i++) {
+		struct gvol *other = gvol_find(d, j->volumes[i].name);
+		if (other)
+			err =
+			    err_set(e, ERR_STATE, "a volume %s is there already, in another group", j->volumes[i].name);
+		gvol_unref(other);
+	}
+	if (err)
+		return err;
 	struct repl_meta *m = malloc(sizeof(*m));
 	if (m == NULL)
 		return err_set(e, ERR_NOMEM, "out of memory");
-	repl_meta_init(m, j->group);
-	memcpy(m->uuid, j->group_uuid, sizeof(m->uuid));
-	m->role = ROLE_SECONDARY;
-	m->inconsistent = m->fresh = m->has_peer = true;
-	m->settings = j->settings;
-	int err = 0;
-	uint32_t made = 0;
-	for (; made < j->n_volumes && !err; made++) {
-		struct gvol *other = gvol_find(d, j->volumes[made].name);
-		if (other) {
-			gvol_unref(other);
-			err = err_set(e, ERR_STATE, "a volume %s is there already, in another group",
-				      j->volumes[made].name);
-			break;
-		}
-		m->volumes[m->n_volumes++] = j->volumes[made];
-		err = volume_create(store_storage(d->store), j->volumes[made].name, j->volumes[made].size,
-				    store_info(d->store)->durability, e);
-		if (err)
-			break;
-	}
-	if (!err)
-		err = store_save_group(d->store, m, e);
+	err = repl_exec_make(d->store, j, m, e);
 	if (!err && (err = daemon_add_group(d, m, e)) < 0)
-		(void)store_delete_group(d->store, m->group, NULL);
-	if (err)
-		while (made--)
-			(void)volume_delete(store_storage(d->store), j->volumes[made].name, NULL);
+		repl_exec_unmake(d->store, m);
 	free(m);
 	return err;
 }

@@ -84,6 +84,38 @@ int repl_exec_end(struct repl_exec *x)
 	return first;
 }
 
+/* ---- making ---- */
+
+void repl_exec_unmake(struct store *st, const struct repl_meta *m)
+{
+	(void)store_delete_group(st, m->group, NULL);
+	for (uint32_t i = 0; i < m->n_volumes; i++)
+		(void)volume_delete(store_storage(st), m->volumes[i].name, NULL);
+}
+
+/* Crash order: folders, then the record that names them. */
+int repl_exec_make(struct store *st, const struct wire_join *j, struct repl_meta *m, struct err *e)
+{
+	int err = 0;
+	repl_meta_init(m, j->group);
+	memcpy(m->uuid, j->group_uuid, sizeof(m->uuid));
+	m->role = ROLE_SECONDARY;
+	m->inconsistent = m->fresh = m->has_peer = true;
+	m->settings = j->settings;
+	while (m->n_volumes < j->n_volumes && !err) {
+		struct repl_volume *v = &m->volumes[m->n_volumes];
+		*v = j->volumes[m->n_volumes];
+		v->flags = 0; /* of the peer's disk */
+		err = volume_create(store_storage(st), v->name, v->size, store_info(st)->durability, e);
+		m->n_volumes += !err;
+	}
+	if (!err)
+		err = store_save_group(st, m, e);
+	if (err)
+		repl_exec_unmake(st, m);
+	return err;
+}
+
 /* ---- hashes ---- */
 
 /* One for each region, behind the 8 bytes of the seed (docs/protocol.md, HASH). */

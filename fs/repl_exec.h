@@ -31,6 +31,10 @@ int repl_exec_load_intents(struct repl_exec *x, struct err *e);
 /* A clean end: nothing is under way and nothing comes any more. Keeps which regions are dirty. */
 int repl_exec_end(struct repl_exec *x);
 
+/* The recovery volumes of a group that a peer protects, and its record, into *ret_m too. A failure leaves nothing. */
+int repl_exec_make(struct store *st, const struct wire_join *j, struct repl_meta *ret_m, struct err *e);
+void repl_exec_unmake(struct store *st, const struct repl_meta *m);
+
 /* ACT_SUBMIT. buf: the bytes of a WRITE, borrowed; base: of the view, for TARGET_ACTIVE, whose caller keeps the epoch
  * from being switched meanwhile. A RESYNC_READ, and a READ of the
  * peer's stream leave their bytes, owned, in io->payload; a guest's READ goes to `into`, which is NULL for all others.

@@ -73,6 +73,24 @@ static void burst(struct sim *s)
 		(void)world_io(w, s->vm, WORLD_WRITE, 0, world_more(w, 2 << 20), REPL_DATA_MAX);
 }
 
+/* The host beside the guest's, forgotten by both, is replaced by a new one: its copy begins with a JOIN. */
+static void replace(struct sim *s)
+{
+	struct world *w = s->w;
+	unsigned h = !s->vm;
+	const struct repl_meta *m = world_meta(w, h), *o = world_meta(w, s->vm);
+	if (!m || !o || o->split_brain || o->inconsistent || o->role == ROLE_SECONDARY || world_detached(w, s->vm))
+		return;
+	bool forgotten = m->role == ROLE_STANDALONE && !m->has_peer && !m->split_brain;
+	if (!forgotten) {
+		sim_unprotect(s, world_more(w, 4) ? s->vm : h);
+		return;
+	}
+	world_replace(w, h);
+	if (world_more(w, 2)) /* and loses power while it is made */
+		world_crash_at(w, h, world_more(w, 2) ? WORLD_POWER : WORLD_KILL, 1 + world_more(w, 40));
+}
+
 static void settings_draw(struct world *w, struct settings *s)
 {
 	static const uint64_t rates[] = {0, 256 << 10, 1 << 20, 4 << 20, 32 << 20};
@@ -146,7 +164,8 @@ static void takeover(struct sim *s)
 	}
 }
 
-static void (*const kinds[])(struct sim *s) = {clock_jump, path_errors, no_room, burst, tune, idle, blunder, takeover};
+static void (*const kinds[])(struct sim *s) = {clock_jump, path_errors, no_room, burst,	  replace,
+					       tune,	   idle,	blunder, takeover};
 
 #define KINDS (sizeof(kinds) / sizeof(kinds[0]))
 

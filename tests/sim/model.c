@@ -819,6 +819,7 @@ static void number_check(struct host *h, uint64_t number)
 		world_fail(h->w, "host %u: checkpoint %" PRIu64 " is made after %" PRIu64, h->id, number,
 			   h->numbers_max);
 	h->numbers_max = number;
+	h->numbers_ever = number > h->numbers_ever ? number : h->numbers_ever;
 }
 
 /* on_cow_error: what a secondary may give up so that it can go on (SPEC 7). */
@@ -906,8 +907,7 @@ static ver at_least(ver a, ver b)
 	return a > b ? a : b;
 }
 
-/* Whether `image` has write d or one after it; zeroes that were there before it do as well: a resync by hashes leaves
- * them. */
+/* Whether `image` has write d or one after it. */
 static void done_check(struct host *h, const struct done *d, const ver *have, unsigned where, const char *what)
 {
 	for (uint32_t u = d->first; u < d->first + d->n; u++)
@@ -1267,6 +1267,29 @@ void model_reopened(struct host *h, uint64_t volumes)
 			crash_look_disk(h, v, WORLD_KILL, true);
 			lost_left(h, (int)v);
 		}
+}
+
+void model_replaced(struct host *h)
+{
+	struct world *w = h->w;
+	for (uint32_t v = 0; v < WORLD_VOLUMES; v++) {
+		units_set(w, v, h->disk[v].now, 0);
+		units_set(w, v, h->disk[v].durable, 0);
+		units_set(w, v, h->act[v].now, NOT_THERE);
+		units_set(w, v, h->act[v].durable, NOT_THERE);
+	}
+	for (unsigned i = 0; i < h->n_log; i++)
+		exec_drop(&h->log[i]);
+	h->n_log = 0;
+	while (h->ghosts) {
+		struct ghost *g = h->ghosts;
+		h->ghosts = g->next;
+		ghost_free(g);
+	}
+	promises_forget(h);
+	h->numbers_max = 0;
+	h->wrote_alone = h->meta_seen = false;
+	memset(h->seen, 0, sizeof(*h->seen));
 }
 
 void model_opened(struct host *h, enum world_crash how, bool evict)

@@ -586,6 +586,12 @@ static void dial_done(struct world *w, void *arg, uint64_t life)
 	struct host *h = arg, *to = peer_of(h);
 	if (!h->up || h->life != life || h->dying)
 		return;
+	if (to->bare && blocked_until(w) <= w->now) { /* that connection goes no further: the next one finds it */
+		static struct wire_join j;
+		repl_join(h->core, &j);
+		if (j.flags & WIRE_JOIN_PROTECT)
+			host_make(to, &j);
+	}
 	if (!to->up || to->dying || to->closing || blocked_until(w) > w->now) {
 		world_at(w, to->up ? world_below(w, 2 * SEC) : world_delay(w, w->net_ns), dial_failed, h, life);
 		return;

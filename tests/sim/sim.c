@@ -154,10 +154,10 @@ static void op_failover(struct sim *s)
 
 /* By force where a disk of it is detached and its peer has forgotten it: nobody else can help it (docs/adr/0009). The
  * reckless do so while the peer is merely away. */
-static void unprotect(struct sim *s, unsigned h)
+void sim_unprotect(struct sim *s, unsigned h)
 {
 	const struct repl_meta *o = world_meta(s->w, !h);
-	bool forgotten = o && o->role == ROLE_STANDALONE && !o->has_peer;
+	bool forgotten = world_bare(s->w, !h) || (o && o->role == ROLE_STANDALONE && !o->has_peer);
 	bool force = forgotten || (s->reckless && world_detached(s->w, h));
 	command(s, h, (struct repl_command){.cmd = CMD_UNPROTECT, .flags = force ? UNPROTECT_FORCE : 0});
 }
@@ -171,7 +171,7 @@ static void op_command(struct sim *s)
 		return;
 	switch (world_below(w, 27)) {
 	case 26:
-		unprotect(s, h);
+		sim_unprotect(s, h);
 		break;
 	case 0 ... 9:
 		command(s, h,
@@ -257,7 +257,7 @@ static void resolve(struct sim *s)
 	for (unsigned i = 0; i < WORLD_HOSTS; i++) { /* the other was unprotected: nothing will be resolved with it */
 		const struct repl_meta *m = world_meta(w, i), *o = world_meta(w, !i);
 		if (m && o && m->split_brain && !o->split_brain && o->role == ROLE_STANDALONE && !o->has_peer) {
-			unprotect(s, i);
+			sim_unprotect(s, i);
 			return;
 		}
 	}
@@ -296,7 +296,7 @@ void sim_maintain(struct sim *s)
 	if (!m[h])
 		return;
 	if (world_link(w, h) == LINK_DOWN && world_chance(w, 12)) { /* afresh */
-		unprotect(s, (unsigned)world_below(w, 2));
+		sim_unprotect(s, (unsigned)world_below(w, 2));
 	} else if (m[0] && m[1] && m[0]->split_brain != m[1]->split_brain && !world_chance(w, 4)) {
 		/* One has it from before the other was unprotected: only that helps here too. Or the other is stopped,
 		 * and learns of it when it connects. */
@@ -304,7 +304,7 @@ void sim_maintain(struct sim *s)
 		if (m[other]->role == ROLE_PRIMARY && m[other]->state == STATE_DONE)
 			command(s, other, (struct repl_command){.cmd = CMD_START});
 		else
-			unprotect(s, !other);
+			sim_unprotect(s, !other);
 	} else if (world_split(w)) {
 		resolve(s);
 	} else if (m[h]->role == ROLE_STANDALONE && (m[h]->state == STATE_NONE || m[h]->state == STATE_DONE)) {
@@ -314,21 +314,22 @@ void sim_maintain(struct sim *s)
 			 !world_chance(w, 3)) /* connected, it learns that it was shut out */
 			command(s, !h, (struct repl_command){.cmd = CMD_START});
 		else if (m[!h]->state == STATE_DONE || world_unrelated(w) || !m[h]->has_peer)
-			unprotect(s, !h);
+			sim_unprotect(s, !h);
 	} else if (world_detached(w, h) && world_chance(w, 3)) {
 		command(s, h, (struct repl_command){.cmd = CMD_RESYNC});
-	} else if (m[h]->role == ROLE_PRIMARY && m[!h] && m[!h]->role == ROLE_STANDALONE && !m[!h]->has_peer) {
-		unprotect(s, h); /* stops it first */
+	} else if (m[h]->role == ROLE_PRIMARY &&
+		   (world_bare(w, !h) || (m[!h] && m[!h]->role == ROLE_STANDALONE && !m[!h]->has_peer))) {
+		sim_unprotect(s, h); /* stops it first */
 	} else if (m[h]->role == ROLE_PRIMARY && m[h]->state == STATE_DONE) {
 		if (m[!h] && m[!h]->role == ROLE_STANDALONE && !world_chance(w, 3))
-			unprotect(s, h);
+			sim_unprotect(s, h);
 		else
 			command(s, h, (struct repl_command){.cmd = CMD_START});
 	} else if (m[h]->role == ROLE_PRIMARY && world_unrelated(w)) {
 		if (m[h]->state == STATE_RUNNING)
 			command(s, h, (struct repl_command){.cmd = CMD_STOP});
 		else
-			unprotect(s, h);
+			sim_unprotect(s, h);
 	} else if (m[!h] && m[h]->role == ROLE_SECONDARY && m[!h]->role == ROLE_SECONDARY) {
 		command(s, h, (struct repl_command){.cmd = CMD_FAILOVER, .flags = FAILOVER_FORCE});
 	}
@@ -546,10 +547,10 @@ static void run_range(unsigned job)
 	printf("sim: job %u: mix: clock jumps %" PRIu64 " settings %" PRIu64 " ahead %" PRIu64 " queue full %" PRIu64
 	       " error windows %" PRIu64 " no room %" PRIu64 " applying stopped %" PRIu64 " cow errors %" PRIu64
 	       "/%" PRIu64 "/%" PRIu64 " (stop/drop-history/break) broken %" PRIu64 " dropped %" PRIu64
-	       " hashed %" PRIu64 ", %" PRIu64 " of them different\n",
+	       " hashed %" PRIu64 ", %" PRIu64 " of them different, replaced %" PRIu64 ", made %" PRIu64 "\n",
 	       job, total.clock_jumps, total.settings, total.aheads, total.queue_full, total.path_errors, total.no_room,
 	       total.apply_stops, total.cow_errors[0], total.cow_errors[1], total.cow_errors[2], total.broken,
-	       total.room_drops, total.hashes, total.hashes_differ);
+	       total.room_drops, total.hashes, total.hashes_differ, total.replaced, total.made);
 	fflush(stdout);
 }
 

@@ -21,6 +21,7 @@ extern struct sim *the_sim;
 
 void sim_replay_set(const char *text); /* said with whatever breaks */
 
+void sim_unprotect(struct sim *s, unsigned h);
 /* What a manager would do to get the pair back to work. */
 void sim_maintain(struct sim *s);
 bool sim_in_sync(struct world *w); /* of the_sim */

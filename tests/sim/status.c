@@ -52,7 +52,7 @@ static void checkpoint_check(struct host *h, const struct repl_status *s)
 {
 	const struct repl_meta *m = repl_meta(h->core);
 	struct host *at = m->role == ROLE_SECONDARY ? h : peer_of(h);
-	if (s->checkpoint > at->numbers_max && s->checkpoint > h->numbers_max)
+	if (s->checkpoint > at->numbers_ever && s->checkpoint > h->numbers_ever)
 		world_fail(h->w, "host %u: status says checkpoint %" PRIu64 ", which was never taken", h->id,
 			   s->checkpoint);
 	if (s->checkpoint && m->role == ROLE_SECONDARY && !m->broken && repl_meta_find_ckpt(m, s->checkpoint) < 0)

@@ -271,6 +271,21 @@ static void plan_start(struct host *h, uint64_t ns)
 	world_at(h->w, ns, on_start, h, h->life);
 }
 
+/* Whether the store has the group by now: a crash in its making leaves all or nothing of it. */
+static bool still_bare(struct host *h)
+{
+	struct err e = {0};
+	struct store *st;
+	struct repl_meta *m = NULL;
+	int err = store_open_on(h->storage, "sim", -1, &st, &e);
+	if (err) /* on_start tells what that means */
+		return false;
+	err = store_load_group(st, GROUP_NAME, &m, &e);
+	free(m);
+	store_close(st);
+	return err == -ERR_NOENT;
+}
+
 static void on_start(struct world *w, void *arg, uint64_t life)
 {
 	struct host *h = arg;
@@ -289,6 +304,8 @@ static void on_start(struct world *w, void *arg, uint64_t life)
 			simstore_evict(h->ss);
 	}
 	world_note(w, "host %u starts", h->id);
+	if (h->bare && still_bare(h))
+		return;
 	int err = host_open(h);
 	if (err) {
 		world_note(w, "host %u does not start: %s", h->id, err_name(err));
@@ -317,6 +334,8 @@ static void on_start(struct world *w, void *arg, uint64_t life)
 		return;
 	}
 	h->tries = 0;
+	h->w->count.made += h->bare;
+	h->bare = false;
 	h->crash_point = simstore_stop_pending(h->ss);
 	h->had_errors = h->errors_one_in != 0 || h->path_errors.path || h->faulty;
 	h->up = true;
@@ -413,6 +432,73 @@ void host_shutdown_end(struct host *h)
 	simstore_stop(h->ss);
 	world_note(w, "host %u has ended", h->id);
 	host_down(h, WORLD_KILL, world_delay(w, 200 * MS));
+}
+
+struct make {
+	struct host *h;
+	struct wire_join j;
+};
+
+static void make_job(void *arg)
+{
+	struct make *k = arg;
+	struct host *h = k->h;
+	struct err e = {0};
+	struct store *st;
+	struct repl_meta *m = simalloc(sizeof(*m));
+	int err = store_open_on(h->storage, "sim", -1, &st, &e);
+	if (!err) {
+		err = repl_exec_make(st, &k->j, m, &e);
+		store_close(st);
+	}
+	world_note(h->w, "host %u: making the recovery volumes: %s", h->id, err ? e.text : "ok");
+	simfree(m);
+	simfree(k);
+	h->making = false;
+	h->crash = h->point; /* if that ended it */
+	h->life++;
+	plan_start(h, 1 * MS);
+}
+
+void host_make(struct host *h, const struct wire_join *j)
+{
+	if (h->making)
+		return;
+	struct make *k = simalloc(sizeof(*k));
+	k->h = h;
+	k->j = *j;
+	h->making = true;
+	host_spawn(h, make_job, k, world_delay(h->w, h->w->disk_ns));
+}
+
+void world_replace(struct world *w, unsigned host)
+{
+	struct host *h = &w->h[host];
+	struct store *st;
+	struct err e;
+	host_die(h, WORLD_KILL);
+	world_note(w, "host %u is replaced", host);
+	sim_storage_free(h->storage);
+	simstore_free(h->ss);
+	h->ss = simstore_new(world_more(w, UINT64_MAX));
+	h->storage = sim_storage_new(h);
+	h->path_errors.path = NULL;
+	world_disk_errors(w, host, 0);
+	world_disk_full(w, host, false);
+	h->crash_point = false;
+	if (store_open_on(simstore_storage(h->ss), "sim", w->cfg.power ? DURABILITY_POWER : DURABILITY_PROCESS, &st,
+			  &e) < 0)
+		world_fail(w, "making the store of host %u: %s", host, e.text);
+	store_close(st);
+	h->bare = true;
+	h->life++; /* it waits for a JOIN */
+	model_replaced(h);
+	w->count.replaced++;
+}
+
+bool world_bare(const struct world *w, unsigned host)
+{
+	return w->h[host].bare;
 }
 
 bool world_up(const struct world *w, unsigned host)

@@ -70,6 +70,8 @@ void world_crash(struct world *w, unsigned host, enum world_crash how);
 void world_crash_at(struct world *w, unsigned host, enum world_crash how, uint64_t nth);
 void world_shutdown(struct world *w, unsigned host); /* clean */
 void world_start(struct world *w, unsigned host);    /* of a host that is down: as soon as it can */
+void world_replace(struct world *w, unsigned host);  /* by one with an empty store */
+bool world_bare(const struct world *w, unsigned host);
 bool world_up(const struct world *w, unsigned host);
 struct simstore *world_store(struct world *w, unsigned host);
 
@@ -107,7 +109,7 @@ struct world_counters {
 	/* of mix.c */
 	uint64_t clock_jumps, settings, aheads, queue_full, path_errors, no_room, apply_stops;
 	uint64_t cow_errors[3]; /* by on_cow_error */
-	uint64_t broken, room_drops, hashes, hashes_differ;
+	uint64_t broken, room_drops, hashes, hashes_differ, replaced, made;
 };
 const struct world_counters *world_counters(const struct world *w);
 

@@ -174,6 +174,7 @@ struct host {
 	struct repl_meta *metas[2];
 	struct repl_save save;
 	bool saving;
+	bool bare, making; /* its store has no group; one is being made for a JOIN */
 	bool up, dying, closing, wanted, crash_point;
 	unsigned tries;
 	uint64_t shutdown_until;
@@ -231,8 +232,8 @@ struct host {
 	bool own;	    /* its disk was written by its own guest, or by a failover, since it last followed */
 	uint64_t peer_life; /* when the session began */
 	uint64_t emptied_ns;
-	uint64_t numbers_max; /* highest checkpoint ever opened here */
-	uint64_t answered_max;
+	uint64_t numbers_max;	 /* highest checkpoint ever opened here */
+	uint64_t numbers_ever;	 /* and by the one that it replaced */
 	uint64_t last_flush_seq; /* last barrier carried out in this session */
 	uint64_t barrier_session;
 	bool meta_seen;
@@ -269,7 +270,6 @@ struct world {
 		uint32_t first, n;
 	} * writes;
 	ver n_writes, cap_writes;
-	uint64_t answered_max;
 	struct world_counters count;
 };
 
@@ -280,6 +280,7 @@ void host_spawn(struct host *h, void (*fn)(void *arg), void *arg, uint64_t delay
 void co_pause(struct host *h, uint64_t ns); /* from one of h's coroutines */
 /* Something begins or has ended on h that a crash just then must not undo, or half do. */
 void world_moment(struct host *h);
+void host_make(struct host *h, const struct wire_join *j); /* of a bare one, as the daemon does for a JOIN */
 void host_die(struct host *h, enum world_crash how);
 void host_shutdown_end(struct host *h);
 void world_quiet(struct host *h, bool on); /* no faults while the model looks */
@@ -331,6 +332,7 @@ void model_done(struct host *h, struct sim_io *s, int error);
 void model_after_step(struct host *h);
 void model_command(struct host *h, const struct repl_command *c, int error);
 void model_died(struct host *h, enum world_crash how, bool evict);
+void model_replaced(struct host *h); /* its store is new */
 void model_opened(struct host *h, enum world_crash how, bool evict);
 int model_read(struct host *h, struct sim_io *s, uint8_t *buf);
 void model_read_begin(struct host *h, struct sim_io *s);
