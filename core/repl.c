@@ -367,7 +367,7 @@ static bool tx_prepare(struct repl *r, struct tx *t, struct repl_meta *m)
 	case TX_SETTINGS:
 		if (t->command && m->role == ROLE_SECONDARY) /* it follows meanwhile: they are the primary's */
 			return false;
-		m->settings = t->settings;
+		settings_take(&m->settings, &t->settings, t->command ? t->arg : SETTINGS_ALL);
 		return true;
 	case TX_ROOM:
 		return room_prepare(t, m);

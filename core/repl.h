@@ -135,7 +135,7 @@ enum repl_cmd {
 	CMD_CHECKPOINT, /* flags: WIRE_CKPT_PIN; result number */
 	CMD_FAILOVER, /* number: FAILOVER_DEFAULT, FAILOVER_LATEST, or a checkpoint; flags: enum repl_failover_flags */
 	CMD_DISCARD,
-	CMD_SETTINGS, /* settings: the new ones */
+	CMD_SETTINGS, /* settings: the new ones; number: a bit for each of them that is to change (settings_take) */
 	CMD_DROP,     /* number: a checkpoint */
 	CMD_PAUSE,    /* stop forwarding, go on with dirty tracking; durable */
 	CMD_RESUME,   /* answered when resync may begin; in sync is what `wait` waits for */

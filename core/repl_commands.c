@@ -309,6 +309,7 @@ static void cmd_settings(struct repl *r, struct repl_command *c)
 	struct tx *t = repl_tx(r, TX_SETTINGS);
 	t->command = c;
 	t->settings = c->settings;
+	t->arg = c->number;
 }
 
 void repl_command(struct repl *r, struct repl_command *c)

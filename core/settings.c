@@ -388,6 +388,13 @@ int settings_set(struct settings *s, const char *key, const char *value, struct 
 	return 0;
 }
 
+void settings_take(struct settings *s, const struct settings *from, uint64_t which)
+{
+	for (unsigned i = 0; i < SETTINGS_COUNT; i++)
+		if (which >> i & 1)
+			value_put(s, &settings_table[i], value_get(from, &settings_table[i]));
+}
+
 const char *settings_key(unsigned i)
 {
 	PRE(i < SETTINGS_COUNT);

@@ -53,6 +53,9 @@ enum settings_id {
 void settings_default(struct settings *s);
 /* One KEY=VALUE. -ERR_USAGE with what is allowed; *s untouched on failure. */
 int settings_set(struct settings *s, const char *key, const char *value, struct err *e);
+/* The values of `from` whose bit is set: bit 0 is the first of the table. */
+void settings_take(struct settings *s, const struct settings *from, uint64_t which);
+#define SETTINGS_ALL ((UINT64_C(1) << SETTINGS_COUNT) - 1)
 /* i < SETTINGS_COUNT: the key, and the value as a person writes it, into buf. */
 const char *settings_key(unsigned i);
 void settings_format(const struct settings *s, unsigned i, char *buf, size_t size);

@@ -604,6 +604,9 @@ static int change_settings(const struct call *c, struct group *g, const json_t *
 			   : err_set(c->e, ERR_USAGE, "%s: the value has to be a string", key);
 		if (err)
 			break;
+		for (unsigned i = 0; i < SETTINGS_COUNT; i++) /* no others: they may change meanwhile */
+			if (strcmp(settings_key(i), key) == 0)
+				sc->c.number |= UINT64_C(1) << i;
 	}
 	/* Policies that come in a later release are refused, not accepted without effect. */
 	const struct settings *n = &sc->c.settings;

@@ -121,7 +121,7 @@ static void tune(struct sim *s)
 	const struct repl_meta *m = world_meta(s->w, s->vm);
 	if (!m)
 		return;
-	struct repl_command c = {.cmd = CMD_SETTINGS, .settings = m->settings};
+	struct repl_command c = {.cmd = CMD_SETTINGS, .number = SETTINGS_ALL, .settings = m->settings};
 	settings_draw(s->w, &c.settings);
 	(void)world_command(s->w, s->vm, &c, NULL);
 	s->w->count.settings++;

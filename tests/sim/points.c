@@ -125,7 +125,8 @@ static void failover(struct script *x, uint64_t number, uint32_t flags, enum wor
 /* A disk that fails is the guest's to see: what `detach` makes of it is another script. */
 static void settings(struct script *x)
 {
-	struct repl_command c = {.cmd = CMD_SETTINGS, .settings = world_meta(x->s->w, 0)->settings};
+	struct repl_command c = {
+	    .cmd = CMD_SETTINGS, .number = SETTINGS_ALL, .settings = world_meta(x->s->w, 0)->settings};
 
 	c.settings.on_io_error = ON_IO_ERROR_PASS;
 	c.settings.peer_timeout_ms = 1500;

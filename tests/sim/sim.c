@@ -101,7 +101,7 @@ static void op_settings(struct sim *s)
 	const struct repl_meta *m = world_meta(w, h);
 	if (!m)
 		return;
-	struct repl_command c = {.cmd = CMD_SETTINGS, .settings = m->settings};
+	struct repl_command c = {.cmd = CMD_SETTINGS, .number = SETTINGS_ALL, .settings = m->settings};
 	switch (world_below(w, 5)) {
 	case 0:
 		c.settings.protocol = world_below(w, 4);
@@ -443,7 +443,7 @@ void sim_settle(struct sim *s)
 static void settings_first(struct sim *s)
 {
 	struct world *w = s->w;
-	struct repl_command c = {.cmd = CMD_SETTINGS, .settings = world_meta(w, 0)->settings};
+	struct repl_command c = {.cmd = CMD_SETTINGS, .number = SETTINGS_ALL, .settings = world_meta(w, 0)->settings};
 	c.settings.protocol = world_below(w, 4);
 	c.settings.on_io_error = world_chance(w, 2) ? ON_IO_ERROR_PASS : ON_IO_ERROR_DETACH;
 	c.settings.peer_timeout_ms = 500 + world_below(w, 2000);

@@ -128,6 +128,7 @@ void status_check_loss(struct host *h)
 static bool command_did(struct host *h, const struct repl_command *c)
 {
 	const struct repl_meta *m = h->seen, *p = peer_of(h)->seen;
+	struct settings want = m->settings;
 	switch (c->cmd) {
 	case CMD_PROTECT:
 	case CMD_FAILBACK:
@@ -142,9 +143,10 @@ static bool command_did(struct host *h, const struct repl_command *c)
 	case CMD_FAILOVER:
 		return m->role == ROLE_STANDALONE && m->failover_generation && m->state != STATE_FAILOVER_FAILED;
 	case CMD_SETTINGS: /* the peer's too, if it answered; else the next handshake brings them */
-		return memcmp(&m->settings, &c->settings, sizeof(m->settings)) == 0 &&
+		settings_take(&want, &c->settings, c->number);
+		return memcmp(&m->settings, &want, sizeof(want)) == 0 &&
 		       (!repl_forwarding(h->core) || p->role != ROLE_SECONDARY || !p->has_peer || !peer_of(h)->up ||
-			memcmp(&p->settings, &c->settings, sizeof(p->settings)) == 0);
+			memcmp(&p->settings, &want, sizeof(want)) == 0);
 	case CMD_DROP:
 		return repl_meta_find_ckpt(m, c->number) < 0;
 	case CMD_PAUSE:

@@ -245,7 +245,7 @@ static void pass(struct host *h)
 	h->cmd.settings = repl_meta(h->r)->settings;
 	struct settings s = h->cmd.settings;
 	s.on_io_error = ON_IO_ERROR_PASS;
-	h->cmd = (struct repl_command){.cmd = CMD_SETTINGS, .settings = s};
+	h->cmd = (struct repl_command){.cmd = CMD_SETTINGS, .number = SETTINGS_ALL, .settings = s};
 	step(h, (struct repl_event){.type = EV_COMMAND, .command = &h->cmd});
 	saved(h);
 	frame(h, WIRE_SETTINGS_ACK, 1, 0, 0, NULL, 0);
@@ -574,7 +574,7 @@ Test(repl, freeze_holds_and_a_stop_or_a_shutdown_ends_it)
 		warm(h);
 		struct settings s = repl_meta(h->r)->settings;
 		s.on_disconnect = ON_DISCONNECT_FREEZE;
-		h->cmd = (struct repl_command){.cmd = CMD_SETTINGS, .settings = s};
+		h->cmd = (struct repl_command){.cmd = CMD_SETTINGS, .number = SETTINGS_ALL, .settings = s};
 		step(h, (struct repl_event){.type = EV_COMMAND, .command = &h->cmd});
 		saved(h);
 		guest(h, 'a', REPL_WRITE, 0, 4096);
@@ -1142,7 +1142,7 @@ Test(repl, an_end_of_a_resync_that_is_heard_too_late_moves_the_bitmap_generation
 
 static void set_now(struct host *h, struct settings s)
 {
-	h->cmd = (struct repl_command){.cmd = CMD_SETTINGS, .settings = s};
+	h->cmd = (struct repl_command){.cmd = CMD_SETTINGS, .number = SETTINGS_ALL, .settings = s};
 	step(h, (struct repl_event){.type = EV_COMMAND, .command = &h->cmd});
 	saved(h);
 }
@@ -3007,11 +3007,32 @@ Test(repl, settings_changed_during_the_handshake_follow_it)
 	host_free(h);
 }
 
+/* Two that were asked for at the same time saw the same ones: neither takes the other's back. */
+Test(repl, a_change_of_settings_leaves_the_others)
+{
+	struct host *h = primary(PROTOCOL_F);
+	struct settings a = repl_meta(h->r)->settings, b = a;
+	a.keep_last = 77;
+	b.resync_rate = 1 << 20;
+	h->cmd = (struct repl_command){.cmd = CMD_SETTINGS, .number = UINT64_C(1) << SETTING_keep_last, .settings = a};
+	step(h, (struct repl_event){.type = EV_COMMAND, .command = &h->cmd});
+	saved(h);
+	frame(h, WIRE_SETTINGS_ACK, 1, 0, 0, NULL, 0);
+	EXPECT(h, "save:primary/RUNNING send:SETTINGS#1 cmd");
+	h->cmd =
+	    (struct repl_command){.cmd = CMD_SETTINGS, .number = UINT64_C(1) << SETTING_resync_rate, .settings = b};
+	step(h, (struct repl_event){.type = EV_COMMAND, .command = &h->cmd});
+	saved(h);
+	cr_assert_eq(repl_meta(h->r)->settings.keep_last, 77);
+	cr_assert_eq(repl_meta(h->r)->settings.resync_rate, 1 << 20);
+	host_free(h);
+}
+
 Test(repl, settings_are_the_primarys)
 {
 	struct host *h = secondary();
 	struct settings s = repl_meta(h->r)->settings;
-	h->cmd = (struct repl_command){.cmd = CMD_SETTINGS, .settings = s};
+	h->cmd = (struct repl_command){.cmd = CMD_SETTINGS, .number = SETTINGS_ALL, .settings = s};
 	step(h, (struct repl_event){.type = EV_COMMAND, .command = &h->cmd});
 	EXPECT(h, "cmd=ERR_STATE");
 	cr_assert(strstr(h->cmd.err.text, "set it on the primary"), "%s", h->cmd.err.text);

@@ -85,6 +85,25 @@ Test(settings, defaults_are_the_table)
 }
 
 /* What format writes, set takes back as the same value, into that field and no other. */
+Test(settings, taking_some_leaves_the_others)
+{
+	struct settings s, from, want;
+	settings_default(&s);
+	settings_default(&from);
+	from.protocol = PROTOCOL_A;
+	from.keep_last = 77;
+	from.history_max_bytes = 1;
+	want = s;
+	settings_take(&s, &from, 0);
+	cr_assert_eq(memcmp(&s, &want, sizeof(s)), 0);
+	want.keep_last = 77;
+	want.history_max_bytes = 1;
+	settings_take(&s, &from, UINT64_C(1) << SETTING_keep_last | UINT64_C(1) << SETTING_history_max_bytes);
+	cr_assert_eq(memcmp(&s, &want, sizeof(s)), 0);
+	settings_take(&s, &from, SETTINGS_ALL);
+	cr_assert_eq(memcmp(&s, &from, sizeof(s)), 0);
+}
+
 Test(settings, format_then_set_is_the_identity)
 {
 	rng_state = 20260;
