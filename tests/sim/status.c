@@ -24,9 +24,11 @@ static void link_check(struct host *h, const struct repl_status *s)
 	if (w->now - heard > m->settings.peer_timeout_ms * MS)
 		world_fail(w, "host %u: status says %s of a peer that is silent since %" PRIu64 " ms", h->id,
 			   link_state_name(s->link), (w->now - heard) / MS);
-	if (s->link == LINK_SYNCED && (m->inconsistent || m->paused || m->role == ROLE_STANDALONE))
+	/* One that was paused before it heard that its disk is detached goes on through the peer (docs/adr/0009). */
+	bool paused = m->paused && !s->detached;
+	if (s->link == LINK_SYNCED && (m->inconsistent || paused || m->role == ROLE_STANDALONE))
 		world_fail(w, "host %u: status says SYNCED of a group that is %s%s", h->id, role_name(m->role),
-			   m->paused ? ", paused" : "");
+			   paused ? ", paused" : "");
 	if (!e->closing && !e->c->cut && s->queue_bytes != e->out.len - e->out_own)
 		world_fail(w, "host %u: status says that %" PRIu64 " bytes are queued: %zu are", h->id, s->queue_bytes,
 			   e->out.len - e->out_own);
