@@ -17,6 +17,7 @@
  */
 #include "core/repl_internal.h"
 
+#include <stdio.h>
 #include <string.h>
 
 #include "core/check.h"
@@ -114,7 +115,8 @@ static void fall_behind(struct repl *r, enum wire_behind why);
 static void report_failed_write(struct repl *r, const struct repl_io *io)
 {
 	struct wire_refuse x = {.code = (uint16_t)-io->error};
-	(void)memcpy(x.text, r->error.text, min_u64(sizeof(x.text) - 1, strlen(r->error.text)));
+	(void)snprintf(x.text, sizeof(x.text), "a local write to %s failed: %s", r->meta->volumes[io->volume].name,
+		       err_short(io->error));
 	int n = wire_refuse_encode(&x, r->scratch, sizeof(r->scratch));
 	struct repl_action a = {.type = ACT_SEND, .data = r->scratch, .data_len = n > 0 ? (uint32_t)n : 0};
 	a.frame.type = WIRE_WRITE_FAILED;

@@ -289,6 +289,16 @@ static void dead_disk(void)
 	atomic_store(&fa.write, -ERR_IO);
 }
 
+static bool peer_says(const char *text)
+{
+	json_t *all = daemon_status(p.b.d, "vm");
+	const json_t *g = json_array_get(json_object_get(all, "groups"), 0);
+	const char *have = json_string_value(json_object_get(json_object_get(g, "error"), "text"));
+	bool yes = have && strcmp(have, text) == 0;
+	json_decref(all);
+	return yes;
+}
+
 static void dead_disk_is_seen(void)
 {
 	OK(pair_is(&p.a, "vm", 0, 65536, 0x11));
@@ -332,6 +342,8 @@ Test(detach, while_paused_a_failed_read_is_the_peers_where_it_has_the_range)
 	OK(pair_write(&p.a, "vm", 65536, 65536, 0x22));
 	dead_disk();
 	dead_disk_is_seen();
+	/* What the peer is told is of the write, whatever failed before. */
+	WAIT_FOR(peer_says("on the primary, a local write to vm failed: input/output error"));
 	OK(pair_do(&p.a, "resume", named(), NULL));
 	dead_disk_is_seen();
 	mended_disk_is_the_source();
