@@ -69,7 +69,7 @@ def check_eq(got, want, what):
     check(got == want, "%s: got %r, expected %r" % (what, got, want))
 
 
-def wait_for(fn, what, timeout=20.0, interval=0.02, ignore=()):
+def wait_for(fn, what, timeout=60.0, interval=0.02, ignore=()):
     """Polls fn until it is true; returns its value."""
     timeout *= SLOW
     end = time.monotonic() + timeout
@@ -328,7 +328,7 @@ class Host:
             cmd += ["--insecure"]
         return cmd + self.options + list(extra)
 
-    def start(self, wait=True, timeout=20.0):
+    def start(self, wait=True, timeout=60.0):
         check(self.proc is None, "host %s runs already" % self.name)
         self.logf = open(self.log, "ab")
         self.logf.write(b"---- start\n")
@@ -342,7 +342,7 @@ class Host:
             self.wait_ready(timeout)
         return self
 
-    def wait_ready(self, timeout=20.0):
+    def wait_ready(self, timeout=60.0):
         def ready():
             if self.proc is not None and self.proc.poll() is not None:
                 raise TestError("host %s: repfs ended with %d at its start\n%s" % (self.name, self.proc.returncode, self.log_tail()))
@@ -362,7 +362,7 @@ class Host:
         self.expect_dead = True
         self.logf.close()
 
-    def wait_exit(self, code=0, timeout=15.0):
+    def wait_exit(self, code=0, timeout=60.0):
         try:
             got = self.proc.wait(timeout * SLOW)
         except subprocess.TimeoutExpired:
@@ -372,7 +372,7 @@ class Host:
             check(got == code, "host %s ended with %d, expected %d" % (self.name, got, code), self.log_tail)
         return got
 
-    def stop(self, timeout=15.0):
+    def stop(self, timeout=60.0):
         """SIGTERM; must end cleanly, the mount gone."""
         self.expect_dead = True
         self.proc.terminate()
@@ -400,11 +400,11 @@ class Host:
                 self.expect_dead = True
                 self.proc.terminate()
                 try:
-                    self.proc.wait(12 * SLOW)
+                    self.proc.wait(60 * SLOW)
                     if self.proc.returncode != 0:
                         died = self.proc.returncode
                 except subprocess.TimeoutExpired:
-                    died = "no end within 12 s of SIGTERM"
+                    died = "no end within 60 s of SIGTERM"
                     fuse_abort(self.mnt)
                     self.proc.kill()
                     self.proc.wait(10)
@@ -442,7 +442,7 @@ class Host:
         check(code is None or r.code in codes, "on host %s: exit code is not %s: %s" % (self.name, code, r), self.log_tail)
         return r.json if json and r.code == 0 else r
 
-    def ctl(self, verb, timeout=30.0, **args):
+    def ctl(self, verb, timeout=60.0, **args):
         """The control socket itself (docs/control.md): quick, for polling. Raises CtlError."""
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as s:
             s.settimeout(timeout * SLOW)
@@ -465,7 +465,7 @@ class Host:
     def status(self, group):
         return self.ctl("status", name=group)["groups"][0]
 
-    def wait_status(self, group, timeout=20.0, **want):
+    def wait_status(self, group, timeout=60.0, **want):
         """Waits until the group's status has these values (a value may be a tuple of choices)."""
         seen = {}
 
@@ -480,7 +480,7 @@ class Host:
         except TestError as e:
             raise TestError("%s\n    status: %s\n%s" % (e, seen, self.log_tail()))
 
-    def wait_synced(self, group, timeout=30.0):
+    def wait_synced(self, group, timeout=60.0):
         return self.wait_status(group, timeout, link="SYNCED", state="RUNNING")
 
     # -- files
@@ -1249,7 +1249,7 @@ class Writer:
     def alive(self):
         return any(t.is_alive() for t in self.threads)
 
-    def wait_ops(self, n, timeout=30.0):
+    def wait_ops(self, n, timeout=60.0):
         """Waits until n more operations have ended."""
         target = self.ops + n
         wait_for(lambda: self.ops >= target or self.errors, "%d writes to go through (seed %d)" % (n, self.seed), timeout)
@@ -1259,7 +1259,7 @@ class Writer:
         if self.errors:
             raise TestError("the writer met an error: %r" % self.errors[0])
 
-    def pause(self, timeout=30.0):
+    def pause(self, timeout=60.0):
         """Returns when no operation is under way."""
         while self.idle.acquire(blocking=False):
             pass
@@ -1273,7 +1273,7 @@ class Writer:
     def resume(self):
         self.paused.clear()
 
-    def stop(self, errors_ok=False, timeout=30.0):
+    def stop(self, errors_ok=False, timeout=60.0):
         self.stop_flag.set()
         end = time.monotonic() + timeout * SLOW
         for t in self.threads:

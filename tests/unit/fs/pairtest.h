@@ -20,7 +20,7 @@ static struct pair p;
 /* A verb's arguments: the group, and a limit that only a test that fails reaches. */
 static inline json_t *named(void)
 {
-	return json_pack("{s:s, s:i}", "name", "vm", "timeout_ms", 20000);
+	return json_pack("{s:s, s:i}", "name", "vm", "timeout_ms", 60000);
 }
 
 static inline void set(const char *key, const char *value)
