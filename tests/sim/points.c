@@ -1,11 +1,16 @@
-/* Every point of a fixed script of some 300 operations at which something can break.
+/* Every point of fixed scripts at which something can break.
  *
  *   crash points  each change of a host's disk is its last: not done or half done (done is the next one not done);
  *                 then a power cut that keeps none, some or all of what was not synced, or a kill; on both hosts
  *   fail points   each call of a host's storage fails once, or all from it on until the faults are over
  *   alloc points  each allocation of the code under test fails
  *
- * The script goes on after that as well as it can; then the faults are over, and all has to come right as after a seed.
+ *   main      some 280 operations: replication, checkpoints, resyncs, failovers, a stop, a split brain;
+ * on_io_error=pass detach    the primary's disk fails; its guest goes on through the peer; it is rebuilt; then that
+ * again, and a failover commands  pause, settings, stop and start, failover and failback, unprotect and protect, on
+ * both hosts
+ *
+ * A script goes on after that as well as it can; then the faults are over, and all has to come right as after a seed.
  */
 #include <inttypes.h>
 #include <stdio.h>
@@ -20,6 +25,7 @@
 
 struct point {
 	enum points_kind kind;
+	unsigned script;
 	unsigned host;
 	uint64_t nth;  /* 0: no fault at all */
 	unsigned how;  /* CRASH: enum simstore_stop. FAIL: enum err_code */
@@ -122,22 +128,24 @@ static void failover(struct script *x, uint64_t number, uint32_t flags, enum wor
 	guest(x, 4);
 }
 
-/* A disk that fails is the guest's to see: what `detach` makes of it is another script. */
-static void settings(struct script *x)
+static void settings(struct script *x, uint64_t protocol, uint64_t on_io_error)
 {
-	struct repl_command c = {
-	    .cmd = CMD_SETTINGS, .number = SETTINGS_ALL, .settings = world_meta(x->s->w, 0)->settings};
+	const struct repl_meta *m = world_meta(x->s->w, x->s->vm);
 
-	c.settings.on_io_error = ON_IO_ERROR_PASS;
+	if (!m)
+		return;
+	struct repl_command c = {.cmd = CMD_SETTINGS, .number = SETTINGS_ALL, .settings = m->settings};
+	c.settings.protocol = protocol;
+	c.settings.on_io_error = on_io_error;
 	c.settings.peer_timeout_ms = 1500;
-	command(x, 0, c);
+	command(x, x->s->vm, c);
 }
 
 static void part_replicate(struct script *x)
 {
 	const struct repl_meta *m;
 
-	settings(x);
+	settings(x, PROTOCOL_F, ON_IO_ERROR_PASS); /* a disk that fails is the guest's to see */
 	for (unsigned i = 0; i < 10; i++)
 		io(x, 0, i % 4 == 3 ? WORLD_FLUSH : WORLD_WRITE);
 	sync_up(x);
@@ -200,7 +208,106 @@ static void part_stop(struct script *x)
 	sync_up(x);
 }
 
-static void script_run(struct script *x)
+/* The next write to the disk of a volume fails on the host of the guest. */
+static void disk_fails(struct script *x)
+{
+	struct host *h = &x->s->w->h[x->s->vm];
+
+	h->had_errors = true;
+	(void)simstore_rule_add(h->ss, &(struct simstore_rule){.calls = SIMSTORE_BIT(SIMSTORE_WRITE),
+							       .path = "volumes/*/disk.raw",
+							       .error = ERR_IO,
+							       .nth = 1,
+							       .times = 1});
+}
+
+static void begin(struct script *x, uint64_t protocol, uint64_t on_io_error)
+{
+	settings(x, protocol, on_io_error);
+	for (unsigned i = 0; i < 6; i++)
+		io(x, 0, i % 4 == 3 ? WORLD_FLUSH : WORLD_WRITE);
+	sync_up(x);
+	guest(x, 8);
+	checkpoint(x);
+}
+
+static void script_detach(struct script *x)
+{
+	begin(x, PROTOCOL_F, ON_IO_ERROR_DETACH);
+	disk_fails(x);
+	for (unsigned i = 0; i < 24; i++) /* no manager mends it yet */
+		io(x, x->s->vm, i % 6 == 5 ? WORLD_FLUSH : i % 4 == 3 ? WORLD_READ : WORLD_WRITE);
+	checkpoint(x);
+	world_crash(x->s->w, x->s->vm, WORLD_POWER);
+	run(x, 200 * MS);
+	for (unsigned i = 0; i < 8; i++)
+		io(x, x->s->vm, i % 4 == 3 ? WORLD_FLUSH : i % 4 == 2 ? WORLD_READ : WORLD_WRITE);
+	command(x, x->s->vm, (struct repl_command){.cmd = CMD_RESYNC});
+	guest(x, 16);
+	sync_up(x);
+	disk_fails(x);
+	guest(x, 8);
+	world_cut(x->s->w);
+	guest(x, 8);
+	sync_up(x);
+	disk_fails(x);
+	for (unsigned i = 0; i < 8; i++)
+		io(x, x->s->vm, i % 4 == 3 ? WORLD_FLUSH : WORLD_WRITE);
+	failover(x, FAILOVER_LATEST, FAILOVER_DISCARD_ACTIVE, WORLD_KILL);
+	checkpoint(x);
+	guest(x, 6);
+}
+
+static void script_commands(struct script *x)
+{
+	const struct repl_meta *m;
+
+	begin(x, PROTOCOL_C, ON_IO_ERROR_PASS);
+	command(x, x->s->vm, (struct repl_command){.cmd = CMD_PAUSE});
+	guest(x, 8);
+	command(x, x->s->vm, (struct repl_command){.cmd = CMD_RESUME});
+	guest(x, 6);
+	sync_up(x);
+	settings(x, PROTOCOL_B, ON_IO_ERROR_DETACH);
+	guest(x, 8);
+	own_writes(x, 6);
+	command(x, !x->s->vm, (struct repl_command){.cmd = CMD_STOP}); /* from the other side, over active */
+	run(x, 200 * MS);
+	io(x, x->s->vm, WORLD_WRITE);
+	command(x, x->s->vm, (struct repl_command){.cmd = CMD_START});
+	guest(x, 6);
+	sync_up(x);
+	checkpoint(x);
+	guest(x, 4);
+	checkpoint(x);
+	m = world_meta(x->s->w, !x->s->vm);
+	command(
+	    x, !x->s->vm,
+	    (struct repl_command){.cmd = CMD_FAILOVER,
+				  .number = m && m->n_ckpts > 1 ? m->ckpts[m->n_ckpts - 2].number : FAILOVER_DEFAULT,
+				  .flags = FAILOVER_DISCARD_ACTIVE});
+	run(x, 100 * MS);
+	x->s->vm = !x->s->vm;
+	for (unsigned i = 0; i < 6; i++)
+		io(x, x->s->vm, i % 3 == 2 ? WORLD_FLUSH : WORLD_WRITE);
+	command(x, x->s->vm, (struct repl_command){.cmd = CMD_FAILBACK, .text = "peer"});
+	guest(x, 8);
+	sync_up(x);
+	checkpoint(x);
+	command(x, x->s->vm, (struct repl_command){.cmd = CMD_UNPROTECT});
+	run(x, 200 * MS);
+	command(x, !x->s->vm, (struct repl_command){.cmd = CMD_UNPROTECT});
+	for (unsigned i = 0; i < 4; i++)
+		io(x, x->s->vm, WORLD_WRITE);
+	command(x, x->s->vm,
+		(struct repl_command){.cmd = CMD_PROTECT, .text = "peer", .flags = WIRE_JOIN_ADOPT | PROTECT_HASH});
+	guest(x, 8);
+	sync_up(x);
+	checkpoint(x);
+	guest(x, 4);
+}
+
+static void script_main(struct script *x)
 {
 	part_replicate(x);
 	part_resync(x);
@@ -216,6 +323,11 @@ static void script_run(struct script *x)
 	checkpoint(x);
 	guest(x, 10);
 }
+
+static const struct {
+	const char *name;
+	void (*run)(struct script *x);
+} scripts[] = {{"main", script_main}, {"detach", script_detach}, {"commands", script_commands}};
 
 /* ---- a run ---- */
 
@@ -267,7 +379,8 @@ static const char *const kind_names[] = {"crash", "fail", "alloc"};
 
 static void point_text(const struct point *p, char *out, size_t size)
 {
-	(void)snprintf(out, size, "%s:%u:%" PRIu64 ":%u:%u", kind_names[p->kind], p->host, p->nth, p->how, p->mode);
+	(void)snprintf(out, size, "%s:%s:%u:%" PRIu64 ":%u:%u", scripts[p->script].name, kind_names[p->kind], p->host,
+		       p->nth, p->how, p->mode);
 }
 
 static void point_run(const struct point *p, bool verbose, struct cost *ret)
@@ -285,7 +398,7 @@ static void point_run(const struct point *p, bool verbose, struct cost *ret)
 	the_sim = &s;
 	cost_add(s.w, &cost, UINT64_MAX); /* - 1 */
 	arm(s.w, p);
-	script_run(&x);
+	scripts[p->script].run(&x);
 	cost_add(s.w, &cost, 1);
 	cost.ops = x.ops;
 	sim_settle(&s);
@@ -296,7 +409,7 @@ static void point_run(const struct point *p, bool verbose, struct cost *ret)
 
 /* ---- many ---- */
 
-static uint64_t crash_points(const struct cost *c, uint64_t stride, uint64_t offset)
+static uint64_t crash_points(unsigned script, const struct cost *c, uint64_t stride, uint64_t offset)
 {
 	uint64_t runs = 0;
 
@@ -304,11 +417,12 @@ static uint64_t crash_points(const struct cost *c, uint64_t stride, uint64_t off
 		for (uint64_t n = 1 + offset; n <= c->changes[host]; n += stride)
 			for (unsigned how = SIMSTORE_NOT_DONE; how <= SIMSTORE_HALF_DONE; how++)
 				for (unsigned mode = 0; mode <= KEEP_KILLED; mode++, runs++)
-					point_run(&(struct point){POINTS_CRASH, host, n, how, mode}, false, NULL);
+					point_run(&(struct point){POINTS_CRASH, script, host, n, how, mode}, false,
+						  NULL);
 	return runs;
 }
 
-static uint64_t fail_points(const struct cost *c, uint64_t stride, uint64_t offset)
+static uint64_t fail_points(unsigned script, const struct cost *c, uint64_t stride, uint64_t offset)
 {
 	static const unsigned errors[] = {ERR_IO, ERR_NOSPC};
 	uint64_t runs = 0;
@@ -317,32 +431,33 @@ static uint64_t fail_points(const struct cost *c, uint64_t stride, uint64_t offs
 		for (uint64_t n = 1 + offset; n <= c->calls[host]; n += stride)
 			for (unsigned e = 0; e < ARRAY_LEN(errors); e++)
 				for (unsigned times = 0; times < 2; times++, runs++)
-					point_run(&(struct point){POINTS_FAIL, host, n, errors[e], times}, false, NULL);
+					point_run(&(struct point){POINTS_FAIL, script, host, n, errors[e], times},
+						  false, NULL);
 	return runs;
 }
 
-static uint64_t alloc_points(const struct cost *c, uint64_t stride, uint64_t offset)
+static uint64_t alloc_points(unsigned script, const struct cost *c, uint64_t stride, uint64_t offset)
 {
 	uint64_t runs = 0;
 
 	for (uint64_t n = 1 + offset; n <= c->allocs; n += stride, runs++)
-		point_run(&(struct point){POINTS_ALLOC, 0, n, 0, 0}, false, NULL);
+		point_run(&(struct point){POINTS_ALLOC, script, 0, n, 0, 0}, false, NULL);
 	return runs;
 }
 
-uint64_t points_run(enum points_kind kind, uint64_t stride, uint64_t offset)
+static uint64_t script_points(unsigned script, enum points_kind kind, uint64_t stride, uint64_t offset)
 {
 	struct cost c;
 	uint64_t runs;
 
-	point_run(&(struct point){.kind = kind}, false, &c);
-	runs = kind == POINTS_CRASH  ? crash_points(&c, stride, offset)
-	       : kind == POINTS_FAIL ? fail_points(&c, stride, offset)
-				     : alloc_points(&c, stride, offset);
-	printf("sim: %s points: %" PRIu64 " runs, every %" PRIu64 "th of %" PRIu64 " and %" PRIu64
+	point_run(&(struct point){.kind = kind, .script = script}, false, &c);
+	runs = kind == POINTS_CRASH  ? crash_points(script, &c, stride, offset)
+	       : kind == POINTS_FAIL ? fail_points(script, &c, stride, offset)
+				     : alloc_points(script, &c, stride, offset);
+	printf("sim: %s: %s points: %" PRIu64 " runs, every %" PRIu64 "th of %" PRIu64 " and %" PRIu64
 	       " of the hosts' %s, in a "
 	       "script of %u operations\n",
-	       kind_names[kind], runs, stride,
+	       scripts[script].name, kind_names[kind], runs, stride,
 	       kind == POINTS_CRASH  ? c.changes[0]
 	       : kind == POINTS_FAIL ? c.calls[0]
 				     : c.allocs,
@@ -353,17 +468,31 @@ uint64_t points_run(enum points_kind kind, uint64_t stride, uint64_t offset)
 	       : kind == POINTS_FAIL ? "calls"
 				     : "allocations",
 	       c.ops);
+	fflush(stdout);
+	return runs;
+}
+
+uint64_t points_run(enum points_kind kind, uint64_t stride, uint64_t offset)
+{
+	uint64_t runs = 0;
+
+	for (unsigned i = 0; i < ARRAY_LEN(scripts); i++)
+		runs += script_points(i, kind, stride, offset);
 	return runs;
 }
 
 bool points_replay(const char *what, bool verbose)
 {
-	char kind[16];
+	char script[16], kind[16];
 	struct point p = {0};
 
-	if (sscanf(what, "%15[a-z]:%u:%" SCNu64 ":%u:%u", kind, &p.host, &p.nth, &p.how, &p.mode) != 5 ||
+	if (sscanf(what, "%15[a-z]:%15[a-z]:%u:%" SCNu64 ":%u:%u", script, kind, &p.host, &p.nth, &p.how, &p.mode) !=
+		6 ||
 	    p.host >= WORLD_HOSTS)
 		return false;
+	while (strcmp(script, scripts[p.script].name) != 0)
+		if (++p.script == ARRAY_LEN(scripts))
+			return false;
 	for (p.kind = 0; p.kind < POINTS_KINDS; p.kind++)
 		if (strcmp(kind, kind_names[p.kind]) == 0) {
 			point_run(&p, verbose, NULL);
