@@ -991,12 +991,13 @@ static void faults_on(struct world *w)
 	(void)simstore_rule_add(w->ss, &r);
 }
 
-/* Syncs of the record fail, those that put it right again too, and soon after comes the crash: what was durable must
- * not have been overwritten while what is newer is not. */
+/* Syncs of the record fail, and what would put it right again too, and soon after comes the crash: what was durable
+ * must not have been overwritten while what is newer is not. */
 static void record_faults(struct world *w)
 {
 	simstore_rules_clear(w->ss);
-	(void)simstore_rule_add(w->ss, &(struct simstore_rule){.calls = SIMSTORE_BIT(SIMSTORE_SYNC),
+	unsigned writes = pick(w, 2) ? SIMSTORE_BIT(SIMSTORE_WRITE) : 0;
+	(void)simstore_rule_add(w->ss, &(struct simstore_rule){.calls = SIMSTORE_BIT(SIMSTORE_SYNC) | writes,
 							       .path = "record*",
 							       .error = ERR_IO,
 							       .nth = 1 + pick(w, 3),
