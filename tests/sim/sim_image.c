@@ -1001,8 +1001,20 @@ static void record_faults(struct world *w)
 							       .path = "record*",
 							       .error = ERR_IO,
 							       .nth = 1 + pick(w, 3),
-							       .times = 1 + pick(w, 4)});
-	simstore_stop_at(w->ss, 1 + pick(w, 24), pick(w, 3));
+							       .times = 1 + pick(w, 3)});
+	simstore_stop_at(w->ss, 1 + pick(w, 14), pick(w, 3));
+}
+
+/* Some saves into the view's overlay fail half way; what is written there next has to take away what they left. */
+static void view_faults(struct world *w)
+{
+	simstore_rules_clear(w->ss);
+	(void)simstore_rule_add(
+	    w->ss, &(struct simstore_rule){.calls = SIMSTORE_BIT(SIMSTORE_SYNC) | SIMSTORE_BIT(SIMSTORE_WRITE),
+					   .path = pick(w, 2) ? "*active*" : "*active*.map",
+					   .error = ERR_IO,
+					   .nth = 1 + pick(w, 4),
+					   .times = 1 + pick(w, 2)});
 }
 
 static void run_seed(uint64_t seed)
@@ -1021,8 +1033,10 @@ static void run_seed(uint64_t seed)
 			simstore_stop_at(w.ss, 1 + pick(&w, 30), pick(&w, 3));
 		} else if (what == 2) {
 			simstore_rules_clear(w.ss);
-		} else if (what == 3) {
+		} else if (what <= 4) {
 			record_faults(&w);
+		} else if (what <= 6) {
+			view_faults(&w);
 		}
 		step(&w, true);
 		if (simstore_stopped(w.ss) || !w.open || pick(&w, 60) == 0)
