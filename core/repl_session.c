@@ -73,8 +73,14 @@ void session_resolved(struct repl *r)
 	r->resolve = NULL;
 	if (c == NULL)
 		return;
-	c->result = c->number == DISCARD_LOCAL ? r->meta->kept : 0;
-	repl_command_done(r, c, 0, " ");
+	bool loser = r->meta->role == ROLE_SECONDARY;
+	c->result = loser ? r->meta->kept : 0;
+	/* One that came after this host's JOIN had no say: the peer's was carried out. */
+	bool so = loser == (c->number == DISCARD_LOCAL);
+	repl_command_done(r, c, so ? 0 : -ERR_STATE,
+			  "the peer's `resolve` came first and said the opposite: what is discarded is %s; its own "
+			  "blocks stay as a checkpoint there",
+			  loser ? "this host's copy" : "the peer's copy");
 }
 
 void session_refuse(struct repl *r, int code, const char *text)

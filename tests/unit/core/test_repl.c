@@ -1831,6 +1831,24 @@ Test(lineage_core, a_stopped_pair_of_which_one_is_halted_is_halted_on_both)
 	}
 }
 
+/* Given after this host's JOIN had gone out, it had no say: the peer's, which discards this copy, is carried out. */
+Test(lineage_core, a_resolve_that_came_too_late_is_told_so)
+{
+	struct host *h = halted(true);
+	tick(h, 3 * SEC);
+	link_up(h, true);
+	EXPECT(h, "dial send:JOIN");
+	command(h, CMD_RESOLVE, DISCARD_PEER);
+	join_frame(h, &peer_meta, WIRE_JOIN_SPLIT | WIRE_JOIN_DISCARD_YOURS);
+	EXPECT(h, "send:DIRTY_END");
+	stream(h, 'r', WIRE_RESYNC_BEGIN, REPL_RESYNC_BEGIN, 1, 300, 0);
+	fin(h, "r");
+	saved(h);
+	EXPECT(h, "do:r/ckpt save:secondary/NONE +2 cmd=ERR_STATE send:RESYNC_READY#1 done:r");
+	cr_assert(strstr(h->cmd.err.text, "the opposite"), "%s", h->cmd.err.text);
+	host_free(h);
+}
+
 Test(lineage_core, the_loser_yields_keeps_and_follows)
 {
 	struct host *h = halted(true);
