@@ -56,6 +56,7 @@ struct record {
 	uint64_t ckpts[CKPTS_MAX + 1];
 	uint32_t n_ckpts;
 	uint32_t committing;
+	uint8_t spread[3 * SECTOR_SIZE]; /* another in each save, over several sectors: one that is torn shows */
 };
 
 struct vol {
@@ -340,6 +341,7 @@ static int record_save(struct world *w, bool new_view)
 
 	w->saving = true;
 	w->new_view = new_view;
+	memset(w->next.spread, w->rec.spread[0] + 1, sizeof(w->next.spread));
 	rc = WATCHED(meta_save(w->s, "", "record", "test", 1, &w->next, sizeof(w->next), true, &e));
 	if (simstore_stopped(w->ss))
 		return -ERR_IO; /* either is found by the next start */
@@ -887,7 +889,9 @@ static void world_make(struct world *w, uint64_t seed)
 		if (volume_create(w->s, names[v], SIZE_FIRST, DURABILITY_POWER, &e) < 0)
 			violation(w, "%s", e.text);
 	}
-	if (record_save(w, false) < 0 || start(w) < 0)
+	int rc = record_save(w, false);
+	w->rec = w->next;
+	if (rc < 0 || start(w) < 0)
 		violation(w, "cannot be made");
 }
 
