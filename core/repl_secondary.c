@@ -234,13 +234,12 @@ void secondary_unsure(struct repl *r)
 	secondary_run(r);
 }
 
-static void applied_up_to(struct repl *r, uint64_t seq)
+/* All before the first that is left. A READ has the number of the frame before it. */
+static void count_applied(struct repl *r)
 {
-	const struct repl_io *head = r->window.head;
-	if (head)
-		r->in_applied = max_u64(r->in_applied, head->kind == REPL_READ ? head->seq : head->seq - 1);
-	else
-		r->in_applied = max_u64(r->in_applied, seq);
+	const struct repl_io *left = r->window.head ? r->window.head : r->held.head;
+	uint64_t seq = left == NULL ? r->in_seq : left->kind == REPL_READ ? left->seq : left->seq - 1;
+	r->in_applied = max_u64(r->in_applied, seq);
 }
 
 static void barrier_done(struct repl *r, struct repl_io *io, int error);
@@ -275,7 +274,6 @@ static void answer_read(struct repl *r, struct repl_io *io, int error)
 
 void secondary_apply_end(struct repl *r, struct repl_io *io, int error)
 {
-	uint64_t last = r->window.tail->seq;
 	list_remove(io);
 	repl_release_claim(r, io);
 	if (io->kind == REPL_READ)
@@ -287,7 +285,7 @@ void secondary_apply_end(struct repl *r, struct repl_io *io, int error)
 		session_send(r, WIRE_HASH_ANSWER, io->seq, io->ext_len, 0, 0, NULL, 0);
 	repl_complete(r, io, error);
 	if (counts)
-		applied_up_to(r, last);
+		count_applied(r);
 	secondary_run(r);
 }
 

@@ -4153,6 +4153,26 @@ Test(repl, a_secondary_syncs_and_records_a_detach_before_it_says_so)
 	host_free(h);
 }
 
+/* The write has its number after the read, and ends before it: when the read ends, nothing is left. (A guest's write to
+ * a detached disk waited for that word, till the session was given up.) */
+Test(repl, a_read_of_the_stream_that_ends_last_holds_no_write_back)
+{
+	static struct repl_meta m;
+	meta_of(&m, ROLE_SECONDARY, STATE_RUNNING);
+	m.volumes[0].flags = VOLUME_PEER_STALE;
+	struct host *h = secondary_of(&m);
+	stream(h, 'r', WIRE_READ_REQ, REPL_READ, 77, 0, 4096);
+	stream(h, 'w', WIRE_WRITE, REPL_WRITE, 2, 65536, 4096);
+	EXPECT(h, "do:r/disk do:w/disk");
+	fin(h, "w");
+	step(h, (struct repl_event){.type = EV_BATCH, .session = h->session});
+	forget(h);
+	fin_full(h, "r", -ERR_IO, false, 0, false);
+	step(h, (struct repl_event){.type = EV_BATCH, .session = h->session});
+	EXPECT(h, "send:READ_REPLY#77 done:r=ERR_IO send:ACK");
+	host_free(h);
+}
+
 /* ---- status ---- */
 
 static struct repl_status status_of(struct host *h)
