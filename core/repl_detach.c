@@ -462,10 +462,13 @@ void detach_session_lost(struct repl *r)
 /* Not the primary any more: its disks are what they are, the record remembers which are stale. */
 void detach_role_lost(struct repl *r)
 {
+	/* First, so that what waits for the claims of those is parked too, and not carried out on a disk that lacks
+	 * what the peer had. */
+	while (r->parked.head)
+		fail_parked(r, UINT64_MAX);
 	r->stale = r->rebuild = 0;
 	r->unflushed_untold = false;
 	r->attach_phase = ATTACH_NONE;
-	fail_parked(r, UINT64_MAX);
 }
 
 void detach_shutdown(struct repl *r)

@@ -4153,6 +4153,27 @@ Test(repl, a_secondary_syncs_and_records_a_detach_before_it_says_so)
 	host_free(h);
 }
 
+/* The same where the disk is taken as it is. */
+Test(repl, what_waits_for_its_place_fails_as_a_detached_disk_is_unprotected_by_force)
+{
+	struct host *h = detached_primary();
+	ack(h, 5, 5, 5);
+	link_down(h);
+	forget(h);
+	guest(h, 'w', REPL_WRITE, 0, 4096);
+	guest(h, 'r', REPL_READ, 0, 4096);
+	guest(h, 'x', REPL_WRITE, 0, 4096);
+	EXPECT(h, "");
+	h->cmd = (struct repl_command){.cmd = CMD_UNPROTECT, .flags = UNPROTECT_FORCE};
+	step(h, (struct repl_event){.type = EV_COMMAND, .command = &h->cmd});
+	EXPECT(h, "save:primary/DONE");
+	saved(h);
+	EXPECT(h, "save:standalone/DONE");
+	saved(h);
+	EXPECT(h, "done:x=ERR_IO done:r=ERR_IO done:w=ERR_IO cmd");
+	host_free(h);
+}
+
 /* The write has its number after the read, and ends before it: when the read ends, nothing is left. (A guest's write to
  * a detached disk waited for that word, till the session was given up.) */
 Test(repl, a_read_of_the_stream_that_ends_last_holds_no_write_back)
