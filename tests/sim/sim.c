@@ -303,6 +303,9 @@ void sim_maintain(struct sim *s)
 		unsigned other = !m[1]->split_brain;
 		if (m[other]->role == ROLE_PRIMARY && m[other]->state == STATE_DONE)
 			command(s, other, (struct repl_command){.cmd = CMD_START});
+		else if (m[!other]->role == ROLE_SECONDARY && m[!other]->state == STATE_RUNNING) /* refuses that */
+			command(s, !other,
+				(struct repl_command){.cmd = CMD_FAILOVER, .flags = FAILOVER_DISCARD_ACTIVE});
 		else
 			sim_unprotect(s, !other);
 	} else if (world_split(w)) {
