@@ -288,7 +288,9 @@ void sim_maintain(struct sim *s)
 	}
 	const struct repl_meta *m[2] = {world_meta(w, 0), world_meta(w, 1)};
 	if (m[0] && m[1] && m[s->vm]->role == ROLE_SECONDARY && m[!s->vm]->role != ROLE_SECONDARY)
-		s->vm = !s->vm; /* a failover or a resolve was under way */
+		s->vm = !s->vm;	  /* a failover or a resolve was under way */
+	if (world_bare(w, s->vm)) /* replaced after a failover of which nobody had heard yet */
+		s->vm = !s->vm;
 	unsigned h = s->vm;
 	for (unsigned i = 0; i < WORLD_HOSTS; i++)
 		if (m[i] && m[i]->state == STATE_FAILOVER_FAILED)
