@@ -999,13 +999,15 @@ static void faults_on(struct world *w)
  * must not have been overwritten while what is newer is not. */
 static void record_faults(struct world *w)
 {
+	bool twice = pick(w, 2); /* a copy's sync, and its putting back: the crash in the write after that */
+	unsigned writes = twice || pick(w, 2) ? SIMSTORE_BIT(SIMSTORE_WRITE) : 0;
+
 	simstore_rules_clear(w->ss);
-	unsigned writes = pick(w, 2) ? SIMSTORE_BIT(SIMSTORE_WRITE) : 0;
 	(void)simstore_rule_add(w->ss, &(struct simstore_rule){.calls = SIMSTORE_BIT(SIMSTORE_SYNC) | writes,
 							       .path = "record*",
 							       .error = ERR_IO,
-							       .nth = 1 + pick(w, 3),
-							       .times = 1 + pick(w, 3)});
+							       .nth = twice ? 2 : 1 + pick(w, 3),
+							       .times = twice ? 2 : 1 + pick(w, 3)});
 	simstore_stop_at(w->ss, 1 + pick(w, 14), pick(w, 3));
 }
 
