@@ -248,6 +248,19 @@ int overlay_open(struct storage *s, const char *path, uint64_t volume_size, stru
 	return 0;
 }
 
+void overlay_take_over(struct overlay *o, const struct overlay *from)
+{
+	PRE(o->blocks >= from->blocks);
+	bitmap_clear_all(&o->held);
+	for (uint64_t at = 0; (at = bitmap_next_set(&from->held, at)) != BITMAP_NONE;) {
+		uint64_t stop = min_u64(bitmap_next_clear(&from->held, at), from->blocks);
+
+		bitmap_set_range(&o->held, at, stop - at);
+		at = stop;
+	}
+	o->unsure = from->unsure;
+}
+
 void overlay_set_durable(struct overlay *o, bool durable)
 {
 	o->durable = durable;

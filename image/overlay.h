@@ -29,6 +29,9 @@ int overlay_create(struct storage *s, const char *path, uint64_t volume_size, st
  * Missing or odd files: -ERR_CORRUPT, named. */
 int overlay_open(struct storage *s, const char *path, uint64_t volume_size, struct overlay **ret, struct err *e);
 void overlay_close(struct overlay *o); /* NULL is fine */
+/* o has just been opened from the files of `from`, for a volume that is no smaller: it holds what `from` holds, and not
+ * what a put that failed may have left a word of. */
+void overlay_take_over(struct overlay *o, const struct overlay *from);
 /* Removes the files of path; absent ones are fine. */
 int overlay_unlink(struct storage *s, const char *path);
 

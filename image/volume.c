@@ -530,8 +530,10 @@ static int layer_reopen(struct volume *v, struct layer *l, uint64_t size, struct
 		rc = overlay_sync_map(l->o);
 	if (rc == 0)
 		rc = open_layer(v, l->kind, l->id, size, ret, NULL);
-	if (rc == 0)
+	if (rc == 0) {
+		overlay_take_over((*ret)->o, l->o);
 		(*ret)->merged = l->merged;
+	}
 	return rc;
 }
 

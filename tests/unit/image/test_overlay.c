@@ -100,6 +100,37 @@ Test(overlay, saves_and_finds_again)
 	overlay_close(NULL);
 }
 
+/* What a put that failed has left of a word is not found by opening the files again beside the overlay. */
+Test(overlay, opened_again_it_holds_what_it_held)
+{
+	static uint8_t blocks[3][BLOCK_SIZE];
+	struct overlay *o, *larger;
+	uint32_t words[2];
+
+	for (unsigned i = 0; i < 3; i++)
+		fill(blocks[i], i, 1);
+	cr_assert_eq(overlay_create(s, "u", 70 * BLOCK_SIZE, &o, NULL), 0);
+	cr_assert_eq(put(o, 0, 1, blocks[0]), 0);
+	cr_assert_eq(put(o, 69, 1, blocks[1]), 0);
+	/* as one that failed with its words half written */
+	cr_assert_eq(overlay_put_data(o, 1, 2, blocks[1], words), 0);
+	cr_assert_eq(overlay_put_map(o, 1, 1, words), 0);
+	cr_assert_eq(overlay_open(s, "u", 200 * BLOCK_SIZE, &larger, NULL), 0);
+	cr_assert(overlay_has(larger, 1), "else this shows nothing");
+	overlay_take_over(larger, o);
+	overlay_close(o);
+	cr_assert_eq(overlay_count(larger), 2);
+	expect(larger, 0, blocks[0]);
+	expect(larger, 69, blocks[1]);
+	cr_assert_not(overlay_has(larger, 1));
+	cr_assert_not(overlay_has(larger, 2));
+	cr_assert_eq(put(larger, 1, 1, blocks[2]), 0);
+	cr_assert_eq(put(larger, 199, 1, blocks[2]), 0);
+	expect(larger, 1, blocks[2]);
+	overlay_check(larger);
+	overlay_close(larger);
+}
+
 Test(overlay, the_files_are_those_of_the_format)
 {
 	uint8_t block[BLOCK_SIZE], zero[BLOCK_SIZE] = {0}, raw[BLOCK_SIZE], words[16], want[16];
