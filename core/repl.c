@@ -1215,6 +1215,11 @@ bool repl_holding(const struct repl *r)
 	return r->holding;
 }
 
+bool repl_stopping(const struct repl *r)
+{
+	return r->stopping;
+}
+
 bool repl_forwarding(const struct repl *r)
 {
 	return primary_forwarding(r);

@@ -289,6 +289,8 @@ void repl_check(const struct repl *r); /* every invariant that can be seen from 
 const struct repl_meta *repl_meta(const struct repl *r);
 struct repl_volume_state *repl_volume_state(struct repl *r, uint32_t volume);
 bool repl_holding(const struct repl *r);
+/* A stop is under way: the link that it found in sync stays so to its end, whatever is paused meanwhile. */
+bool repl_stopping(const struct repl *r);
 /* Volumes (a mask of their indices) whose local disk must not be read: reads go through the core as REPL_READ. */
 uint64_t repl_detached(const struct repl *r);
 /* Those whose local disk is not synced either: detached, and not being rebuilt. */

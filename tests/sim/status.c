@@ -24,8 +24,9 @@ static void link_check(struct host *h, const struct repl_status *s)
 	if (w->now - heard > m->settings.peer_timeout_ms * MS)
 		world_fail(w, "host %u: status says %s of a peer that is silent since %" PRIu64 " ms", h->id,
 			   link_state_name(s->link), (w->now - heard) / MS);
-	/* One that was paused before it heard that its disk is detached goes on through the peer (docs/adr/0009). */
-	bool paused = m->paused && !s->detached;
+	/* One that was paused before it heard that its disk is detached goes on through the peer (docs/adr/0009); one
+	 * whose stop overtook the pause is in sync until it has stopped. */
+	bool paused = m->paused && !s->detached && !repl_stopping(h->core);
 	if (s->link == LINK_SYNCED && (m->inconsistent || paused || m->role == ROLE_STANDALONE))
 		world_fail(w, "host %u: status says SYNCED of a group that is %s%s", h->id, role_name(m->role),
 			   paused ? ", paused" : "");
