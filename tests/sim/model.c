@@ -361,8 +361,9 @@ static void peek(struct host *h, uint32_t vol, bool durable, uint32_t first, uin
 		world_fail(h->w, "host %u: %s is not there", h->id, paths[vol]);
 }
 
-/* A write that failed may have been done in part: what is there is looked at. */
-static void settle_failed(struct host *h, const struct exec *x)
+/* A write that failed may have been done in part: what is there is looked at. False: the host died meanwhile, as the
+ * look waited for a lock, and x is model_died's. */
+static bool settle_failed(struct host *h, const struct exec *x)
 {
 	struct world *w = h->w;
 	uint8_t *buf = simalloc((size_t)x->n * WORLD_UNIT);
@@ -372,6 +373,10 @@ static void settle_failed(struct host *h, const struct exec *x)
 		int err = volume_read_view(h->x.vols[x->vol], h->base, (uint64_t)x->first * WORLD_UNIT,
 					   (uint64_t)x->n * WORLD_UNIT, buf);
 		world_quiet(h, false);
+		if (h->dying || simstore_stopped(h->ss)) {
+			simfree(buf);
+			return false;
+		}
 		if (err)
 			world_fail(w, "host %u: the view can't be read after a failed write: %s", h->id, err_name(err));
 	} else {
@@ -390,6 +395,7 @@ static void settle_failed(struct host *h, const struct exec *x)
 		now[u] = exec_ver(x, u);
 	}
 	simfree(buf);
+	return true;
 }
 
 void model_end(struct host *h, struct exec *x, int error, bool save_failed)
@@ -407,8 +413,8 @@ void model_end(struct host *h, struct exec *x, int error, bool save_failed)
 		x->io->executed = true;
 	h->own |= !x->active && x->io && !x->io->stream;
 	x->io = NULL;
-	if (error)
-		settle_failed(h, x);
+	if (error && !settle_failed(h, x))
+		return;
 	if (error && x->active) { /* words that were not published may be found by the next start */
 		x->lost = true;
 		running_end(h, x);

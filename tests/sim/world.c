@@ -588,8 +588,8 @@ void world_clock_set(struct world *w, unsigned host, uint64_t wall_ns)
 
 void world_quiet(struct host *h, bool on)
 {
-	h->looking = on;
-	simstore_look(h->ss, on);
+	h->looking += on ? 1U : -1U;
+	simstore_look(h->ss, h->looking != 0);
 }
 
 void world_heal(struct world *w)

@@ -210,7 +210,8 @@ struct host {
 		unsigned one_in;
 		uint64_t until;
 	} path_errors;
-	bool full, evict, had_errors, looking;
+	bool full, evict, had_errors;
+	unsigned looking; /* world_quiet: several may wait for a lock with it */
 
 	/* the model's */
 	struct image disk[WORLD_VOLUMES], act[WORLD_VOLUMES];
