@@ -539,6 +539,11 @@ static void decide(struct repl *r)
 	    r->dialer ? lineage_decide(&r->mine, &r->theirs, &source) : lineage_decide(&r->theirs, &r->mine, &source);
 	bool me = (source == 0) == r->dialer;
 	r->decision = d;
+	/* A peer that began a generation of its own may have gone back to a checkpoint before: what it had applied says
+	 * nothing any more of what it has, until the next time in sync. */
+	uint64_t at = r->theirs.lineage.current;
+	if (at != r->mine.lineage.current && at != r->mine.lineage.bitmap)
+		r->applied_ns = 0;
 	r->ckpt_used = max_u64(r->ckpt_used, r->theirs.ckpt_max); /* [NUMMAX]; in the record with the next save */
 	if (r->dialer && !r->start && !r->protect && stop_unheard(&r->mine, &r->theirs)) {
 		complete_stop(r);

@@ -4248,6 +4248,27 @@ Test(repl, a_primary_that_has_restarted_knows_no_rpo_until_it_is_in_sync)
 	host_free(h);
 }
 
+/* It went back to a checkpoint, perhaps, and has less than it had applied once. */
+Test(repl, the_rpo_is_not_known_beside_a_peer_that_began_a_generation)
+{
+	struct host *h = primary(PROTOCOL_F);
+	warm(h);
+	ack(h, 3, 3, 3);
+	link_down(h);
+	guest(h, 'a', REPL_WRITE, 0, 4096);
+	saved(h);
+	cr_assert(status_of(h).rpo_known);
+	static struct repl_meta survivor;
+	meta_of(&survivor, ROLE_STANDALONE, STATE_DONE);
+	survivor.lineage = (struct lineage){.current = 200, .bitmap = 100};
+	survivor.alone = true;
+	tick(h, 3 * SEC);
+	link_up(h, true);
+	join_frame(h, &survivor, 0);
+	cr_assert_not(status_of(h).rpo_known);
+	host_free(h);
+}
+
 Test(repl, a_commits_progress_never_passes_its_end)
 {
 	struct host *h = secondary();
