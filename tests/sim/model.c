@@ -85,6 +85,11 @@ static const char *text_of(const struct world *w, ver v)
 	return b;
 }
 
+static ver at_least(ver a, ver b)
+{
+	return a > b ? a : b;
+}
+
 static ver write_new(struct world *w, unsigned host, uint32_t vol, uint32_t first, uint32_t n, bool zero)
 {
 	if (w->n_writes == w->cap_writes) {
@@ -770,7 +775,13 @@ static void committed(struct host *h, const struct repl_meta *old)
 				    w,
 				    "host %u: the commit has ended and unit %u of volume %u is durable as %s, not %s",
 				    h->id, u, v, text_of(w, h->disk[v].durable[u]), text_of(w, want));
-			h->disk[v].now[u] = h->disk[v].durable[u] = want;
+			/* Zeroes that came after the base, over a hole of the disk, are still there: they change
+			 * nothing, so nothing was saved for them (image/cow.c), the commit has nothing to take back and
+			 * no dirty set has them. No resync sends them again, so it is by them that a later flush must
+			 * find the peer's write. Of what shows the same the newer is what is here; durable is what was
+			 * synced of it. */
+			h->disk[v].now[u] = at_least(h->disk[v].now[u], want);
+			h->disk[v].durable[u] = at_least(h->disk[v].durable[u], want);
 		}
 }
 
@@ -907,11 +918,6 @@ void model_publish(struct host *h, const struct repl_meta *m, const struct repl_
 }
 
 /* ---- guests' answers ---- */
-
-static ver at_least(ver a, ver b)
-{
-	return a > b ? a : b;
-}
 
 /* Whether `image` has write d or one after it. */
 static void done_check(struct host *h, const struct done *d, const ver *have, unsigned where, const char *what)
