@@ -430,6 +430,10 @@ void session_join_ready(struct repl *r)
 		session_refuse(r, ERR_STATE, why);
 		return;
 	}
+	/* [NUMMAX] In the record with the next save, and heard before any save that this JOIN itself leads to: a
+	 * primary that completes a lost stop records the peer's number for it, which a power cut may have taken from
+	 * its own record, and the checkpoint that keeps an adopted disk needs one that the peer never used. */
+	r->ckpt_used = max_u64(r->ckpt_used, r->theirs.ckpt_max);
 	bool restart = r->theirs.role == ROLE_PRIMARY && (r->theirs.flags & WIRE_JOIN_START) &&
 		       r->meta->role == ROLE_SECONDARY && r->meta->state == STATE_DONE && !r->meta->alone;
 	if (!r->dialer)
@@ -544,7 +548,6 @@ static void decide(struct repl *r)
 	uint64_t at = r->theirs.lineage.current;
 	if (at != r->mine.lineage.current && at != r->mine.lineage.bitmap)
 		r->applied_ns = 0;
-	r->ckpt_used = max_u64(r->ckpt_used, r->theirs.ckpt_max); /* [NUMMAX]; in the record with the next save */
 	if (r->dialer && !r->start && !r->protect && stop_unheard(&r->mine, &r->theirs)) {
 		complete_stop(r);
 		return;

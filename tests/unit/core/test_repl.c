@@ -310,6 +310,7 @@ static void join_frame(struct host *h, const struct repl_meta *peer, uint32_t fl
 	j.lineage = peer->lineage;
 	j.sync_from = peer->sync_from;
 	j.ckpt_max = peer->ckpt_max;
+	j.last_stream = peer->last_stream;
 	j.settings = peer->settings;
 	j.n_volumes = 1;
 	j.volumes[0] = peer->volumes[0];
@@ -1666,6 +1667,25 @@ Test(repl, a_stop_whose_answer_was_lost_is_completed)
 	host_free(h);
 }
 
+Test(repl, a_lost_stop_is_completed_where_its_number_was_lost_too)
+{
+	static struct repl_meta m, stopped;
+	/* Its power went before the number of the stop's checkpoint was in the record. The secondary dials. */
+	meta_of(&m, ROLE_PRIMARY, STATE_RUNNING);
+	m.peer[0] = 0;
+	meta_of(&stopped, ROLE_SECONDARY, STATE_DONE);
+	stopped.ckpt_max = stopped.last_stream = 2;
+	struct host *h = host_new(&m);
+	link_up(h, false);
+	join_frame(h, &stopped, 0);
+	EXPECT(h, "save:primary/DONE");
+	cr_assert_eq(h->saved.last_stream, 2);
+	cr_assert_eq(h->saved.ckpt_max, 2);
+	saved(h);
+	EXPECT(h, "send:GOODBYE close");
+	host_free(h);
+}
+
 Test(repl, a_start_into_a_split_brain_says_so_though_the_peer_hangs_up_first)
 {
 	static struct repl_meta m, wrote;
@@ -2259,6 +2279,7 @@ Test(lineage_core, an_adopted_copy_is_kept_in_the_write_that_makes_it_follow)
 	m.lineage = (struct lineage){.current = 900};
 	m.last_stream = 0;
 	meta_of(&peer_meta, ROLE_PRIMARY, STATE_NONE);
+	peer_meta.ckpt_max = 5; /* the kept one's number is above it: none names two */
 	struct host *h = host_new(&m);
 	guest(h, 'a', REPL_WRITE, 0, 4096);
 	EXPECT(h, "do:a/disk");
@@ -2288,9 +2309,9 @@ Test(lineage_core, an_adopted_copy_is_kept_in_the_write_that_makes_it_follow)
 	join_frame(h, &peer_meta, WIRE_JOIN_PROTECT | WIRE_JOIN_ADOPT);
 	EXPECT(h, "do:sync/ckpt");
 	fin(h, "sync");
-	EXPECT(h, "save:secondary/NONE +2");
+	EXPECT(h, "save:secondary/NONE +6");
 	cr_assert(h->saved.inconsistent && h->saved.own_dirty && !h->saved.fresh);
-	cr_assert_eq(h->saved.kept, 2);
+	cr_assert_eq(h->saved.kept, 6);
 	cr_assert_eq(h->saved.sync_from, 0);
 	cr_assert(h->saved.ckpts[0].flags & CKPT_PINNED);
 	link_down(h); /* before its first block: everything, whoever asks then */
