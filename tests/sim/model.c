@@ -450,28 +450,42 @@ static void fold(struct host *h, const struct exec *x)
 	}
 }
 
-/* What had ended when the sync began is durable. After a failed one nothing that was not durable yet ever will be,
- * except by being written again. */
-void model_sync_end(struct host *h, uint64_t mark, int disk, int error)
+/* What had ended when the sync began is durable. */
+void model_synced(struct host *h, uint64_t mark, int disk)
 {
 	unsigned kept = 0;
 	if (h->dying || simstore_stopped(h->ss))
 		return;
+	if (disk == MODEL_ACTIVES && h->active_failed && h->active_failed < mark)
+		world_fail(h->w,
+			   "host %u: the active overlays are said to be durable, and a sync of one has failed before",
+			   h->id);
 	for (unsigned i = 0; i < h->n_log; i++) {
 		struct exec *x = &h->log[i];
 		bool theirs = disk == MODEL_ACTIVES ? x->active : !x->active && x->vol == (uint32_t)disk;
-		if (theirs && x->end < mark && !error && !x->lost) {
+		if (theirs && x->end < mark && !x->lost) {
 			fold(h, x);
 			exec_drop(x);
 			continue;
 		}
-		if (theirs && error)
-			x->lost = true;
 		h->log[kept++] = *x;
 	}
 	h->n_log = kept;
-	for (struct running *r = h->running; error && r; r = r->next)
-		r->x.lost |= disk == MODEL_ACTIVES ? r->x.active : !r->x.active && r->x.vol == (uint32_t)disk;
+}
+
+/* Nothing that was not durable yet ever will be, except by being written again; flushes fail from now on (I10). For an
+ * overlay that is a sync of either file, and not only a flush's: a write to blocks that active holds syncs their words
+ * itself, and its failure takes along those of writes that were answered before and not flushed. */
+void model_sync_failed(struct host *h, bool active, uint32_t vol)
+{
+	if (h->dying || simstore_stopped(h->ss))
+		return;
+	if (active && !h->active_failed)
+		h->active_failed = ++h->w->tick;
+	for (unsigned i = 0; i < h->n_log; i++)
+		h->log[i].lost |= h->log[i].active == active && h->log[i].vol == vol;
+	for (struct running *r = h->running; r; r = r->next)
+		r->x.lost |= r->x.active == active && r->x.vol == vol;
 }
 
 /* ---- the stream ---- */
@@ -809,6 +823,7 @@ static void active_emptied(struct host *h, bool is_committed)
 {
 	unsigned kept = 0;
 	h->emptied_ns = h->w->now;
+	h->active_failed = 0;
 	if (!is_committed) /* the secondary's own writes are given up */
 		done_clear(&h->done);
 	for (uint32_t v = 0; v < WORLD_VOLUMES; v++) {
@@ -1147,6 +1162,7 @@ void model_died(struct host *h, enum world_crash how, bool evict)
 	h->str_valid = false;
 	h->synced_before = false;
 	h->died_ns = h->w->now;
+	h->active_failed = 0; /* files that are opened anew know nothing of it */
 	h->n_execs = 0;
 	memset(h->execs, 0, EXECS_MAX * sizeof(*h->execs));
 }

@@ -149,8 +149,8 @@ static void round_sync(struct host *h, struct round *s, struct repl_io *served, 
 	}
 	model_sync_begin(h, &mark);
 	int err = s == &h->flush ? repl_exec_sync_disks(&h->x, failed) : repl_exec_sync_actives(&h->x);
-	if (s == &h->active_flush)
-		model_sync_end(h, mark, MODEL_ACTIVES, err);
+	if (s == &h->active_flush && !err)
+		model_synced(h, mark, MODEL_ACTIVES);
 	for (unsigned i = 0; i < GROUP_VOLUMES_MAX; i++)
 		errors[i] = err;
 }

@@ -14,7 +14,8 @@ struct sdisk {
 	struct disk d;
 	struct disk *in;
 	struct host *h;
-	int vol; /* it is the disk of a volume; -1: something else */
+	int vol;     /* it is the disk of a volume, or a file of its active overlay; -1: something else */
+	bool active; /* the latter: durable only by a sync of both files, which is the shell's to tell */
 };
 
 static void stop(struct host *h)
@@ -68,8 +69,10 @@ static int s_sync(struct disk *d)
 	stop(s->h);
 	model_sync_begin(s->h, &mark);
 	int rc = disk_sync(s->in);
-	if (s->vol >= 0)
-		model_sync_end(s->h, mark, s->vol, rc);
+	if (s->vol >= 0 && rc < 0)
+		model_sync_failed(s->h, s->active, (uint32_t)s->vol);
+	else if (s->vol >= 0 && !s->active)
+		model_synced(s->h, mark, s->vol);
 	stop(s->h);
 	return rc;
 }
@@ -96,6 +99,20 @@ static const struct disk_ops disk_ops = {s_read,     s_write,	 s_zero,      s_ex
 
 #define STORE(s) ((struct sstorage *)(void *)(s))
 
+static void vol_of(struct sdisk *d, const char *path)
+{
+	static const char *const folders[WORLD_VOLUMES] = {"volumes/a/", "volumes/b/"};
+	d->vol = -1;
+	for (int v = 0; v < WORLD_VOLUMES; v++) {
+		if (strncmp(path, folders[v], strlen(folders[v])) != 0)
+			continue;
+		const char *file = path + strlen(folders[v]);
+		d->active = strncmp(file, "active-", strlen("active-")) == 0;
+		if (d->active || strcmp(file, "disk.raw") == 0)
+			d->vol = v;
+	}
+}
+
 static int st_open(struct storage *s, const char *path, unsigned flags, struct disk **ret)
 {
 	struct disk *in;
@@ -107,7 +124,7 @@ static int st_open(struct storage *s, const char *path, unsigned flags, struct d
 	d->d.ops = &disk_ops;
 	d->in = in;
 	d->h = STORE(s)->h;
-	d->vol = strcmp(path, "volumes/a/disk.raw") == 0 ? 0 : strcmp(path, "volumes/b/disk.raw") == 0 ? 1 : -1;
+	vol_of(d, path);
 	*ret = &d->d;
 	return 0;
 }

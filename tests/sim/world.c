@@ -425,8 +425,8 @@ void host_shutdown_end(struct host *h)
 	if (h->n_cos == 0) {
 		uint64_t mark;
 		model_sync_begin(h, &mark);
-		int err = repl_exec_sync_actives(&h->x);
-		model_sync_end(h, mark, MODEL_ACTIVES, err);
+		if (repl_exec_sync_actives(&h->x) == 0)
+			model_synced(h, mark, MODEL_ACTIVES);
 		(void)repl_exec_end(&h->x);
 	}
 	simstore_stop(h->ss);

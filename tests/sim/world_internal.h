@@ -244,6 +244,8 @@ struct host {
 	ver reign_from;			      /* the first write since it became primary */
 	struct told *told[WORLD_VOLUMES];
 	uint64_t died_ns;
+	uint64_t
+	    active_failed; /* the tick of the first sync of an active overlay that failed; 0: none since its open */
 };
 
 struct world {
@@ -323,7 +325,8 @@ void model_reopened(struct host *h, uint64_t volumes);
 void model_hashed(struct host *h, const struct sim_io *s); /* HASH of the stream was compared */
 void model_sync_begin(struct host *h, uint64_t *mark);
 #define MODEL_ACTIVES (-1)
-void model_sync_end(struct host *h, uint64_t mark, int disk, int error); /* disk: a volume's, or MODEL_ACTIVES */
+void model_synced(struct host *h, uint64_t mark, int disk); /* disk: a volume's, or MODEL_ACTIVES */
+void model_sync_failed(struct host *h, bool active, uint32_t vol);
 void model_sent(struct host *h, const struct repl_action *a, struct sim_io *s, struct sent *sent);
 void model_received(struct host *h, struct sim_io *s);
 void model_session(struct host *h); /* a connection stands */
