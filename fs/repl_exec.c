@@ -93,10 +93,28 @@ void repl_exec_unmake(struct store *st, const struct repl_meta *m)
 		(void)volume_delete(store_storage(st), m->volumes[i].name, NULL);
 }
 
+/* The store may have a group that the caller does not know: one that a verb had out and that could not be taken up
+ * again. A record of that name, one that can't be read too, is not ours to save over, nor to delete with what failed.
+ */
+static int check_no_group(struct store *st, const char *group, struct err *e)
+{
+	struct repl_meta *there = NULL;
+	int err = store_load_group(st, group, &there, e);
+	free(there);
+	if (err == -ERR_NOENT)
+		return 0;
+	return err ? err
+		   : err_set(e, ERR_EXIST,
+			     "store %s has group %s already, which repfs does not serve; start repfs anew there",
+			     store_path(st), group);
+}
+
 /* Crash order: folders, then the record that names them. */
 int repl_exec_make(struct store *st, const struct wire_join *j, struct repl_meta *m, struct err *e)
 {
-	int err = 0;
+	int err = check_no_group(st, j->group, e);
+	if (err)
+		return err;
 	repl_meta_init(m, j->group);
 	memcpy(m->uuid, j->group_uuid, sizeof(m->uuid));
 	m->role = ROLE_SECONDARY;

@@ -31,7 +31,8 @@ int repl_exec_load_intents(struct repl_exec *x, struct err *e);
 /* A clean end: nothing is under way and nothing comes any more. Keeps which regions are dirty. */
 int repl_exec_end(struct repl_exec *x);
 
-/* The recovery volumes of a group that a peer protects, and its record, into *ret_m too. A failure leaves nothing. */
+/* The recovery volumes of a group that a peer protects, and its record, into *ret_m too. A failure leaves what was
+ * there, a group of that name too: -ERR_EXIST, or why its record can't be read. */
 int repl_exec_make(struct store *st, const struct wire_join *j, struct repl_meta *ret_m, struct err *e);
 void repl_exec_unmake(struct store *st, const struct repl_meta *m);
 

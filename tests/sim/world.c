@@ -304,8 +304,10 @@ static void on_start(struct world *w, void *arg, uint64_t life)
 			simstore_evict(h->ss);
 	}
 	world_note(w, "host %u starts", h->id);
-	if (h->bare && still_bare(h))
+	if (h->bare && still_bare(h)) {
+		h->making = false;
 		return;
+	}
 	int err = host_open(h);
 	if (err) {
 		world_note(w, "host %u does not start: %s", h->id, err_name(err));
@@ -335,7 +337,7 @@ static void on_start(struct world *w, void *arg, uint64_t life)
 	}
 	h->tries = 0;
 	h->w->count.made += h->bare;
-	h->bare = false;
+	h->bare = h->making = false;
 	h->crash_point = simstore_stop_pending(h->ss);
 	h->had_errors = h->errors_one_in != 0 || h->path_errors.path || h->faulty;
 	h->up = true;
@@ -454,7 +456,9 @@ static void make_job(void *arg)
 	world_note(h->w, "host %u: making the recovery volumes: %s", h->id, err ? e.text : "ok");
 	simfree(m);
 	simfree(k);
-	h->making = false;
+	/* h->making lasts until on_start has seen what came of it. The daemon makes the volumes and takes the group up
+	 * under one lock, and the next JOIN finds it: a second making, in a host that has started, is nothing that can
+	 * be. */
 	h->crash = h->point; /* if that ended it */
 	h->life++;
 	plan_start(h, 1 * MS);
@@ -491,6 +495,7 @@ void world_replace(struct world *w, unsigned host)
 		world_fail(w, "making the store of host %u: %s", host, e.text);
 	store_close(st);
 	h->bare = true;
+	h->making = false;
 	h->life++; /* it waits for a JOIN */
 	model_replaced(h);
 	w->count.replaced++;
