@@ -531,19 +531,12 @@ static bool rebuild_next(struct repl *r, struct repl_io *io)
 {
 	for (unsigned turn = 0; turn < 2; turn++, r->rb_vol = 0, r->rb_off = 0) {
 		for (; r->rb_vol < r->meta->n_volumes; r->rb_vol++, r->rb_off = 0) {
-			struct repl_volume_state *v = &r->vol[r->rb_vol];
-			if (!(r->rebuild & mask_of(r->rb_vol)))
+			struct range run;
+			if (!(r->rebuild & mask_of(r->rb_vol)) || !repl_todo_next(r, r->rb_vol, r->rb_off, &run))
 				continue;
-			uint64_t first = bitmap_next_set(&v->todo, r->rb_off >> REGION_SHIFT);
-			if (first == BITMAP_NONE)
-				continue;
-			uint64_t end = bitmap_next_clear(&v->todo, first);
-			if (end == BITMAP_NONE)
-				end = v->todo.nbits;
 			io->volume = r->rb_vol;
-			io->off = first << REGION_SHIFT;
-			io->len = min_u64(min_u64(end << REGION_SHIFT, r->meta->volumes[r->rb_vol].size) - io->off,
-					  RESYNC_READ_MAX);
+			io->off = run.off;
+			io->len = min_u64(run.len, RESYNC_READ_MAX);
 			r->rb_off = io->off + io->len;
 			return true;
 		}

@@ -418,19 +418,13 @@ static bool commit_next(struct repl *r, struct repl_io *io)
 {
 	for (unsigned turn = 0; turn < 2; turn++) {
 		for (; r->commit_vol < r->meta->n_volumes; r->commit_vol++, r->commit_off = 0) {
-			struct repl_volume_state *v = &r->vol[r->commit_vol];
-			uint64_t first = bitmap_next_set(&v->todo, r->commit_off >> REGION_SHIFT);
-			if (first == BITMAP_NONE)
+			struct range run;
+			if (!repl_todo_next(r, r->commit_vol, r->commit_off, &run))
 				continue;
-			uint64_t end = bitmap_next_clear(&v->todo, first);
-			if (end == BITMAP_NONE)
-				end = v->todo.nbits;
-			uint64_t off = first << REGION_SHIFT;
 			io->volume = r->commit_vol;
-			io->off = off;
-			io->len = min_u64(min_u64(end << REGION_SHIFT, r->meta->volumes[r->commit_vol].size) - off,
-					  COMMIT_MAX);
-			r->commit_off = off + io->len;
+			io->off = run.off;
+			io->len = min_u64(run.len, COMMIT_MAX);
+			r->commit_off = io->off + io->len;
 			r->throttled = r->throttled || turn > 0; /* behind the first pass: guests write it anew */
 			return true;
 		}

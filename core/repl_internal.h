@@ -300,6 +300,9 @@ void repl_log(struct repl *r, int level, const char *fmt, ...) __attribute__((fo
 void repl_set_error(struct repl *r, int code, const char *operation, int volume, uint64_t off, uint64_t len,
 		    const char *fmt, ...) __attribute__((format(printf, 7, 8)));
 uint64_t repl_random(struct repl *r);
+/* The first run of a volume's `todo` from byte `from` on, in bytes, not past the volume's end: false if there is none.
+ */
+bool repl_todo_next(const struct repl *r, uint32_t volume, uint64_t from, struct range *ret_run);
 void repl_submit(struct repl *r, struct repl_io *io, enum repl_target target);
 void repl_complete(struct repl *r, struct repl_io *io, int error);
 void repl_command_done(struct repl *r, struct repl_command *c, int error, const char *fmt, ...)

@@ -83,18 +83,9 @@ void resync_sample(struct repl *r)
 static bool resync_next(struct repl *r, uint32_t *vol, struct range *run)
 {
 	for (; r->rs_vol < r->meta->n_volumes; r->rs_vol++, r->rs_off = 0) {
-		const struct repl_volume_state *v = &r->vol[r->rs_vol];
-		if (detach_of(r, r->rs_vol))
+		if (detach_of(r, r->rs_vol) || !repl_todo_next(r, r->rs_vol, r->rs_off, run))
 			continue;
-		uint64_t first = bitmap_next_set(&v->todo, r->rs_off >> REGION_SHIFT);
-		if (first == BITMAP_NONE)
-			continue;
-		uint64_t end = bitmap_next_clear(&v->todo, first);
-		if (end == BITMAP_NONE)
-			end = v->todo.nbits;
 		*vol = r->rs_vol;
-		run->off = first << REGION_SHIFT;
-		run->len = min_u64(end << REGION_SHIFT, r->meta->volumes[r->rs_vol].size) - run->off;
 		return true;
 	}
 	return false;
