@@ -14,6 +14,7 @@
 #include "core/bitmap.h"
 
 #include "core/check.h"
+#include "core/range.h"
 
 #define WORD_BITS 64U
 /* 64 TiB in sectors; keeps all sums far from overflow. */
@@ -240,6 +241,16 @@ uint64_t bitmap_next_clear(const struct bitmap *b, uint64_t from)
 	uint64_t bit = w * WORD_BITS + lowest_bit(found);
 
 	return bit < b->nbits ? bit : BITMAP_NONE;
+}
+
+bool bitmap_next_run(const struct bitmap *b, uint64_t from, uint64_t *ret_first, uint64_t *ret_end)
+{
+	uint64_t first = bitmap_next_set(b, from);
+	if (first == BITMAP_NONE)
+		return false;
+	*ret_first = first;
+	*ret_end = min_u64(bitmap_next_clear(b, first), b->nbits); /* BITMAP_NONE is above any */
+	return true;
 }
 
 void bitmap_or(struct bitmap *dst, const struct bitmap *src)

@@ -39,6 +39,8 @@ bool bitmap_any(const struct bitmap *b, uint64_t first, uint64_t n);
 /* The first set (clear) bit at or after `from`, BITMAP_NONE when there is none. */
 uint64_t bitmap_next_set(const struct bitmap *b, uint64_t from);
 uint64_t bitmap_next_clear(const struct bitmap *b, uint64_t from);
+/* The first run of set bits, [*ret_first, *ret_end), at or after `from`; false when there is none. */
+bool bitmap_next_run(const struct bitmap *b, uint64_t from, uint64_t *ret_first, uint64_t *ret_end);
 
 /* dst |= src; same nbits. Cost follows src's set words. */
 void bitmap_or(struct bitmap *dst, const struct bitmap *src);

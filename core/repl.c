@@ -1213,12 +1213,9 @@ struct repl_volume_state *repl_volume_state(struct repl *r, uint32_t volume)
 bool repl_todo_next(const struct repl *r, uint32_t volume, uint64_t from, struct range *ret_run)
 {
 	const struct bitmap *todo = &r->vol[volume].todo;
-	uint64_t first = bitmap_next_set(todo, from >> REGION_SHIFT);
-	if (first == BITMAP_NONE)
+	uint64_t first, end;
+	if (!bitmap_next_run(todo, from >> REGION_SHIFT, &first, &end))
 		return false;
-	uint64_t end = bitmap_next_clear(todo, first);
-	if (end == BITMAP_NONE)
-		end = todo->nbits;
 	ret_run->off = first << REGION_SHIFT;
 	ret_run->len = min_u64(end << REGION_SHIFT, r->meta->volumes[volume].size) - ret_run->off;
 	return true;

@@ -324,13 +324,8 @@ static int set_intent(struct repl_exec *x, const struct repl_io *io)
 static int write_intents(struct repl_exec *x, uint32_t vol, const struct bitmap *b, bool set)
 {
 	int err = 0;
-	for (uint64_t at = bitmap_next_set(b, 0); at != BITMAP_NONE && !err;) {
-		uint64_t end = bitmap_next_clear(b, at);
-		if (end == BITMAP_NONE)
-			end = b->nbits;
+	for (uint64_t at, end = 0; !err && bitmap_next_run(b, end, &at, &end);)
 		err = intent_write(x->intents[vol], at, end - at, set);
-		at = end < b->nbits ? bitmap_next_set(b, end) : BITMAP_NONE;
-	}
 	return err || !set ? err : intent_sync(x->intents[vol]);
 }
 

@@ -748,14 +748,11 @@ static json_t *diverged_side(struct group *g, bool peer, uint64_t since_ns)
 		const struct bitmap *b = peer ? &v->theirs : &v->dirty;
 		uint64_t size = m->volumes[i].size, sum = 0;
 		json_t *extents = json_array();
-		for (uint64_t at = m->has_peer ? bitmap_next_set(b, 0) : BITMAP_NONE; at != BITMAP_NONE;) {
-			uint64_t end = bitmap_next_clear(b, at);
-			end = end == BITMAP_NONE ? b->nbits : end;
+		for (uint64_t at, end = 0; m->has_peer && bitmap_next_run(b, end, &at, &end);) {
 			uint64_t off = at << REGION_SHIFT, len = min_u64(end << REGION_SHIFT, size) - off;
 			json_array_append_new(
 			    extents, json_pack("{s:I, s:I}", "offset", (json_int_t)off, "length", (json_int_t)len));
 			sum += len;
-			at = end < b->nbits ? bitmap_next_set(b, end) : BITMAP_NONE;
 		}
 		bytes += sum;
 		json_array_append_new(volumes, json_pack("{s:s, s:I, s:o}", "name", m->volumes[i].name, "bytes",

@@ -252,12 +252,8 @@ void overlay_take_over(struct overlay *o, const struct overlay *from)
 {
 	PRE(o->blocks >= from->blocks);
 	bitmap_clear_all(&o->held);
-	for (uint64_t at = 0; (at = bitmap_next_set(&from->held, at)) != BITMAP_NONE;) {
-		uint64_t stop = min_u64(bitmap_next_clear(&from->held, at), from->blocks);
-
-		bitmap_set_range(&o->held, at, stop - at);
-		at = stop;
-	}
+	for (uint64_t at, end = 0; bitmap_next_run(&from->held, end, &at, &end);)
+		bitmap_set_range(&o->held, at, end - at);
 	o->unsure = from->unsure;
 }
 

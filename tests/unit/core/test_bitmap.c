@@ -62,6 +62,17 @@ static void fixture_check(const struct fixture *f)
 		cr_assert_eq(bitmap_next_clear(&f->b, i), next_clear);
 	}
 	cr_assert_eq(f->b.count, count);
+	uint64_t first = 0, end = 0, at = 0;
+	for (; bitmap_next_run(&f->b, end, &first, &end); at = end) {
+		cr_assert(first < end && end <= n);
+		for (; at < first; at++)
+			cr_assert_not(f->model[at]);
+		for (; at < end; at++)
+			cr_assert(f->model[at]);
+		cr_assert(end == n || !f->model[end]);
+	}
+	for (; at < n; at++)
+		cr_assert_not(f->model[at]);
 }
 
 static void fixture_free(struct fixture *f)
