@@ -537,13 +537,16 @@ bool model_in_flight(struct host *h, uint32_t vol, uint32_t u)
 static void str_check(struct host *h, const char *when)
 {
 	struct world *w = h->w;
-	for (uint32_t v = 0; v < WORLD_VOLUMES; v++)
-		for (uint32_t u = 0; u < w->units[v] && !model_stale(h, v); u++)
+	for (uint32_t v = 0; v < WORLD_VOLUMES; v++) {
+		if (model_stale(h, v))
+			continue;
+		for (uint32_t u = 0; u < w->units[v]; u++)
 			if (h->str[v][u] != h->disk[v].now[u] &&
 			    model_shows(w, h->str[v][u]) != model_shows(w, h->disk[v].now[u]) && !h->failed[v][u] &&
 			    !model_in_flight(h, v, u))
 				world_fail(w, "host %u: %s unit %u of volume %u is %s, and what was sent is %s", h->id,
 					   when, u, v, text_of(w, h->disk[v].now[u]), text_of(w, h->str[v][u]));
+	}
 }
 
 static uint32_t volume_by_id(struct host *h, uint32_t id)
@@ -1529,7 +1532,10 @@ static bool by_dirty_sets(struct world *w)
 /* A power cut of either host would change nothing [LOCALDUR]. */
 static bool all_show(const struct world *w, uint32_t vol, uint32_t u)
 {
-	ver v = model_shows(w, w->h[0].disk[vol].now[u]);
+	ver raw = w->h[0].disk[vol].now[u], v = model_shows(w, raw);
+	if (w->h[0].disk[vol].durable[u] == raw && w->h[1].disk[vol].now[u] == raw &&
+	    w->h[1].disk[vol].durable[u] == raw)
+		return true;
 	for (unsigned i = 0; i < WORLD_HOSTS; i++)
 		if (model_shows(w, w->h[i].disk[vol].now[u]) != v || model_shows(w, w->h[i].disk[vol].durable[u]) != v)
 			return false;
@@ -1551,8 +1557,10 @@ void model_check(struct world *w)
 	if (!by_dirty_sets(w))
 		return;
 	/* I4 */
-	for (uint32_t v = 0; v < WORLD_VOLUMES; v++)
-		for (uint32_t u = 0; u < w->units[v] && !model_stale(&w->h[0], v); u++) {
+	for (uint32_t v = 0; v < WORLD_VOLUMES; v++) {
+		if (model_stale(&w->h[0], v))
+			continue;
+		for (uint32_t u = 0; u < w->units[v]; u++) {
 			if (all_show(w, v, u))
 				continue;
 			uint64_t region = ((uint64_t)u * WORLD_UNIT) >> REGION_SHIFT;
@@ -1569,6 +1577,7 @@ void model_check(struct world *w)
 					   text_of(w, w->h[0].disk[v].durable[u]), text_of(w, w->h[1].disk[v].now[u]),
 					   text_of(w, w->h[1].disk[v].durable[u]));
 		}
+	}
 }
 
 static void ckpt_look(struct host *h, uint32_t vol, struct ghost *g, uint32_t first, uint32_t n)

@@ -99,8 +99,10 @@ void status_check_loss(struct host *h)
 	if (repl_meta(h->core)->role != ROLE_PRIMARY || p->seen->role != ROLE_SECONDARY)
 		return;
 	repl_status(h->core, w->now, &s);
-	for (uint32_t v = 0; v < WORLD_VOLUMES; v++)
-		for (uint32_t u = 0; u < w->units[v] && !model_stale(h, v); u++) {
+	for (uint32_t v = 0; v < WORLD_VOLUMES; v++) {
+		if (model_stale(h, v))
+			continue;
+		for (uint32_t u = 0; u < w->units[v]; u++) {
 			ver a = h->disk[v].now[u];
 			if (a < h->reign_from || a <= p->disk[v].now[u] || w->writes[a].host != h->id ||
 			    model_shows(w, a) == model_shows(w, p->disk[v].now[u]) || model_in_flight(h, v, u))
@@ -120,6 +122,7 @@ void status_check_loss(struct host *h)
 					   "answered %" PRIu64 " us ago, and the peer does not have it",
 					   h->id, s.rpo_ns / US, u, v, (w->now - told->ns) / US);
 		}
+	}
 	if (s.dirty_bytes < (lost << REGION_SHIFT) / 2)
 		world_fail(w, "host %u: status says that %" PRIu64 " bytes are dirty: %" PRIu64 " regions are", h->id,
 			   s.dirty_bytes, lost);
