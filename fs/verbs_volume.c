@@ -1,0 +1,283 @@
+/* Verbs of volumes: made, imported, deleted, exported, listed. */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "core/os/clock.h"
+#include "fs/repl_shell.h"
+#include "fs/verbs_internal.h"
+
+struct import_arg {
+	struct verb_progress p;
+	const char *group;
+	bool out; /* the group is out, admin held */
+	int err;
+	struct err why;
+};
+
+/* A copy may take hours: others do their work meanwhile. Once all is copied the record is next, and the group has to
+ * be out for that. */
+static int import_progress(void *arg, uint64_t done, uint64_t total)
+{
+	struct import_arg *a = arg;
+	const struct call *c = a->p.c;
+	int stop = verb_progress(&a->p, done, total);
+	if (stop || done < total || a->out)
+		return stop;
+	mutex_lock(&c->d->admin);
+	a->out = true;
+	a->err = verb_take_out(c, a->group);
+	if (a->err)
+		a->why = *c->e; /* the store will say that it was cancelled */
+	return a->err;
+}
+
+static int do_store_import(const struct call *c, const char *name, const char *file, const char *group)
+{
+	struct import_arg a = {.p = {.c = c, .started = clock_mono_ns()}, .group = group};
+	int err = store_import(c->d->store, name, file, verb_arg_str(c, "format"), group, import_progress, &a, c->e);
+	if (a.err) {
+		err = a.err;
+		*c->e = a.why;
+	}
+	if (!a.out)
+		return err;
+	struct err e2 = {0};
+	int err2 = a.err ? 0 : verb_bring_back(c, group, &e2);
+	mutex_unlock(&c->d->admin);
+	if (!err && err2) {
+		err = err2;
+		*c->e = e2;
+	}
+	return err;
+}
+
+static int do_store_create(const struct call *c, const char *name, uint64_t size, const char *group)
+{
+	mutex_lock(&c->d->admin);
+	int err = verb_take_out(c, group);
+	if (!err) {
+		err = store_create_volume(c->d->store, name, size, group, c->e);
+		struct err e2 = {0};
+		int err2 = verb_bring_back(c, group, &e2);
+		if (!err && err2) {
+			err = err2;
+			*c->e = e2;
+		}
+	}
+	mutex_unlock(&c->d->admin);
+	return err;
+}
+
+static int add_volume(const struct call *c, bool import)
+{
+	const char *name, *group = verb_arg_str(c, "group"), *file = verb_arg_str(c, "file");
+	int err = verb_need_name(c, &name);
+	if (err)
+		return err;
+	group = group ? group : name;
+	if (!store_name_valid(group))
+		return err_set(c->e, ERR_USAGE, "%s %s: %.80s is not a group's name", c->verb, name, group);
+	if (import && (file == NULL || file[0] != '/'))
+		return err_set(c->e, ERR_USAGE, "%s %s: the file's absolute path is missing", c->verb, name);
+	uint64_t size = verb_arg_u64(c, "size", 0);
+	if (!import && (err = store_check_size(size, c->e)) < 0)
+		return verb_prefixed(c, name, err);
+	struct gvol *there = gvol_find(c->d, name);
+	if (there) {
+		gvol_unref(there);
+		return err_set(c->e, ERR_EXIST, "%s %s: a volume of that name exists already", c->verb, name);
+	}
+	err = import ? do_store_import(c, name, file, group) : do_store_create(c, name, size, group);
+	if (err)
+		return verb_prefixed(c, name, err);
+	struct gvol *v = gvol_find(c->d, name);
+	verb_result(c, json_pack("{s:s, s:s, s:I}", "volume", name, "group", group, "size",
+				 (json_int_t)(v ? gvol_size(v) : size)));
+	if (import)
+		json_object_set_new(*c->ret, "format", json_string("raw"));
+	gvol_unref(v);
+	return 0;
+}
+
+int verb_do_create(const struct call *c)
+{
+	return add_volume(c, false);
+}
+
+int verb_do_import(const struct call *c)
+{
+	return add_volume(c, true);
+}
+
+int verb_do_delete(const struct call *c)
+{
+	struct gvol *v;
+	struct group *g;
+	mutex_lock(&c->d->admin);
+	int err = verb_need_volume(c, &v, &g);
+	if (err) {
+		mutex_unlock(&c->d->admin);
+		return err;
+	}
+	char group[NAME_SIZE], name[NAME_SIZE];
+	memcpy(group, g->name, sizeof(group));
+	memcpy(name, v->name, sizeof(name));
+	group_unref(g);
+	gvol_unref(v);
+	err = verb_take_out(c, group);
+	if (!err) {
+		err = store_delete_volume(c->d->store, name, c->e);
+		struct err e2 = {0};
+		int err2 = verb_bring_back(c, group, &e2);
+		if (!err && err2) {
+			err = err2;
+			*c->e = e2;
+		}
+	}
+	mutex_unlock(&c->d->admin);
+	if (!err)
+		verb_result(c, json_pack("{s:s}", "volume", name));
+	return verb_prefixed(c, name, err);
+}
+
+int verb_do_export(const struct call *c)
+{
+	struct gvol *v;
+	struct group *g;
+	const char *file = verb_arg_str(c, "file");
+	int err = verb_need_volume(c, &v, &g);
+	if (err)
+		return err;
+	struct gvol_handle *h = NULL; /* open, so that it is not deleted meanwhile */
+	bool direct;
+	if (file == NULL || file[0] != '/') {
+		err = err_set(c->e, ERR_USAGE, "the file's absolute path is missing");
+	} else if ((err = gvol_open(v, false, true, &h, &direct)) < 0) {
+		(void)err_set(c->e, -err, "the volume could not be opened: %s", err_short(err));
+	} else {
+		struct verb_progress p = {.c = c, .started = clock_mono_ns()};
+		uint64_t ckpt = verb_arg_u64(c, "checkpoint", 0);
+		enum volume_layer layer = LAYER_IMAGE;
+		int serving = atomic_load(&g->serving);
+		if (ckpt == 0 && serving == SERVING_EIO) {
+			err = err_set(c->e, ERR_STATE,
+				      "this host's copy can't be read in its state; name a checkpoint (%s@N)", v->name);
+		} else if (ckpt == 0) {
+			layer = serving == SERVING_VIEW ? LAYER_VIEW : LAYER_DISK;
+			ckpt = serving == SERVING_VIEW ? atomic_load(&g->base) : 0;
+		}
+		struct gvol_attr a;
+		if (!err && layer == LAYER_IMAGE && gvol_attr(v, GVOL_CKPT, ckpt, &a) < 0)
+			err = err_set(c->e, ERR_NOENT, "it has no checkpoint %llu; see `checkpoints`",
+				      (unsigned long long)ckpt);
+		const char *gone =
+		    "its local disk is detached and not current; export it on the peer, or `resync` first";
+		bool disk = layer == LAYER_DISK;
+		if (!err && disk && gvol_detached(v))
+			err = err_set(c->e, ERR_STATE, "%s", gone);
+		if (!err)
+			err = volume_export(v->vol, layer, ckpt, file, verb_progress, &p, c->e);
+		if (!err && disk && gvol_detached(v)) { /* while it was read */
+			(void)unlink(file);
+			err = err_set(c->e, ERR_STATE, "%s", gone);
+		}
+		if (!err)
+			verb_result(c, json_pack("{s:s, s:s, s:I}", "volume", v->name, "file", file, "size",
+						 (json_int_t)volume_size(v->vol)));
+	}
+	gvol_release(h);
+	err = verb_prefixed(c, v->name, err);
+	group_unref(g);
+	gvol_unref(v);
+	return err;
+}
+
+static json_t *volume_entry(struct group *g, uint32_t i, bool full)
+{
+	uint64_t allocated = 0;
+	(void)volume_allocated(g->vols[i]->vol, LAYER_DISK, 0, &allocated);
+	mutex_lock(&g->lock);
+	const struct repl_meta *m = repl_meta(g->core);
+	json_t *j = json_pack("{s:s, s:s, s:I, s:I, s:s, s:s, s:I}", "name", m->volumes[i].name, "group", g->name,
+			      "size", (json_int_t)m->volumes[i].size, "id", (json_int_t)m->volumes[i].id, "role",
+			      role_name(m->role), "state", state_name(m->state), "allocated", (json_int_t)allocated);
+	if (full) {
+		char uuid[40], path[4096 + 128];
+		const uint8_t *u = m->volumes[i].uuid;
+		(void)snprintf(uuid, sizeof(uuid),
+			       "%02x%02x%02x%02x-%02x%02x-%02x%02x-%02x%02x-%02x%02x%02x%02x%02x%02x", u[0], u[1], u[2],
+			       u[3], u[4], u[5], u[6], u[7], u[8], u[9], u[10], u[11], u[12], u[13], u[14], u[15]);
+		json_object_set_new(j, "uuid", json_string(uuid));
+		(void)snprintf(path, sizeof(path), "%s/volumes/%s", g->d->cfg.mount ? g->d->cfg.mount : "",
+			       m->volumes[i].name);
+		json_object_set_new(j, "path", g->d->cfg.mount ? json_string(path) : json_null());
+		(void)snprintf(path, sizeof(path), "%s/volumes/%s/disk.raw", store_path(g->d->store),
+			       m->volumes[i].name);
+		json_object_set_new(j, "store_path", json_string(path));
+		json_t *list = json_array();
+		for (uint32_t k = 0; k < m->n_ckpts; k++)
+			json_array_append_new(list, json_integer((json_int_t)m->ckpts[k].number));
+		json_object_set_new(j, "checkpoints", list);
+	}
+	mutex_unlock(&g->lock);
+	return j;
+}
+
+struct list_arg {
+	struct daemon *d;
+	char (*names)[NAME_SIZE];
+	size_t n, max;
+};
+
+static void list_name(void *arg, const char *name, uint32_t id)
+{
+	struct list_arg *l = arg;
+	(void)id;
+	if (l->n < l->max)
+		(void)snprintf(l->names[l->n++], NAME_SIZE, "%s", name);
+}
+
+static json_t *entry_by_name(struct daemon *d, const char *name, bool full)
+{
+	json_t *j = NULL;
+	struct gvol *v = gvol_find(d, name);
+	struct group *g = v ? gvol_group(v) : NULL;
+	if (g)
+		j = volume_entry(g, v->index, full);
+	group_unref(g);
+	gvol_unref(v);
+	return j;
+}
+
+int verb_do_list(const struct call *c)
+{
+	struct list_arg l = {.d = c->d, .max = (size_t)STORE_GROUPS_MAX * GROUP_VOLUMES_MAX};
+	l.names = calloc(l.max, sizeof(*l.names));
+	if (l.names == NULL)
+		return err_set(c->e, ERR_NOMEM, "list: out of memory");
+	daemon_each_volume(c->d, list_name, &l);
+	json_t *a = json_array();
+	for (size_t i = 0; i < l.n; i++) {
+		json_t *j = entry_by_name(c->d, l.names[i], false);
+		if (j)
+			json_array_append_new(a, j);
+	}
+	free(l.names);
+	verb_result(c, json_pack("{s:o}", "volumes", a));
+	return 0;
+}
+
+int verb_do_show(const struct call *c)
+{
+	struct gvol *v;
+	struct group *g;
+	int err = verb_need_volume(c, &v, &g);
+	if (err)
+		return err;
+	verb_result(c, entry_by_name(c->d, v->name, true));
+	group_unref(g);
+	gvol_unref(v);
+	return 0;
+}
