@@ -232,7 +232,8 @@ static void redial_plan(struct repl *r, bool had_session)
 {
 	if (had_session)
 		r->redial_wait_ns = REDIAL_MIN_NS;
-	r->redial_ns = r->now_ns + (had_session ? 0 : r->redial_wait_ns + repl_random(r) % (r->redial_wait_ns / 2 + 1));
+	uint64_t half = r->redial_wait_ns / 2;
+	r->redial_ns = r->now_ns + (had_session ? 0 : half + repl_random(r) % (half + 1));
 	r->redial_wait_ns = min_u64(r->redial_wait_ns * 2, REDIAL_MAX_NS);
 }
 

@@ -1590,6 +1590,30 @@ Test(repl, a_restarted_primary_holds_until_the_handshake_or_peer_timeout)
 	host_free(h);
 }
 
+Test(repl, dials_again_at_once_and_backs_off_to_two_seconds)
+{
+	static struct repl_meta m;
+	meta_of(&m, ROLE_PRIMARY, STATE_RUNNING);
+	struct host *h = host_new(&m);
+	const uint64_t tick_ns = SEC / 10;
+	tick(h, 0);
+	EXPECT(h, "dial");
+	for (int i = 0; i < 20; i++) {
+		uint64_t waited = 0;
+		forget(h);
+		step(h, (struct repl_event){.type = EV_LINK_DOWN, .error = -ERR_PEER});
+		while (strstr(h->trace, "dial") == NULL && waited < 3 * SEC) {
+			waited += tick_ns;
+			tick(h, tick_ns);
+			if (h->saving)
+				saved(h);
+		}
+		cr_assert_leq(waited, 2 * SEC, "dial %d", i);
+		cr_assert(i < 7 || waited >= SEC - tick_ns, "dial %d after %llu ns", i, (unsigned long long)waited);
+	}
+	host_free(h);
+}
+
 Test(repl, a_primary_whose_peer_failed_over_steps_down_unless_it_wrote_meanwhile)
 {
 	for (int wrote = 0; wrote < 2; wrote++) {
