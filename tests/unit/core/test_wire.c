@@ -32,8 +32,8 @@ Test(wire_header, documented_bytes)
 	    0x00, 0x00, 0x83, 0x92, 0x06, 0xe3, 0x00, 0x00, 0x00, 0x00, 0xc3, 0xdf, 0xb0, 0x51,
 	};
 	static const uint8_t hello[WIRE_HEADER_SIZE] = {
-	    [0] = 0x35,	 [4] = 0x01,  [44] = 0x46, [45] = 0xa5, [46] = 0x84,
-	    [47] = 0x4c, [52] = 0xe4, [53] = 0x6a, [54] = 0xee, [55] = 0xce,
+	    [0] = 0x35,	 [4] = 0x01,  [44] = 0xd7, [45] = 0xc2, [46] = 0x35,
+	    [47] = 0x4c, [52] = 0x21, [53] = 0x46, [54] = 0x6c, [55] = 0xdb,
 	};
 	struct wire_frame f = {.type = WIRE_WRITE,
 			       .number = 7,
@@ -43,7 +43,7 @@ Test(wire_header, documented_bytes)
 			       .length_payload = 9,
 			       .volume = 2,
 			       .crc_payload = crc32c(0, "123456789", 9)};
-	struct wire_frame h = {.type = WIRE_HELLO, .length_payload = 53, .crc_payload = 0x4c84a546};
+	struct wire_frame h = {.type = WIRE_HELLO, .length_payload = 53, .crc_payload = 0x4c35c2d7};
 	uint8_t out[WIRE_HEADER_SIZE + 1];
 
 	memset(out, 0xee, sizeof(out));
@@ -546,7 +546,7 @@ static struct wire_hello hello_some(void)
 	struct wire_hello h;
 
 	memset(&h, 0, sizeof(h));
-	h.version_min = h.version_max = 1;
+	h.version_min = h.version_max = 2;
 	for (unsigned i = 0; i < 16; i++)
 		h.store[i] = (uint8_t)i;
 	h.nonce = DIALER;
@@ -556,7 +556,7 @@ static struct wire_hello hello_some(void)
 
 Test(wire_hello, documented_bytes_and_round_trip)
 {
-	static const uint8_t want[53] = "repfs\0\1\0\1\0\1\0\0\0\0\0"
+	static const uint8_t want[53] = "repfs\0\1\0\2\0\2\0\0\0\0\0"
 					"\x00\x01\x02\x03\x04\x05\x06\x07\x08\x09\x0a\x0b\x0c\x0d\x0e\x0f"
 					"\x88\x77\x66\x55\x44\x33\x22\x11\x0b\0repfs 0.1.0";
 	struct wire_hello h = hello_some(), back;
@@ -566,7 +566,7 @@ Test(wire_hello, documented_bytes_and_round_trip)
 	cr_assert_eq(wire_hello_encode(&h, buf, sizeof(buf)), 53);
 	cr_assert_arr_eq(buf, want, 53);
 	cr_assert_eq(buf[53], 0xee);
-	cr_assert_eq(crc32c(0, buf, 53), UINT32_C(0x4c84a546));
+	cr_assert_eq(crc32c(0, buf, 53), UINT32_C(0x4c35c2d7));
 	POISON(back);
 	cr_assert_eq(wire_hello_decode(&back, buf, 53, NULL), 0);
 	cr_assert_eq(memcmp(&back, &h, sizeof(h)), 0);
@@ -591,11 +591,11 @@ Test(wire_hello, hostile)
 		assert_bad(decode_hello, sizeof(h), buf, len, "field magic: this is not a repfs peer");
 		buf[i] ^= 1;
 	}
-	put_u16(buf + 8, 2);
+	put_u16(buf + 8, 3);
 	assert_bad(decode_hello, sizeof(h), buf, len, "field version:");
 	put_u16(buf + 8, 0);
 	assert_bad(decode_hello, sizeof(h), buf, len, "field version:");
-	put_u16(buf + 8, 1);
+	put_u16(buf + 8, 2);
 	put_u16(buf + 40, 64); /* one more than fits */
 	memset(buf + 42, 'x', 100);
 	assert_bad(decode_hello, sizeof(h), buf, sizeof(buf), "field program:");

@@ -770,22 +770,31 @@ Test(link, a_second_hello_ends_it)
 
 /* ---- handshakes that fail ---- */
 
-Test(link, a_listener_without_a_common_version_refuses_naming_both)
+static void expect_version_refused(uint16_t version_min, uint16_t version_max)
 {
 	struct raw_pair p;
+	char program[32], versions[32];
 
+	(void)snprintf(program, sizeof program, "raw %u", version_max);
+	(void)snprintf(versions, sizeof versions, "%u to %u", version_min, version_max);
 	raw_open(&p);
-	raw_dial(&p.raw, link_server_addr(p.server), 7, 9, "the raw store!!");
+	raw_dial(&p.raw, link_server_addr(p.server), version_min, version_max, "the raw store!!");
 	cr_assert_eq(p.raw.got, WIRE_REFUSE);
 	cr_assert_eq(p.raw.refuse.code, ERR_VERSION);
 	cr_assert(strstr(p.raw.refuse.text, "repfs b") && strstr(p.raw.refuse.text, "2 to 2"), "%s", p.raw.refuse.text);
-	cr_assert(strstr(p.raw.refuse.text, "raw 9") && strstr(p.raw.refuse.text, "7 to 9"), "%s", p.raw.refuse.text);
+	cr_assert(strstr(p.raw.refuse.text, program) && strstr(p.raw.refuse.text, versions), "%s", p.raw.refuse.text);
 	(void)shutdown(p.raw.fd, SHUT_WR);
 	cr_assert(end_reaches(p.b, &p.b->downs, 1));
 	cr_assert_eq(p.b->ups, 0);
 	cr_assert_eq(p.b->code, -ERR_VERSION);
 	cr_assert_str_eq(p.b->text, p.raw.refuse.text);
 	raw_close(&p);
+}
+
+Test(link, a_listener_without_a_common_version_refuses_naming_both)
+{
+	expect_version_refused(1, 1); /* of before the first release */
+	expect_version_refused(7, 9);
 }
 
 struct raw_listener {
