@@ -7,7 +7,7 @@
 #            programs and tests/e2e/test_* with daemons under AddressSanitizer and UBSan and under ThreadSanitizer, and
 #            tests/e2e/long_*
 #
-# One line a test: PASS, FAIL or SKIP, its name, its seconds. The last line is `N passed, N failed`, with `, N skipped`
+# Two tests run at a time. One line a test, when it has ended: PASS, FAIL or SKIP, its name, its seconds. The last line is `N passed, N failed`, with `, N skipped`
 # behind if there were any; exit 0 only if none failed. Each test's output is in build/log. An end-to-end test is an
 # executable .sh or .py file: exit 0 passed, 77 skipped (and says why), else failed. It may raise its time limit by a line
 # `# timeout: SECONDS` among its first 20. REPFS_TEST_FILTER (a regular expression) picks tests by name.
@@ -37,6 +37,7 @@ ctest_timeout_s=1800
 e2e_timeout_s=1200
 long_timeout_s=7200
 tail_lines=40
+slots=2
 filter=${REPFS_TEST_FILTER-}
 passed=0 failed=0 skipped=0
 failures=()
@@ -48,17 +49,18 @@ mkdir -p "$log_dir" || exit 2
 export LC_ALL=C.UTF-8 PYTHONDONTWRITEBYTECODE=1
 unset REPFS_STORE NO_COLOR CDPATH
 
+# seconds_since START [NOW]
 seconds_since()
 {
-	local now=${EPOCHREALTIME/[.,]/} us
-	us=$((now - ${1/[.,]/}))
+	local now=${2-$EPOCHREALTIME} us
+	us=$((${now/[.,]/} - ${1/[.,]/}))
 	printf '%d.%d' $((us / 1000000)) $((us / 100000 % 10))
 }
 
-# report RESULT NAME START LOG
+# report RESULT NAME START LOG [END]
 report()
 {
-	printf '%s %s %s s\n' "$1" "$2" "$(seconds_since "$3")"
+	printf '%s %s %s s\n' "$1" "$2" "$(seconds_since "$3" "${5-$EPOCHREALTIME}")"
 	case $1 in
 	PASS) passed=$((passed + 1)) ;;
 	SKIP)
@@ -113,10 +115,70 @@ build_preset()
 	step "configure-$1" cmake --preset "$1" && step "build-$1" cmake --build --preset "$1"
 }
 
+# Tests run `slots` at a time: most of an end-to-end test is waiting, and a unit test uses one core.
+running=()
+trap 'kill $(jobs -p) 2>/dev/null' EXIT
+
+# collect: reports those of the running tests that have ended, in the order of their start.
+collect()
+{
+	local entry name log start code end left=()
+	for entry in "${running[@]}"; do
+		IFS=$'\t' read -r name start log <<<"$entry"
+		if [ ! -e "$log.end" ]; then
+			left+=("$entry")
+			continue
+		fi
+		read -r code end <"$log.end"
+		rm -f "$log.end"
+		case $code in
+		0)
+			local result=PASS
+			grep -q '\*\*\*Skipped' "$log" && result=SKIP
+			report $result "$name" "$start" "$log" "$end"
+			;;
+		77) report SKIP "$name" "$start" "$log" "$end" ;;
+		*)
+			case $code in
+			124 | 137) echo "run.sh: stopped: its time limit is over" >>"$log" ;;
+			*) echo "run.sh: exit code $code" >>"$log" ;;
+			esac
+			report FAIL "$name" "$start" "$log" "$end"
+			;;
+		esac
+	done
+	running=("${left[@]}")
+}
+
+# spawn NAME LIMIT COMMAND...: a test, beside those that run; it waits for a slot.
+spawn()
+{
+	local name=$1 limit=$2 log=$log_dir/$1.log
+	shift 2
+	while [ ${#running[@]} -ge "$slots" ]; do
+		wait -n
+		collect
+	done
+	running+=("$name"$'\t'"$EPOCHREALTIME"$'\t'"$log")
+	{
+		timeout -k 20 "$limit" "$@" </dev/null >"$log" 2>&1 &
+		trap "kill $! 2>/dev/null; exit 1" TERM
+		wait $!
+		echo "$? $EPOCHREALTIME" >"$log.tmp"
+		mv "$log.tmp" "$log.end"
+	} &
+}
+
+drain()
+{
+	wait
+	collect
+}
+
 # run_ctest PRESET PREFIX CTEST_ARGS...: each ctest test by itself, with a log of its own.
 run_ctest()
 {
-	local dir=$root/build/$1 prefix=$2 names name log start result
+	local dir=$root/build/$1 prefix=$2 names name
 	shift 2
 	names=$(ctest --test-dir "$dir" -N "$@" | sed -n 's/^ *Test *#[0-9]*: //p')
 	if [ -z "$names" ]; then
@@ -126,17 +188,10 @@ run_ctest()
 	fi
 	while read -r name; do
 		wanted "$prefix$name" || continue
-		log=$log_dir/$prefix$name.log
-		start=$EPOCHREALTIME
-		timeout -k 10 $ctest_timeout_s ctest --test-dir "$dir" --output-on-failure --no-tests=error -R "^$name\$" \
-			</dev/null >"$log" 2>&1
-		case $? in
-		0) result=PASS ;;
-		*) result=FAIL ;;
-		esac
-		grep -q '\*\*\*Skipped' "$log" && result=SKIP
-		report $result "$prefix$name" "$start" "$log"
+		spawn "$prefix$name" $ctest_timeout_s \
+			ctest --test-dir "$dir" --output-on-failure --no-tests=error -R "^$name\$"
 	done <<<"$names"
+	drain
 }
 
 # Each end-to-end test gets a mount and a process namespace of its own where that is allowed: what it leaves behind,
@@ -150,26 +205,11 @@ fi
 # run_e2e TEST LIMIT PREFIX
 run_e2e()
 {
-	local test=$1 limit=$2 name log start own
+	local test=$1 limit=$2 name own
 	name=$3$(basename "$test")
 	wanted "$name" || return
-	log=$log_dir/$name.log
-	start=$EPOCHREALTIME
 	own=$(sed -n '1,20s/^# timeout: *\([0-9][0-9]*\) *$/\1/p' "$test" | head -n 1)
-	timeout -k 20 "${own:-$limit}" "${isolate[@]}" "$test" </dev/null >"$log" 2>&1
-	local code=$?
-	case $code in
-	0) report PASS "$name" "$start" "$log" ;;
-	77) report SKIP "$name" "$start" "$log" ;;
-	*)
-		if [ $code -eq 124 ] || [ $code -eq 137 ]; then
-			echo "run.sh: stopped: its time limit of ${own:-$limit} s is over" >>"$log"
-		else
-			echo "run.sh: exit code $code" >>"$log"
-		fi
-		report FAIL "$name" "$start" "$log"
-		;;
-	esac
+	spawn "$name" "${own:-$limit}" "${isolate[@]}" "$test"
 }
 
 # run_e2e_all KIND LIMIT [PREFIX]: tests/e2e/KIND_*
@@ -187,6 +227,7 @@ run_e2e_all()
 		fi
 		run_e2e "$root/$test" "$2" "$prefix"
 	done 3<"$log_dir/e2e-$1.list"
+	drain
 }
 
 step deps tests/deps.sh || finish
