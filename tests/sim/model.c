@@ -1075,10 +1075,11 @@ void model_done(struct host *h, struct sim_io *s, int error)
 		prom[u] = at_least(prom[u], d.v);
 }
 
-void model_command(struct host *h, const struct repl_command *c, int error)
+void model_command(struct host *h, const struct sim_command *s, int error)
 {
 	struct world *w = h->w;
-	status_command(h, c, error);
+	const struct repl_command *c = &s->c;
+	status_command(h, s, error);
 	if (error || c->cmd != CMD_CHECKPOINT)
 		return;
 	/* I17: answered after the secondary's completion, and numbers only grow. */

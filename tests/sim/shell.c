@@ -436,7 +436,7 @@ static void command_end(struct sim_command *c, int error)
 		at = &(*at)->next;
 	*at = c->next;
 	if (!h->dying)
-		model_command(h, &c->c, error);
+		model_command(h, c, error);
 	if (c->ret)
 		*c->ret = (struct world_result){true, error, c->c.result, c->c.result2};
 	world_note(h->w, "host %u: command %d ends: %s %s", h->id, c->c.cmd, error ? err_name(error) : "ok",
@@ -454,6 +454,7 @@ bool world_command(struct world *w, unsigned host, const struct repl_command *cm
 	c->c = *cmd;
 	c->h = h;
 	c->ret = ret;
+	c->down = world_link(w, host) == LINK_DOWN;
 	c->next = h->commands;
 	h->commands = c;
 	if (ret)

@@ -97,6 +97,7 @@ struct sim_command {
 	struct repl_command c;
 	struct host *h;
 	struct world_result *ret;
+	bool down; /* the link, when it was given */
 	struct sim_command *next;
 };
 
@@ -334,7 +335,7 @@ void model_barrier(struct host *h, const struct repl_io *io);
 void model_publish(struct host *h, const struct repl_meta *m, const struct repl_save *s);
 void model_done(struct host *h, struct sim_io *s, int error);
 void model_after_step(struct host *h);
-void model_command(struct host *h, const struct repl_command *c, int error);
+void model_command(struct host *h, const struct sim_command *s, int error);
 void model_died(struct host *h, enum world_crash how, bool evict);
 void model_replaced(struct host *h); /* its store is new */
 void model_opened(struct host *h, enum world_crash how, bool evict);
@@ -350,7 +351,7 @@ bool model_stale(struct host *h, uint32_t vol); /* a disk of that volume is give
 /* status.c */
 void status_check(struct host *h);
 void status_check_loss(struct host *h);
-void status_command(struct host *h, const struct repl_command *c, int error); /* that ends so */
+void status_command(struct host *h, const struct sim_command *sc, int error); /* that ends so */
 void status_check_settings(struct host *h);
 void status_check_clean(struct world *w);
 
