@@ -915,7 +915,10 @@ void model_publish(struct host *h, const struct repl_meta *m, const struct repl_
 				   h->id, m->last_stream);
 		h->own = false;
 	}
-	if (old->inconsistent && !m->inconsistent && m->role == ROLE_SECONDARY)
+	/* Without a mark too: where nothing was dirty, RESYNC_DONE comes alone, and with it the generation that the
+	 * source began meanwhile for a flush. */
+	other = other && m->lineage.current == peer_of(h)->seen->lineage.current;
+	if (m->role == ROLE_SECONDARY && ((old->inconsistent && !m->inconsistent) || other))
 		adopted(h, m);
 	/* [PREKEEP] a consistent target takes a checkpoint before the first write of a resync. */
 	if (m->inconsistent && !old->inconsistent && !m->fresh && m->lineage.current && !m->kept)
