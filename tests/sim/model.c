@@ -710,6 +710,20 @@ static void done_clear(struct done_list *l)
 	done_drop(l, l->n);
 }
 
+/* What it had received and not applied is dropped, so that nothing lands behind a write that is missing
+ * (docs/FAILURES.md). Under B a guest was told that it was received: until the next resync that is on its primary only.
+ */
+void model_stopped(struct host *h)
+{
+	if (!h->had_errors && !h->had_full)
+		world_fail(h->w, "host %u: applying stops, and nothing has failed there", h->id);
+	h->stopped = true;
+	for (uint32_t v = 0; v < WORLD_VOLUMES; v++)
+		for (uint32_t u = 0; u < h->w->units[v]; u++)
+			if (h->prom_received[v][u] > h->disk[v].now[u])
+				h->prom_received[v][u] = h->disk[v].now[u];
+}
+
 /* ---- changes of the record ---- */
 
 static void promises_check(struct host *h, const ver *const have[WORLD_VOLUMES])
@@ -1071,7 +1085,7 @@ void model_done(struct host *h, struct sim_io *s, int error)
 		return;
 	if (prot == PROTOCOL_C)
 		done_check(h, &d, p->disk[d.vol].now, p->id, "a write has ended under C");
-	if (prot == PROTOCOL_B && (p->had_errors || p->full)) /* what it received it may not be able to apply */
+	if (prot == PROTOCOL_B && p->stopped) /* its word came before that */
 		return;
 	ver *prom = prot == PROTOCOL_C ? p->prom_applied[d.vol] : prot == PROTOCOL_B ? p->prom_received[d.vol] : NULL;
 	for (uint32_t u = d.first; prom && u < d.first + d.n; u++)
@@ -1132,7 +1146,8 @@ static void synced_check(struct host *h)
 
 void model_after_step(struct host *h)
 {
-	bool synced = repl_forwarding(h->core) && world_link(h->w, h->id) == LINK_SYNCED;
+	bool in_sync = world_link(h->w, h->id) == LINK_SYNCED, synced = in_sync && repl_forwarding(h->core);
+	h->stopped = h->stopped && !in_sync;
 	if (synced && !h->synced_before) {
 		synced_check(h);
 		world_moment(h);

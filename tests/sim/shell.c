@@ -527,6 +527,9 @@ static void emit(void *arg, const struct repl_action *a)
 	case ACT_LOG:
 		world_note(h->w, "host %u: log %d: %s", h->id, a->level, a->text);
 		h->w->count.room_drops += strstr(a->text, ": no room: checkpoint ") != NULL;
+		if (strncmp(a->text, GROUP_NAME ": ", strlen(GROUP_NAME) + 2) == 0 &&
+		    strstr(a->text, "; applying stopped, the last checkpoint stays good"))
+			model_stopped(h);
 		if (strstr(a->text, "broke the protocol")) /* neither host of this world ever does */
 			world_fail(h->w, "host %u: %s", h->id, a->text);
 		return;

@@ -340,6 +340,7 @@ static void on_start(struct world *w, void *arg, uint64_t life)
 	h->bare = h->making = false;
 	h->crash_point = simstore_stop_pending(h->ss);
 	h->had_errors = h->errors_one_in != 0 || h->path_errors.path || h->faulty;
+	h->had_full = h->full;
 	h->up = true;
 	model_opened(h, how, evict);
 	host_tick(w, h, h->life);
@@ -572,6 +573,7 @@ void world_disk_full(struct world *w, unsigned host, bool full)
 	struct host *h = &w->h[host];
 	uint64_t free_bytes, total;
 	h->full = full;
+	h->had_full |= full;
 	simstore_set_space(h->ss, UINT64_MAX);
 	if (full && storage_free_bytes(simstore_storage(h->ss), &free_bytes, &total) == 0)
 		simstore_set_space(h->ss, total - free_bytes + world_below(w, 256 << 10));

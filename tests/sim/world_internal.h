@@ -211,8 +211,8 @@ struct host {
 		unsigned one_in;
 		uint64_t until;
 	} path_errors;
-	bool full, evict, had_errors;
-	unsigned looking; /* world_quiet: several may wait for a lock with it */
+	bool full, evict, had_errors, had_full; /* since its start */
+	unsigned looking;			/* world_quiet: several may wait for a lock with it */
 
 	/* the model's */
 	struct image disk[WORLD_VOLUMES], act[WORLD_VOLUMES];
@@ -230,6 +230,7 @@ struct host {
 	uint64_t sent_n, barrier_n;	/* data sent in all, and when the last barrier was */
 	uint8_t *failed[WORLD_VOLUMES]; /* local writes of this session that failed: such a unit is anybody's guess */
 	ver *adopt[WORLD_VOLUMES];	/* source: `str` when it sent RESYNC_DONE */
+	bool stopped;			/* it applies nothing more of what it has received, until it is in sync again */
 	bool wrote_alone;
 	bool own;	    /* its disk was written by its own guest, or by a failover, since it last followed */
 	uint64_t peer_life; /* when the session began */
@@ -336,6 +337,7 @@ void model_publish(struct host *h, const struct repl_meta *m, const struct repl_
 void model_done(struct host *h, struct sim_io *s, int error);
 void model_after_step(struct host *h);
 void model_command(struct host *h, const struct sim_command *s, int error);
+void model_stopped(struct host *h); /* applying, for an error */
 void model_died(struct host *h, enum world_crash how, bool evict);
 void model_replaced(struct host *h); /* its store is new */
 void model_opened(struct host *h, enum world_crash how, bool evict);
