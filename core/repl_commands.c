@@ -42,6 +42,13 @@ static void refuse_committing(struct repl *r, struct repl_command *c)
 				  "a failover is being committed (FAILOVER); wait with `wait --for=done`");
 }
 
+/* A command would undo what another one, or the peer's protect, is about to do. */
+static bool role_changing(const struct repl *r)
+{
+	return r->protect || r->start || r->start_waits || r->resolve || r->failing_over || r->adopting ||
+	       repl_tx_pending(r, TX_SECONDARY);
+}
+
 static void cmd_protect(struct repl *r, struct repl_command *c)
 {
 	const struct repl_meta *m = r->meta;
@@ -52,8 +59,8 @@ static void cmd_protect(struct repl *r, struct repl_command *c)
 		refuse_committing(r, c);
 	else if (m->split_brain)
 		repl_command_done(r, c, -ERR_SPLIT, SPLIT_TEXT "; `unprotect` forgets the other copy");
-	else if (r->protect || r->link > LINK_HANDSHAKE)
-		repl_command_done(r, c, -ERR_BUSY, "another protect is under way");
+	else if (role_changing(r) || r->link > LINK_HANDSHAKE)
+		repl_command_done(r, c, -ERR_BUSY, "another protect, of this host or of its peer, is under way");
 	else if (m->n_volumes == 0)
 		repl_command_done(r, c, -ERR_STATE, "the group has no volumes; `create` one first");
 	else
@@ -76,16 +83,10 @@ static void cmd_failback(struct repl *r, struct repl_command *c)
 		repl_command_done(r, c, -ERR_STATE, "it has not failed over here; `protect` begins a protection");
 	else if (m->state != STATE_DONE)
 		refuse_committing(r, c);
-	else if (r->protect || r->link > LINK_HANDSHAKE)
-		repl_command_done(r, c, -ERR_BUSY, "another failback is under way");
+	else if (role_changing(r) || r->link > LINK_HANDSHAKE)
+		repl_command_done(r, c, -ERR_BUSY, "another command is changing its role");
 	else
 		dial_for(r, c);
-}
-
-/* A command that would undo what another one under way is about to do. */
-static bool role_changing(const struct repl *r)
-{
-	return r->protect || r->start || r->start_waits || r->resolve || r->failing_over || r->adopting;
 }
 
 static void cmd_resolve(struct repl *r, struct repl_command *c)

@@ -2294,6 +2294,32 @@ Test(lineage_core, start_and_stop_where_the_secondary_dials)
 	host_free(h);
 }
 
+/* It would go on to protect with a copy that is nobody's source: the mark of an unfinished target is on its way. */
+Test(lineage_core, a_host_that_is_being_made_a_secondary_protects_nothing)
+{
+	static struct repl_meta m;
+	meta_of(&m, ROLE_STANDALONE, STATE_NONE);
+	m.has_peer = false;
+	m.lineage = (struct lineage){0};
+	m.last_stream = 0;
+	meta_of(&peer_meta, ROLE_PRIMARY, STATE_NONE);
+	for (int cut = 0; cut < 2; cut++) {
+		struct host *h = host_new(&m);
+		link_up(h, false);
+		join_frame(h, &peer_meta, WIRE_JOIN_PROTECT);
+		EXPECT(h, "save:secondary/NONE");
+		if (cut)
+			link_down(h);
+		h->cmd = (struct repl_command){.cmd = CMD_PROTECT, .text = "peer:1"};
+		step(h, (struct repl_event){.type = EV_COMMAND, .command = &h->cmd});
+		EXPECT(h, "cmd=ERR_BUSY");
+		saved(h);
+		EXPECT(h, cut ? "" : "send:JOIN send:DIRTY_END");
+		cr_assert(repl_meta(h->r)->inconsistent);
+		host_free(h);
+	}
+}
+
 Test(lineage_core, an_adopted_copy_is_kept_in_the_write_that_makes_it_follow)
 {
 	static struct repl_meta m;
