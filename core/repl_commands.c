@@ -42,11 +42,12 @@ static void refuse_committing(struct repl *r, struct repl_command *c)
 				  "a failover is being committed (FAILOVER); wait with `wait --for=done`");
 }
 
-/* A command would undo what another one, or the peer's protect, is about to do. */
+/* A command would undo what another one, or the peer's protect, is about to do; or what a JOIN says of this host is not
+ * what its record will say in a moment. */
 static bool role_changing(const struct repl *r)
 {
 	return r->protect || r->start || r->start_waits || r->resolve || r->failing_over || r->adopting ||
-	       repl_tx_pending(r, TX_SECONDARY);
+	       repl_tx_pending(r, TX_SECONDARY) || repl_tx_pending(r, TX_UNPROTECT);
 }
 
 static void cmd_protect(struct repl *r, struct repl_command *c)
@@ -204,7 +205,7 @@ static void cmd_unprotect(struct repl *r, struct repl_command *c)
 		repl_command_done(r, c, -ERR_STATE,
 				  "the peer is connected and holds what the detached disk lacks; `resync` it, or fail "
 				  "over there");
-	else if (role_changing(r) || repl_tx_pending(r, TX_UNPROTECT))
+	else if (role_changing(r))
 		repl_command_done(r, c, -ERR_BUSY, "another command is changing its role");
 	else if (m->state == STATE_RUNNING) { /* by the rules of `stop`; then repl_stopped */
 		if (stale && r->link == LINK_HANDSHAKE)

@@ -2141,6 +2141,42 @@ Test(lineage_core, while_a_command_dials_nothing_else_is_taken)
 	host_free(h);
 }
 
+/* What a JOIN said before the record was saved is not what is here after it. */
+Test(lineage_core, while_a_change_of_role_is_saved_no_other_is_begun)
+{
+	static struct repl_meta m;
+	meta_of(&peer_meta, ROLE_PRIMARY, STATE_RUNNING);
+	/* A survivor that is being adopted. */
+	meta_of(&m, ROLE_STANDALONE, STATE_DONE);
+	m.lineage = (struct lineage){.current = 200, .bitmap = 100};
+	m.failover_generation = 200;
+	struct host *h = host_new(&m);
+	link_up(h, false);
+	join_frame(h, &peer_meta, WIRE_JOIN_PROTECT | WIRE_JOIN_ADOPT);
+	fin(h, "sync");
+	EXPECT(h, "do:sync/ckpt save:secondary/NONE +2");
+	link_down(h);
+	command(h, CMD_UNPROTECT, 0);
+	EXPECT(h, "cmd=ERR_BUSY");
+	saved(h);
+	command(h, CMD_UNPROTECT, 0); /* incomplete by now */
+	EXPECT(h, "cmd=ERR_STATE");
+	host_free(h);
+
+	/* What is written between an unprotect and a failback would stand in no dirty set. */
+	h = host_new(&m);
+	command(h, CMD_UNPROTECT, 0);
+	EXPECT(h, "save:standalone/DONE");
+	struct repl_command failback = {.cmd = CMD_FAILBACK, .text = "old:1"};
+	step(h, (struct repl_event){.type = EV_COMMAND, .command = &failback});
+	EXPECT(h, "cmd=ERR_BUSY");
+	saved(h);
+	EXPECT(h, "cmd");
+	step(h, (struct repl_event){.type = EV_COMMAND, .command = &failback});
+	EXPECT(h, "cmd=ERR_STATE");
+	host_free(h);
+}
+
 Test(lineage_core, unprotect_stops_first_and_ends_all_partial_syncs)
 {
 	struct host *h = primary(PROTOCOL_F);
