@@ -54,6 +54,14 @@ static const char *out_of_order(const struct repl *r, const struct repl_io *io)
 	return r->in_phase == STREAM_CLOSED ? "data before RESYNC_BEGIN" : NULL;
 }
 
+/* A `stop` given here crossed with what the primary does not stop in: it has dropped the request without a word. */
+static void stop_overtaken(struct repl *r, const char *why)
+{
+	struct repl_command *c = r->stop;
+	r->stop = NULL;
+	repl_command_done(r, c, -ERR_STATE, "%s", why);
+}
+
 /* The primary forwards nothing more: what comes next begins a resync. */
 void secondary_behind(struct repl *r, const struct wire_frame *f)
 {
@@ -70,6 +78,7 @@ void secondary_behind(struct repl *r, const struct wire_frame *f)
 	r->congestion_said = r->congestion_said || congested;
 	r->in_phase = STREAM_CLOSED;
 	r->link = LINK_RESYNC;
+	stop_overtaken(r, "the primary fell behind meanwhile, the link is RESYNC; `wait --for=in-sync` first");
 }
 
 /* A READ_REQ has no number of its own: its place is behind all that was received before it. */
@@ -697,6 +706,9 @@ static void peer_detached(struct repl *r, struct tx *t, int error)
 	}
 	repl_log(r, 1, "the primary's disk of %s is %s", r->meta->volumes[io->volume].name,
 		 io->kind == REPL_DETACH ? "detached: this copy is the only current one" : "whole again");
+	if (io->kind == REPL_DETACH)
+		stop_overtaken(r, "the primary's disk was detached meanwhile: it writes through this host; `resync` it "
+				  "there first, or `failover`");
 	flushed_up_to(r, io);
 	barrier_end(r, io);
 }

@@ -2911,6 +2911,32 @@ Test(repl, a_stop_whose_checkpoint_fails_is_answered)
 	host_free(h);
 }
 
+/* The primary drops a STOP_WANT that finds it behind, or with a detached disk. */
+Test(repl, a_stop_that_the_primary_overtakes_is_answered)
+{
+	struct host *h = secondary();
+	command(h, CMD_STOP, 0);
+	EXPECT(h, "send:STOP_WANT");
+	frame(h, WIRE_BEHIND, 0, 0, 0, NULL, 0);
+	EXPECT(h, "cmd=ERR_STATE");
+	cr_assert_eq(link_of(h), LINK_RESYNC);
+	host_free(h);
+
+	h = secondary();
+	command(h, CMD_STOP, 0);
+	EXPECT(h, "send:STOP_WANT");
+	struct repl_io *io = &h->io['d'];
+	*io = (struct repl_io){
+	    .kind = REPL_DETACH, .seq = 2, .owner = 'd', .lineage = {.current = 300, .history = {100}}};
+	struct wire_frame f = {.type = WIRE_DETACH, .seq = 2};
+	step(h, (struct repl_event){.type = EV_FRAME, .session = h->session, .frame = &f, .io = io});
+	fin(h, "d");
+	forget(h);
+	saved(h);
+	EXPECT(h, "cmd=ERR_STATE send:ACK done:d");
+	host_free(h);
+}
+
 /* ---- a record whose save failed, and may be found all the same ---- */
 
 static void checkpoint_that_fails(struct host *h)
