@@ -94,7 +94,9 @@ static void cmd_resolve(struct repl *r, struct repl_command *c)
 {
 	const struct repl_meta *m = r->meta;
 	bool local = c->number == DISCARD_LOCAL;
-	if (!m->split_brain && m->role == (local ? ROLE_SECONDARY : ROLE_PRIMARY)) {
+	if (!m->split_brain && repl_tx_pending(r, TX_SPLIT)) {
+		repl_command_done(r, c, -ERR_BUSY, "the split brain has just been found and is being recorded; again");
+	} else if (!m->split_brain && m->role == (local ? ROLE_SECONDARY : ROLE_PRIMARY)) {
 		c->result = m->kept;
 		repl_command_done(r, c, 0, " "); /* the same again: so it is already */
 	} else if (!m->split_brain) {

@@ -1769,6 +1769,30 @@ static struct host *halted(bool dialer)
 	return host_new(&m);
 }
 
+/* Else `resolve --discard peer` on the primary would be "so it is already". */
+Test(lineage_core, a_resolve_while_the_split_brain_is_being_recorded_is_refused)
+{
+	struct host *h = halted(true);
+	static struct repl_meta m;
+	m = *repl_meta(h->r);
+	host_free(h);
+	m.split_brain = false;
+	h = host_new(&m);
+	tick(h, 0);
+	link_up(h, true);
+	EXPECT(h, "dial send:JOIN");
+	join_frame(h, &peer_meta, 0);
+	EXPECT(h, "save:primary/RUNNING");
+	command(h, CMD_RESOLVE, DISCARD_PEER);
+	EXPECT(h, "cmd=ERR_BUSY");
+	saved(h);
+	cr_assert(repl_meta(h->r)->split_brain);
+	forget(h);
+	command(h, CMD_RESOLVE, DISCARD_PEER);
+	cr_assert_null(strstr(h->trace, "cmd"), "%s", h->trace);
+	host_free(h);
+}
+
 Test(lineage_core, a_halted_pair_goes_on_telling_each_other)
 {
 	struct host *h = halted(true);
