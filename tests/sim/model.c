@@ -980,7 +980,9 @@ static void flush_done(struct host *h, struct sim_io *s)
 	n = n < h->done.n ? n : h->done.n;
 	for (uint64_t i = 0; i < n; i++) {
 		const struct done *d = &h->done.d[i];
-		if (s->io.target == TARGET_DISK && detached(h, d->vol)) { /* on the peer's word */
+		/* On the peer's word. One that had flushed the disk before it failed goes by that, as long as the peer
+		 * has not heard of the detach: until then the disk is the current one, and has it durably. */
+		if (s->io.target == TARGET_DISK && s->io.strict && detached(h, d->vol)) {
 			if (follows(p, h))
 				done_check(h, d, p->disk[d->vol].durable, p->id,
 					   "a flush has ended on a detached disk");
