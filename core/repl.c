@@ -371,6 +371,14 @@ static bool tx_prepare(struct repl *r, struct tx *t, struct repl_meta *m)
 		return true;
 	case TX_ROOM:
 		return room_prepare(t, m);
+	case TX_DROP:
+		if (hold_held(r, m, t->number)) /* since it was asked for */
+			return false;
+		t->dropped = t->number;
+		history_remove(m, t->dropped);
+		return true;
+	case TX_HOLD:
+		return hold_prepare(r, t, m);
 	case TX_DETACH:
 	case TX_REBUILD:
 	case TX_ATTACH:
@@ -473,6 +481,9 @@ static void tx_done(struct repl *r, struct tx *t, int error)
 	case TX_ROOM:
 		room_tx_done(r, t, error);
 		break;
+	case TX_HOLD:
+		hold_tx_done(r, t, error);
+		break;
 	default:
 		secondary_tx_done(r, t, error);
 		break;
@@ -555,6 +566,8 @@ static void meta_saved(struct repl *r, const struct repl_event *ev)
 			r->lineage_pending = false;
 		repl_emit(r, &(struct repl_action){.type = ACT_SERVING, .meta = r->meta});
 		error_over(r, "metadata");
+		if (t.dropped || t.dropped_through)
+			hold_lost(r, old);
 		tx_done(r, &t, 0);
 	}
 	repl_tx_run(r);

@@ -140,7 +140,14 @@ enum repl_cmd {
 	CMD_PAUSE,    /* stop forwarding, go on with dirty tracking; durable */
 	CMD_RESUME,   /* answered when resync may begin; in sync is what `wait` waits for */
 	CMD_RESYNC,   /* rebuild detached disks from the peer; done when that has begun */
+	/* A job holds a checkpoint of this host (core/repl_hold.c): nothing but want of room drops it, and reads of it
+	 * are -ERR_NOENT from then on. number: which one; 0: the disks as they are now, all volumes between two guests'
+	 * writes, on a host that serves its disk. text: who, as a refusal names it ("job 3"), shorter than HOLDER_SIZE.
+	 * result: the number; result_time_ns: when it was taken. Several may hold one. Forgotten with the daemon. */
+	CMD_HOLD,
+	CMD_UNHOLD, /* number, text: as held. What was taken for it is dropped in the background */
 };
+#define HOLDER_SIZE 80		/* who holds a checkpoint, terminated */
 #define PROTECT_HASH (1U << 31) /* compare hashes before anything is sent, until the first time in sync */
 #define UNPROTECT_FORCE 1U	/* a detached disk is taken as it is, without what went through the peer */
 #define FAILOVER_DEFAULT 0
@@ -321,6 +328,12 @@ struct repl_status {
 	unsigned n_reasons;
 };
 void repl_status(const struct repl *r, uint64_t now_ns, struct repl_status *ret);
+
+/* The record's checkpoint i is one for people and programs to see: not one that was opened for a job and is only still
+ * there because it can't go yet. After a crash such a one need not be what it was. */
+bool repl_shows_ckpt(const struct repl *r, uint32_t i);
+/* Who holds a checkpoint: the nth holder, in buf, or NULL: there are no more. */
+const char *repl_holder(const struct repl *r, uint64_t number, unsigned nth, char buf[static HOLDER_SIZE]);
 
 /* What the two copies hold that the other was never told: `dirty` and, where peer_known, `theirs` of the volumes. */
 struct repl_diverged {

@@ -1,6 +1,6 @@
 /* Commands of the host's administrator: what refuses each, and what it begins. A refusal names the state and what to do
  * instead. Those with a part of their own are there: failover (repl_failover.c), resync of a detached disk
- * (repl_detach.c), the drop of a checkpoint (repl_history.c).
+ * (repl_detach.c), the drop of a checkpoint (repl_history.c), who holds one (repl_hold.c).
  */
 #include "core/repl_internal.h"
 
@@ -355,6 +355,12 @@ void repl_command(struct repl *r, struct repl_command *c)
 		break;
 	case CMD_DROP:
 		history_drop(r, c);
+		break;
+	case CMD_HOLD:
+		hold_command(r, c);
+		break;
+	case CMD_UNHOLD:
+		hold_release(r, c);
 		break;
 	case CMD_PAUSE:
 	case CMD_RESUME:

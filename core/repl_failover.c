@@ -60,7 +60,8 @@ static int outcome(struct repl *r, struct repl_command *c, uint64_t *ret)
 			return -ERR_STATE;
 		}
 	}
-	if (to != FAILOVER_LATEST && repl_meta_find_ckpt(m, to) < 0) {
+	int i = to == FAILOVER_LATEST ? 0 : repl_meta_find_ckpt(m, to);
+	if (to != FAILOVER_LATEST && (i < 0 || !repl_shows_ckpt(r, (uint32_t)i))) {
 		repl_command_done(r, c, -ERR_NOENT, "no checkpoint %llu here; see `checkpoints`",
 				  (unsigned long long)to);
 		return -ERR_NOENT;
@@ -287,6 +288,7 @@ static void prepare_failover(struct repl *r, struct tx *t, struct repl_meta *m)
 		m->target = m->base = 0;
 	} else {
 		m->target = m->base = to;
+		m->ckpts[repl_meta_find_ckpt(m, to)].flags &= (uint8_t)~CKPT_JOB; /* the disks are synced by now */
 	}
 	/* A former primary has no active overlay yet. */
 	if (latest || m->active_id == 0 || (r->failover && (r->failover->flags & FAILOVER_DISCARD_ACTIVE))) {

@@ -3,6 +3,7 @@
  * A checkpoint's overlay is dropped after the record that no longer names it is durable. Out of the middle its blocks
  * go into the older neighbour first (REPL_MERGE), the oldest one's go with it. One merge is under way at a time,
  * whoever asked for it: retention, the command, or want of room (repl_room.c), which gives up more than retention does.
+ * Those that a clone or a job holds (repl_hold.c) go for want of room only.
  */
 #include "core/repl_internal.h"
 
@@ -90,6 +91,19 @@ void history_merge(struct repl *r, uint64_t number, uint32_t flags)
 	repl_submit(r, &r->merge_io, TARGET_OWN);
 }
 
+/* One that was opened for a job which has ended: it goes as soon as it can. UINT32_MAX: none. */
+static uint32_t let_go(const struct repl *r)
+{
+	const struct repl_meta *m = r->meta;
+	for (uint32_t i = 0; i < m->n_ckpts; i++) {
+		const struct repl_ckpt *c = &m->ckpts[i];
+		bool can = m->n_ckpts == 1 ? !history_protected(m, c->number) : !history_needed(m, i);
+		if ((c->flags & CKPT_JOB) && can && !hold_held(r, m, c->number))
+			return i;
+	}
+	return UINT32_MAX;
+}
+
 /* keep_last: the oldest unpinned one above the count goes. Merging into an older neighbour is I/O and comes first. */
 void history_retention(struct repl *r)
 {
@@ -100,16 +114,18 @@ void history_retention(struct repl *r)
 	/* A primary's are from when it followed: they go once the new secondary has one of its own. */
 	bool now_primary = m->role == ROLE_PRIMARY && m->last_stream;
 	uint64_t unpinned = 0;
-	uint32_t oldest = UINT32_MAX;
+	uint32_t oldest = UINT32_MAX, gone = let_go(r);
 	for (uint32_t i = 0; i < m->n_ckpts; i++) {
-		if (m->ckpts[i].flags & CKPT_PINNED)
+		if ((m->ckpts[i].flags & CKPT_PINNED) || hold_held(r, m, m->ckpts[i].number))
 			continue;
 		unpinned++;
 		bool alone = now_primary && m->n_ckpts == 1; /* the live epoch's goes as the last one of the chain */
 		if (oldest == UINT32_MAX && (alone || !history_needed(m, i)))
 			oldest = i;
 	}
-	if (unpinned <= (now_primary ? 0 : m->settings.keep_last) || oldest == UINT32_MAX)
+	if (gone != UINT32_MAX)
+		oldest = gone;
+	else if (unpinned <= (now_primary ? 0 : m->settings.keep_last) || oldest == UINT32_MAX)
 		return;
 	if (m->n_ckpts == 1) {
 		if (!repl_tx_pending(r, TX_DROP))
@@ -119,11 +135,21 @@ void history_retention(struct repl *r)
 	history_merge(r, m->ckpts[oldest].number, 0);
 }
 
+static void refuse_held(struct repl *r, struct repl_command *c, uint64_t number)
+{
+	char holder[HOLDER_SIZE], more[HOLDER_SIZE];
+	const char *who = repl_holder(r, number, 0, holder);
+	bool clone = who && strncmp(who, "clone ", 6) == 0;
+	repl_command_done(r, c, -ERR_BUSY, "%s%s holds it; %s first", who ? who : "somebody",
+			  repl_holder(r, number, 1, more) ? " (and others)" : "",
+			  clone ? "remove that with `rm`" : "wait for that to end, or cancel it");
+}
+
 void history_drop(struct repl *r, struct repl_command *c)
 {
 	const struct repl_meta *m = r->meta;
 	int i = repl_meta_find_ckpt(m, c->number);
-	if (i < 0)
+	if (i < 0 || !repl_shows_ckpt(r, (uint32_t)i))
 		repl_command_done(r, c, -ERR_NOENT, "no such checkpoint; see `checkpoints`");
 	else if (m->state == STATE_FAILOVER)
 		repl_command_done(r, c, -ERR_BUSY, "a failover is being committed; wait with `wait --for=done`");
@@ -132,6 +158,8 @@ void history_drop(struct repl *r, struct repl_command *c)
 		    r, c, -ERR_STATE,
 		    "it is in use (the base of the view, the newest one, or one that a resync or failover "
 		    "needs)");
+	else if (hold_held(r, m, c->number))
+		refuse_held(r, c, c->number);
 	else if (r->drop_next)
 		repl_command_done(r, c, -ERR_BUSY, "another checkpoint is being dropped");
 	else if (r->merge_busy || r->dropping)
@@ -155,6 +183,13 @@ void history_merged(struct repl *r, int error)
 {
 	if (r->room_merging) {
 		room_merge_done(r, error);
+		return;
+	}
+	if (!error && hold_held(r, r->meta, r->merge_io.arg)) { /* since the merge began; the image stays what it is */
+		r->merge_busy = false;
+		refuse_held(r, r->dropping, r->merge_io.arg);
+		r->dropping = NULL;
+		room_merge_done(r, -ERR_BUSY);
 		return;
 	}
 	if (error) {
@@ -183,6 +218,9 @@ void history_dropped(struct repl *r, struct tx *t, int error)
 	if (t->command == r->dropping)
 		r->dropping = NULL;
 	r->merge_busy = false;
-	repl_command_done(r, t->command, error, "the group's record could not be saved: %s", err_short(error));
+	if (error == -ERR_CANCELED)
+		refuse_held(r, t->command, t->number);
+	else
+		repl_command_done(r, t->command, error, "the group's record could not be saved: %s", err_short(error));
 	room_merge_done(r, error);
 }

@@ -34,6 +34,7 @@
 #define MARK_RUN_SHIFT_MAX 6 /* 64 MiB */
 #define MARKS_MAX (MARKS_LIGHT + MARKS_STEP * MARK_RUN_SHIFT_MAX)
 #define MARKS_DRAIN_NS UINT64_C(250000000)
+#define HOLDS_MAX 64 /* of jobs, per group */
 #define ACK_LAZY_NS UINT64_C(100000000)
 #define REDIAL_MIN_NS UINT64_C(50000000)
 #define REDIAL_MAX_NS UINT64_C(2000000000)
@@ -96,6 +97,7 @@ enum tx_kind {
 	TX_DISCARD,
 	TX_SETTINGS,
 	TX_DROP,
+	TX_HOLD,	/* an epoch for a job on this host's own disk; command: a list of those that share it */
 	TX_PEER_BROKEN, /* primary: the peer's checkpoints are given up */
 	TX_ROOM,	/* arg: enum room_policy; number: what goes, 0: all */
 	TX_DETACH,	/* primary: the peer has begun the generation of a detach */
@@ -285,6 +287,13 @@ struct repl {
 	unsigned admit;		/* throttled: writes that may start, in halves */
 	uint64_t active_writes; /* in flight to active in FAILOVER */
 	struct repl_command *dropping, *drop_next; /* the latter waits for a merge under way */
+	/* jobs that hold checkpoints (repl_hold.c), and those that wait for one to be taken */
+	struct repl_hold {
+		uint64_t number;
+		char holder[HOLDER_SIZE];
+	} holds[HOLDS_MAX];
+	unsigned n_holds, n_hold_waits;
+	struct repl_command *hold_waits;
 
 	uint64_t last_ckpt_wall_ns;
 	struct repl_error error;
@@ -460,6 +469,14 @@ void history_drop(struct repl *r, struct repl_command *c);
 void history_settle(struct repl *r); /* a drop that waited has its turn */
 void history_merged(struct repl *r, int error);
 void history_dropped(struct repl *r, struct tx *t, int error);
+
+/* repl_hold.c */
+bool hold_held(const struct repl *r, const struct repl_meta *m, uint64_t number);
+void hold_command(struct repl *r, struct repl_command *c);
+void hold_release(struct repl *r, struct repl_command *c);
+bool hold_prepare(struct repl *r, struct tx *t, struct repl_meta *m);
+void hold_tx_done(struct repl *r, struct tx *t, int error);
+void hold_lost(struct repl *r, const struct repl_meta *old); /* says whose checkpoint a save has given up */
 
 /* repl_commands.c */
 void repl_command(struct repl *r, struct repl_command *c);

@@ -14,7 +14,7 @@
 #include "core/check.h"
 #include "core/range.h"
 
-#define CKPT_FLAGS_ALL (CKPT_PINNED | CKPT_FOREIGN)
+#define CKPT_FLAGS_ALL (CKPT_PINNED | CKPT_FOREIGN | CKPT_JOB)
 #define VOLUME_FLAGS_ALL (VOLUME_STALE | VOLUME_REBUILD | VOLUME_PEER_STALE)
 
 /* The booleans of the record, as bits of one u32. */
@@ -239,6 +239,35 @@ static int validate_ckpts(const struct repl_meta *m, struct err *e)
 	return 0;
 }
 
+static int clone_bad(struct err *e, uint32_t i, const char *field, const char *matter)
+{
+	return err_set(e, ERR_CORRUPT, "group record, field clones[%" PRIu32 "].%s: %s", i, field, matter);
+}
+
+static int validate_clones(const struct repl_meta *m, struct err *e)
+{
+	if (m->n_clones > GROUP_CLONES_MAX)
+		return field_bad(e, "n_clones", "above 64");
+	for (uint32_t i = 0; i < m->n_clones; i++) {
+		const struct repl_clone *c = &m->clones[i];
+		if (!name_valid(c->name))
+			return clone_bad(e, i, "name", "not a valid one");
+		if (!name_valid(c->volume) || repl_meta_find_volume(m, c->volume) < 0)
+			return clone_bad(e, i, "volume", "not one of the group's");
+		if (c->ckpt == 0 || c->ckpt > m->ckpt_max)
+			return clone_bad(e, i, "checkpoint", "0 or above ckpt_max");
+		if (c->id == 0 || c->id > m->clone_max)
+			return clone_bad(e, i, "id", "0 or above clone_max");
+		for (uint32_t k = 0; k < i; k++) {
+			if (strcmp(m->clones[k].name, c->name) == 0)
+				return clone_bad(e, i, "name", "stands twice");
+			if (m->clones[k].id == c->id)
+				return clone_bad(e, i, "id", "stands twice");
+		}
+	}
+	return 0;
+}
+
 static int reference_check(const struct repl_meta *m, const char *field, uint64_t number, bool listed, struct err *e)
 {
 	if (number > m->ckpt_max)
@@ -285,7 +314,7 @@ int repl_meta_validate(const struct repl_meta *m, struct err *e)
 		return field_bad(e, "peer", "not an address");
 	if (!settings_valid(&m->settings))
 		return field_bad(e, "settings", "a value is out of bounds");
-	if ((rc = validate_volumes(m, e)) < 0 || (rc = validate_ckpts(m, e)) < 0)
+	if ((rc = validate_volumes(m, e)) < 0 || (rc = validate_ckpts(m, e)) < 0 || (rc = validate_clones(m, e)) < 0)
 		return rc;
 	return validate_references(m, e);
 }
@@ -333,6 +362,15 @@ static void ckpt_encode(const struct repl_ckpt *c, struct wbuf *w)
 	wbuf_u8(w, c->flags);
 }
 
+static void clone_encode(const struct repl_clone *c, struct wbuf *w)
+{
+	wbuf_str(w, c->name);
+	wbuf_str(w, c->volume);
+	wbuf_u64(w, c->ckpt);
+	wbuf_u64(w, c->id);
+	wbuf_u64(w, c->time_ns);
+}
+
 int repl_meta_encode(const struct repl_meta *m, void *buf, size_t size)
 {
 	struct wbuf w = {.data = buf, .size = size};
@@ -357,6 +395,10 @@ int repl_meta_encode(const struct repl_meta *m, void *buf, size_t size)
 	wbuf_u32(&w, m->n_ckpts);
 	for (uint32_t i = 0; i < m->n_ckpts; i++)
 		ckpt_encode(&m->ckpts[i], &w);
+	wbuf_u64(&w, m->clone_max);
+	wbuf_u32(&w, m->n_clones);
+	for (uint32_t i = 0; i < m->n_clones; i++)
+		clone_encode(&m->clones[i], &w);
 	return w.failed ? -ERR_LIMIT : (int)w.len;
 }
 
@@ -379,6 +421,15 @@ static void ckpt_decode(struct repl_ckpt *c, struct rbuf *r)
 	c->time_ns = rbuf_u64(r);
 	c->kind = rbuf_u8(r);
 	c->flags = rbuf_u8(r);
+}
+
+static void clone_decode(struct repl_clone *c, struct rbuf *r)
+{
+	rbuf_str(r, c->name, sizeof(c->name));
+	rbuf_str(r, c->volume, sizeof(c->volume));
+	c->ckpt = rbuf_u64(r);
+	c->id = rbuf_u64(r);
+	c->time_ns = rbuf_u64(r);
 }
 
 static void parse_head(struct field_reader *f, struct repl_meta *m, uint32_t version)
@@ -430,6 +481,17 @@ static void parse_lists(struct field_reader *f, struct repl_meta *m, uint32_t ve
 	for (uint32_t i = 0; i < m->n_ckpts && !f->r.failed; i++)
 		ckpt_decode(&m->ckpts[i], &f->r);
 	field_end(f, "checkpoints");
+	if (version < 3)
+		return;
+	m->clone_max = rbuf_u64(&f->r);
+	field_end(f, "clone_max");
+	m->n_clones = rbuf_u32(&f->r);
+	if (m->n_clones > GROUP_CLONES_MAX)
+		f->r.failed = true;
+	field_end(f, "n_clones");
+	for (uint32_t i = 0; i < m->n_clones && !f->r.failed; i++)
+		clone_decode(&m->clones[i], &f->r);
+	field_end(f, "clones");
 }
 
 int repl_meta_decode(struct repl_meta *m, const void *buf, size_t len, uint32_t version, struct err *e)
@@ -485,6 +547,15 @@ int repl_meta_find_volume(const struct repl_meta *m, const char *name)
 {
 	for (uint32_t i = 0; i < m->n_volumes; i++) {
 		if (strcmp(m->volumes[i].name, name) == 0)
+			return (int)i;
+	}
+	return -ERR_NOENT;
+}
+
+int repl_meta_find_clone(const struct repl_meta *m, const char *name)
+{
+	for (uint32_t i = 0; i < m->n_clones; i++) {
+		if (strcmp(m->clones[i].name, name) == 0)
 			return (int)i;
 	}
 	return -ERR_NOENT;

@@ -15,6 +15,7 @@
 #define ADDR_SIZE 272 /* HOST:PORT, terminated */
 #define GROUP_VOLUMES_MAX 64
 #define GROUP_CKPTS_MAX 4096
+#define GROUP_CLONES_MAX 64
 #define GENERATIONS_MAX 16
 
 enum role { ROLE_STANDALONE, ROLE_PRIMARY, ROLE_SECONDARY };
@@ -31,6 +32,7 @@ enum ckpt_kind { CKPT_STREAM, CKPT_LOCAL, CKPT_PARTIAL };
 enum ckpt_flags {
 	CKPT_PINNED = 1 << 0,  /* retention leaves it alone */
 	CKPT_FOREIGN = 1 << 1, /* of data that the lineage now followed has discarded: no default target (LASTLIN) */
+	CKPT_JOB = 1 << 2,     /* opened for a job of this host only: goes when nothing holds it (repl_hold.c) */
 };
 
 struct repl_ckpt {
@@ -39,6 +41,15 @@ struct repl_ckpt {
 	uint64_t time_ns;    /* wall clock, ns since 1970 */
 	uint8_t kind;	     /* enum ckpt_kind */
 	uint8_t flags;	     /* enum ckpt_flags */
+};
+
+/* A writable scratch over a checkpoint of one volume; it holds the checkpoint (core/repl_hold.c). */
+struct repl_clone {
+	char name[NAME_SIZE]; /* unique on the host */
+	char volume[NAME_SIZE];
+	uint64_t ckpt;	  /* what it stands on. Not listed any more: given up for want of room, all I/O is EIO */
+	uint64_t id;	  /* of its overlay's files; never used again */
+	uint64_t time_ns; /* wall clock: when it was made */
 };
 
 struct repl_volume {
@@ -91,11 +102,14 @@ struct repl_meta {
 	struct settings settings;
 	uint32_t n_volumes;
 	struct repl_volume volumes[GROUP_VOLUMES_MAX];
+	uint64_t clone_max; /* the highest id of a clone ever used; only grows */
+	uint32_t n_clones;
+	struct repl_clone clones[GROUP_CLONES_MAX];
 	uint32_t n_ckpts;
 	struct repl_ckpt ckpts[GROUP_CKPTS_MAX]; /* ascending by number */
 };
 
-#define REPL_META_VERSION 2
+#define REPL_META_VERSION 3
 #define REPL_META_VERSION_MIN 1 /* read too: what it lacks is 0 */
 #define REPL_META_ENCODED_MAX (512U << 10)
 
@@ -127,6 +141,7 @@ int repl_meta_find_volume(const struct repl_meta *m, const char *name); /* index
 int repl_meta_volume_by_id(const struct repl_meta *m, uint32_t id);	/* likewise, by what the wire calls it */
 bool repl_meta_flagged(const struct repl_meta *m, unsigned flag);	/* of any volume: VOLUME_x */
 int repl_meta_find_ckpt(const struct repl_meta *m, uint64_t number);	/* index or -ERR_NOENT */
+int repl_meta_find_clone(const struct repl_meta *m, const char *name);	/* index or -ERR_NOENT */
 bool name_valid(const char *name);
 
 const char *role_name(unsigned role);	   /* "primary" */

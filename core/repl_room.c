@@ -47,24 +47,28 @@ static enum room_policy policy(const struct repl *r, const struct repl_io *io, i
 }
 
 /* How dear a checkpoint is; those of one rank go oldest first. */
-enum { RANK_UNPINNED, RANK_PINNED, RANK_PROTECTED, RANKS };
+enum { RANK_UNPINNED, RANK_PINNED, RANK_HELD, RANK_PROTECTED, RANKS };
 
-static unsigned rank_of(const struct repl_meta *m, uint32_t i)
+static unsigned rank_of(const struct repl *r, uint32_t i)
 {
+	const struct repl_meta *m = r->meta;
 	if (history_protected(m, m->ckpts[i].number))
 		return RANK_PROTECTED;
+	if (hold_held(r, m, m->ckpts[i].number))
+		return RANK_HELD;
 	return m->ckpts[i].flags & CKPT_PINNED ? RANK_PINNED : RANK_UNPINNED;
 }
 
 /* The nth checkpoint that may go, in the order in which they go; 0: there is none. The live epoch's overlay can go only
  * when it is the last. */
-static uint64_t candidate(const struct repl_meta *m, enum room_policy p, uint32_t nth)
+static uint64_t candidate(const struct repl *r, enum room_policy p, uint32_t nth)
 {
+	const struct repl_meta *m = r->meta;
 	unsigned ranks = p == ROOM_ANY ? RANKS : RANK_UNPINNED + 1;
 	for (unsigned rank = 0; rank < ranks; rank++)
 		for (uint32_t i = 0; i < m->n_ckpts; i++) {
 			bool free = p == ROOM_ANY ? i + 1 < m->n_ckpts || i == 0 : !history_needed(m, i);
-			if (free && rank_of(m, i) == rank && nth-- == 0)
+			if (free && rank_of(r, i) == rank && nth-- == 0)
 				return m->ckpts[i].number;
 		}
 	return 0;
@@ -87,7 +91,7 @@ static void room_next(struct repl *r)
 		save_room(r, 0);
 		return;
 	}
-	uint64_t number = candidate(r->meta, r->room_policy, r->room_tried);
+	uint64_t number = candidate(r, r->room_policy, r->room_tried);
 	if (number == 0) {
 		room_end(r, false);
 	} else if (number == r->meta->ckpts[0].number) {
@@ -101,7 +105,7 @@ static void room_next(struct repl *r)
 bool room_wait(struct repl *r, struct repl_io *io, int error)
 {
 	enum room_policy p = policy(r, io, error);
-	if (p == ROOM_NONE || ((p == ROOM_ANY || p == ROOM_UNNEEDED) && candidate(r->meta, p, 0) == 0))
+	if (p == ROOM_NONE || ((p == ROOM_ANY || p == ROOM_UNNEEDED) && candidate(r, p, 0) == 0))
 		return false;
 	io->error = error;
 	io->phase = PHASE_ROOM;

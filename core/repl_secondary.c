@@ -626,10 +626,6 @@ void secondary_prepare(struct repl *r, struct tx *t, struct repl_meta *m)
 	case TX_DISCARD:
 		secondary_fresh_active(t, m);
 		return;
-	case TX_DROP:
-		t->dropped = t->number;
-		history_remove(m, t->dropped);
-		return;
 	default:
 		UNREACHABLE();
 	}

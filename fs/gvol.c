@@ -199,6 +199,7 @@ static int find_ckpt(struct group *g, uint64_t number, struct repl_ckpt *ret)
 	mutex_lock(&g->lock);
 	const struct repl_meta *m = repl_meta(g->core);
 	int i = repl_meta_find_ckpt(m, number);
+	i = i < 0 || repl_shows_ckpt(g->core, (uint32_t)i) ? i : -ERR_NOENT;
 	if (i >= 0)
 		*ret = m->ckpts[i];
 	mutex_unlock(&g->lock);
@@ -236,10 +237,13 @@ uint32_t gvol_ckpts(struct gvol *v, uint64_t *numbers, uint32_t max, uint64_t *r
 		return 0;
 	mutex_lock(&g->lock);
 	const struct repl_meta *m = repl_meta(g->core);
-	uint32_t n = m->n_ckpts;
-	for (uint32_t i = 0; i < n; i++) {
-		if (i < max)
-			numbers[i] = m->ckpts[i].number;
+	uint32_t n = 0;
+	for (uint32_t i = 0; i < m->n_ckpts; i++) {
+		if (!repl_shows_ckpt(g->core, i))
+			continue;
+		if (n < max)
+			numbers[n] = m->ckpts[i].number;
+		n++;
 		*ret_latest = m->ckpts[i].number;
 	}
 	mutex_unlock(&g->lock);

@@ -304,7 +304,11 @@ static int execute(struct group *g, struct repl_io *io)
 	void *into = io->kind == REPL_READ && io->owner == OWNER_GUEST ? gio_of(io)->into : NULL;
 	if (io->kind == REPL_REBUILD && io->hole)
 		return -ERR_NOMEM;
-	if (io->target != TARGET_ACTIVE || io->kind == REPL_FLUSH)
+	bool active = io->target == TARGET_ACTIVE && io->kind != REPL_FLUSH;
+	/* A point in time of several disks (a job's, core/repl_hold.c) lies between guests' writes. One volume's chain
+	 * lock does that for it alone. */
+	bool point = g->n_vols > 1 && io->target == TARGET_DISK && io->owner == OWNER_GUEST && io->kind <= REPL_DISCARD;
+	if (!active && !point)
 		return repl_exec_io(&g->exec, io, data_of(io), into, 0);
 	pthread_rwlock_rdlock(&g->view);
 	int err = repl_exec_io(&g->exec, io, data_of(io), NULL, atomic_load(&g->base));

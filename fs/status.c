@@ -38,12 +38,14 @@ static json_t *volume_json(struct group *g, const struct repl_meta *m, uint32_t 
 	struct gvol *v = g->vols[i];
 	char path[4096 + NAME_SIZE];
 	(void)snprintf(path, sizeof(path), "%s/volumes/%s", g->d->cfg.mount ? g->d->cfg.mount : "", v->name);
-	uint64_t detached = repl_detached(g->core);
+	uint64_t detached = repl_detached(g->core), shown = 0;
+	for (uint32_t k = 0; k < m->n_ckpts; k++)
+		shown += repl_shows_ckpt(g->core, k);
 	return json_pack("{s:s, s:I, s:I, s:o, s:I, s:I, s:I, s:I, s:b}", "name", v->name, "id",
 			 (json_int_t)m->volumes[i].id, "size", (json_int_t)volume_size(v->vol), "path",
 			 g->d->cfg.mount ? json_string(path) : json_null(), "active_bytes", (json_int_t)o->active,
 			 "hidden_bytes", (json_int_t)o->hidden, "history_bytes", (json_int_t)o->c.history_bytes,
-			 "checkpoints", (json_int_t)m->n_ckpts, "detached", (int)(detached >> i & 1));
+			 "checkpoints", (json_int_t)shown, "detached", (int)(detached >> i & 1));
 }
 
 static json_t *counters_json(const struct group *g, const struct repl_counters *c, const struct overlays *o)

@@ -6,6 +6,15 @@
 #include "fs/repl_shell.h"
 #include "fs/verbs_internal.h"
 
+static json_t *holders(struct group *g, uint64_t number)
+{
+	json_t *a = json_array();
+	char buf[HOLDER_SIZE];
+	for (unsigned i = 0; repl_holder(g->core, number, i, buf); i++)
+		json_array_append_new(a, json_string(buf));
+	return a;
+}
+
 int verb_do_checkpoints(const struct call *c)
 {
 	struct group *g;
@@ -26,12 +35,15 @@ int verb_do_checkpoints(const struct call *c)
 		const struct repl_meta *m = repl_meta(g->core);
 		for (uint32_t i = 0; i < m->n_ckpts; i++) {
 			char t[40], gen[20];
+			if (!repl_shows_ckpt(g->core, i))
+				continue;
 			clock_format(m->ckpts[i].time_ns, t, sizeof(t));
 			(void)snprintf(gen, sizeof(gen), "%016llx", (unsigned long long)m->ckpts[i].generation);
 			json_array_append_new(
-			    a, json_pack("{s:I, s:s, s:b, s:s, s:s}", "number", (json_int_t)m->ckpts[i].number, "kind",
-					 ckpt_kind_name(m->ckpts[i].kind), "pinned",
-					 (m->ckpts[i].flags & CKPT_PINNED) != 0, "time", t, "generation", gen));
+			    a, json_pack("{s:I, s:s, s:b, s:s, s:s, s:o}", "number", (json_int_t)m->ckpts[i].number,
+					 "kind", ckpt_kind_name(m->ckpts[i].kind), "pinned",
+					 (m->ckpts[i].flags & CKPT_PINNED) != 0, "time", t, "generation", gen,
+					 "held_by", holders(g, m->ckpts[i].number)));
 		}
 		mutex_unlock(&g->lock);
 		verb_result(c, json_pack("{s:s, s:o}", "group", g->name, "checkpoints", a));

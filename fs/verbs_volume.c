@@ -218,7 +218,8 @@ static json_t *volume_entry(struct group *g, uint32_t i, bool full)
 		json_object_set_new(j, "store_path", json_string(path));
 		json_t *list = json_array();
 		for (uint32_t k = 0; k < m->n_ckpts; k++)
-			json_array_append_new(list, json_integer((json_int_t)m->ckpts[k].number));
+			if (repl_shows_ckpt(g->core, k))
+				json_array_append_new(list, json_integer((json_int_t)m->ckpts[k].number));
 		json_object_set_new(j, "checkpoints", list);
 	}
 	mutex_unlock(&g->lock);

@@ -6,7 +6,9 @@
  * (world_moment: power is lost just as something matters).
  */
 #include <inttypes.h>
+#include <stdio.h>
 
+#include "core/check.h"
 #include "tests/sim/sim.h"
 
 #define DAY (86400 * SEC)
@@ -164,8 +166,31 @@ static void takeover(struct sim *s)
 	}
 }
 
-static void (*const kinds[])(struct sim *s) = {clock_jump, path_errors, no_room, burst,	  replace,
-					       tune,	   idle,	blunder, takeover};
+/* A job on either host begins or ends: it holds one of the checkpoints, or the disks as they are now. */
+static void job(struct sim *s)
+{
+	struct world *w = s->w;
+	unsigned h = (unsigned)world_more(w, 2), at = (unsigned)world_more(w, ARRAY_LEN(s->jobs));
+	struct sim_job *j = &s->jobs[at];
+	const struct repl_meta *m = world_meta(w, h);
+	if (j->asked && !j->held.done)
+		return;
+	struct repl_command c = {.cmd = CMD_UNHOLD, .number = j->held.result};
+	(void)snprintf(c.text, sizeof(c.text), "job %u", at);
+	if (j->asked && j->held.error == 0) {
+		(void)world_command(w, j->host, &c, NULL);
+		j->asked = false;
+		return;
+	}
+	c.cmd = CMD_HOLD;
+	c.number = m && m->n_ckpts && world_more(w, 2) ? m->ckpts[world_more(w, m->n_ckpts)].number : 0;
+	j->host = h;
+	j->asked = world_command(w, h, &c, &j->held);
+	w->count.holds += j->asked;
+}
+
+static void (*const kinds[])(struct sim *s) = {clock_jump, path_errors, no_room, burst,	   replace,
+					       tune,	   idle,	blunder, takeover, job};
 
 #define KINDS (sizeof(kinds) / sizeof(kinds[0]))
 

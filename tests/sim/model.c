@@ -1241,6 +1241,8 @@ static void crash_look_disk(struct host *h, uint32_t vol, enum world_crash how, 
 		units_copy(w, vol, d->durable, d->now);
 	simfree(buf);
 	for (uint32_t k = 0; k < repl_meta(h->core)->n_ckpts && first < end; k++) {
+		if (!repl_shows_ckpt(h->core, k))
+			continue;
 		struct ghost *g = ghost_find(h, repl_meta(h->core)->ckpts[k].number);
 		if (g)
 			ckpt_look(h, vol, g, first, end - first);
@@ -1454,7 +1456,11 @@ int model_read(struct host *h, struct sim_io *s, uint8_t *buf)
 	if (s->promised) { /* of a checkpoint */
 		if (m->n_ckpts == 0)
 			return 0;
-		l.ghost = base_of(h, m->ckpts[world_below(w, m->n_ckpts)].number);
+		uint64_t n = m->ckpts[world_below(w, m->n_ckpts)].number;
+		int i = repl_meta_find_ckpt(repl_meta(h->core), n);
+		if (i < 0 || !repl_shows_ckpt(h->core, (uint32_t)i))
+			return 0;
+		l.ghost = base_of(h, n);
 	} else if (h->serving == SERVING_VIEW) {
 		l.active = true;
 		l.ghost = base_of(h, h->base);
@@ -1637,7 +1643,8 @@ void model_check_all(struct world *w)
 		for (uint32_t v = 0; v < WORLD_VOLUMES; v++) {
 			check_bytes(h, v, NULL);
 			for (uint32_t k = 0; k < m->n_ckpts; k++)
-				check_bytes(h, v, base_of(h, m->ckpts[k].number));
+				if (repl_shows_ckpt(h->core, k))
+					check_bytes(h, v, base_of(h, m->ckpts[k].number));
 			for (uint32_t u = 0; u < w->units[v]; u++)
 				if (model_shows(w, h->disk[v].now[u]) != model_shows(w, w->h[0].disk[v].now[u]))
 					world_fail(w,

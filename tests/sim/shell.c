@@ -106,7 +106,9 @@ static int execute(struct host *h, struct repl_io *io)
 	struct sim_io *s = sim_io_of(io);
 	struct exec *x = NULL;
 	bool active = io->target == TARGET_ACTIVE && io->kind != REPL_FLUSH;
-	if (active)
+	/* one volume's chain lock would do for it alone, but the model looks at all of them */
+	bool point = io->target == TARGET_DISK && io->owner == OWNER_GUEST && writes(io);
+	if (active || point)
 		pthread_rwlock_rdlock(&h->view);
 	if (s && !s->stream && writes(io))
 		model_fill(h, s);
@@ -118,7 +120,7 @@ static int execute(struct host *h, struct repl_io *io)
 		model_end(h, x, err, io->save_failed);
 	if (io->kind == REPL_REOPEN)
 		model_reopened(h, io->arg);
-	if (active)
+	if (active || point)
 		pthread_rwlock_unlock(&h->view);
 	return err;
 }

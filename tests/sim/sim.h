@@ -4,6 +4,12 @@
 
 #include "tests/sim/world_internal.h"
 
+struct sim_job { /* that holds a checkpoint */
+	unsigned host;
+	bool asked;
+	struct world_result held;
+};
+
 struct sim {
 	struct world *w;
 	unsigned vm;   /* where the guest runs */
@@ -16,6 +22,7 @@ struct sim {
 	bool failover_asked;
 	unsigned mix_kinds;  /* mix.c: those that this seed has, */
 	uint64_t mix_one_in; /* and how often */
+	struct sim_job jobs[4];
 };
 extern struct sim *the_sim;
 

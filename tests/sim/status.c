@@ -158,6 +158,9 @@ static bool command_did(struct host *h, const struct repl_command *c)
 	case CMD_PAUSE:
 	case CMD_RESUME:
 		return m->paused == (c->cmd == CMD_PAUSE);
+	case CMD_HOLD:
+		return repl_meta_find_ckpt(m, c->result) >= 0;
+	case CMD_UNHOLD:
 	case CMD_CHECKPOINT:
 	case CMD_DISCARD:
 	case CMD_RESYNC:

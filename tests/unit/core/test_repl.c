@@ -2794,6 +2794,287 @@ Test(repl, a_write_without_room_waits_for_retentions_merge)
 	host_free(h);
 }
 
+/* ---- held checkpoints ---- */
+
+static void hold(struct host *h, enum repl_cmd cmd, uint64_t number, const char *who)
+{
+	h->cmd = (struct repl_command){.cmd = cmd, .number = number};
+	(void)snprintf(h->cmd.text, sizeof(h->cmd.text), "%s", who);
+	step(h, (struct repl_event){.type = EV_COMMAND, .command = &h->cmd});
+}
+
+/* A survivor with checkpoints 1 to 4; 2 is under a clone. One is kept for good measure. */
+static struct host *survivor_with_a_clone(void)
+{
+	static struct repl_meta m;
+	meta_of(&m, ROLE_STANDALONE, STATE_DONE);
+	m.n_ckpts = 4;
+	m.ckpt_max = m.last_stream = 4;
+	for (unsigned i = 0; i < 4; i++)
+		m.ckpts[i] = (struct repl_ckpt){.number = i + 1, .generation = 100};
+	m.settings.keep_last = 1;
+	m.n_clones = 1;
+	m.clone_max = 1;
+	m.clones[0] = (struct repl_clone){.name = "test", .volume = "vm", .ckpt = 2, .id = 1};
+	m.alone = true;
+	return host_new(&m);
+}
+
+Test(repl, retention_leaves_what_a_clone_or_a_job_holds)
+{
+	struct host *h = survivor_with_a_clone();
+	char buf[HOLDER_SIZE];
+	hold(h, CMD_HOLD, 1, "job 7");
+	EXPECT(h, "cmd");
+	cr_assert_eq(h->cmd.result, 1);
+	hold(h, CMD_HOLD, 1, "job 8");
+	EXPECT(h, "cmd");
+	cr_assert_str_eq(repl_holder(h->r, 2, 0, buf), "clone test");
+	cr_assert_null(repl_holder(h->r, 2, 1, buf));
+	cr_assert_str_eq(repl_holder(h->r, 1, 1, buf), "job 8");
+	cr_assert_null(repl_holder(h->r, 3, 0, buf));
+	tick(h, SEC);
+	EXPECT(h, "do:merge/own"); /* 3, not 1 or 2 */
+	fin(h, "merge");
+	EXPECT(h, "save:standalone/DONE -3");
+	saved(h);
+	tick(h, SEC);
+	EXPECT(h, ""); /* of those not held only 4 is left: as many as are kept */
+	hold(h, CMD_UNHOLD, 1, "job 7");
+	EXPECT(h, "cmd");
+	hold(h, CMD_UNHOLD, 1, "job 7");
+	EXPECT(h, "cmd=ERR_NOENT");
+	tick(h, SEC);
+	EXPECT(h, "");
+	hold(h, CMD_UNHOLD, 1, "job 8");
+	EXPECT(h, "cmd do:merge/own");
+	fin(h, "merge");
+	EXPECT(h, "save:standalone/DONE -1");
+	saved(h);
+	hold(h, CMD_HOLD, 1, "job 9");
+	EXPECT(h, "cmd=ERR_NOENT");
+	host_free(h);
+}
+
+Test(repl, a_drop_of_a_held_checkpoint_is_refused_with_the_holders_name)
+{
+	struct host *h = survivor_with_a_clone();
+	command(h, CMD_DROP, 2);
+	EXPECT(h, "cmd=ERR_BUSY");
+	cr_assert(strstr(h->cmd.err.text, "clone test holds it"), "%s", h->cmd.err.text);
+	hold(h, CMD_HOLD, 3, "job 7");
+	forget(h);
+	command(h, CMD_DROP, 3);
+	EXPECT(h, "cmd=ERR_BUSY");
+	cr_assert(strstr(h->cmd.err.text, "job 7 holds it"), "%s", h->cmd.err.text);
+	host_free(h);
+}
+
+/* A hold that comes while its checkpoint is being dropped: until the record is being saved it wins. */
+Test(repl, a_hold_beside_a_drop)
+{
+	struct host *h = survivor_with_a_clone();
+	struct repl_command drop = {.cmd = CMD_DROP, .number = 3};
+	step(h, (struct repl_event){.type = EV_COMMAND, .command = &drop});
+	EXPECT(h, "do:merge/own");
+	hold(h, CMD_HOLD, 3, "job 7");
+	EXPECT(h, "cmd");
+	fin(h, "merge");
+	EXPECT(h, "cmd=ERR_BUSY");
+	cr_assert(strstr(drop.err.text, "job 7 holds it"), "%s", drop.err.text);
+	hold(h, CMD_UNHOLD, 3, "job 7");
+	fin(h, "merge"); /* retention's, of 1 */
+	saved(h);
+	forget(h);
+	drop = (struct repl_command){.cmd = CMD_DROP, .number = 3};
+	step(h, (struct repl_event){.type = EV_COMMAND, .command = &drop});
+	fin(h, "merge");
+	EXPECT(h, "do:merge/own save:standalone/DONE -3");
+	hold(h, CMD_HOLD, 3, "job 7");
+	EXPECT(h, "cmd=ERR_NOENT");
+	saved(h);
+	EXPECT(h, "cmd");
+	host_free(h);
+}
+
+/* Unpinned, pinned, held, protected, live. */
+Test(repl, want_of_room_takes_held_checkpoints_behind_the_pinned_ones)
+{
+	static struct repl_meta m;
+	meta_of(&m, ROLE_STANDALONE, STATE_DONE);
+	m.alone = true;
+	m.n_ckpts = 5;
+	m.ckpt_max = 5;
+	for (unsigned i = 0; i < 5; i++)
+		m.ckpts[i] = (struct repl_ckpt){.number = i + 1, .generation = 100, .flags = CKPT_PINNED};
+	m.ckpts[3].flags = 0;
+	m.n_clones = 1;
+	m.clone_max = 1;
+	m.clones[0] = (struct repl_clone){.name = "test", .volume = "vm", .ckpt = 1, .id = 1};
+	m.target = 2;
+	struct host *h = host_new(&m);
+	hold(h, CMD_HOLD, 4, "job 7");
+	forget(h);
+	guest(h, 'A', REPL_WRITE, 0, 4096);
+	fin(h, "A"); /* its intent bit */
+	forget(h);
+	/* 3 by a merge; 1 and 4, which are held; 2, which is protected; 5, the live one */
+	const char *const saves[] = {"do:merge/own save:standalone/DONE -3", "save:standalone/DONE <2",
+				     "do:merge/own save:standalone/DONE -4", "save:standalone/DONE <3",
+				     "save:standalone/DONE <6"};
+	for (unsigned i = 0; i < 5; i++) {
+		fin_full(h, "A", -ERR_NOSPC, false, 0, true);
+		if (i == 0 || i == 2)
+			fin(h, "merge");
+		EXPECT(h, saves[i]);
+		saved(h);
+		EXPECT(h, "do:A/disk");
+	}
+	cr_assert_eq(repl_meta(h->r)->n_clones, 1, "it is there to be removed");
+	fin(h, "A");
+	EXPECT(h, "done:A");
+	host_free(h);
+}
+
+/* A primary has no checkpoint of its own: one is taken for the job, and goes with it. */
+Test(repl, a_job_on_a_primary_opens_an_epoch_that_goes_with_it)
+{
+	static struct repl_meta m;
+	meta_of(&m, ROLE_PRIMARY, STATE_DONE);
+	struct host *h = host_new(&m);
+	struct repl_command other = {.cmd = CMD_HOLD, .text = "job 2"};
+	hold(h, CMD_HOLD, 0, "job 1");
+	EXPECT(h, "save:primary/DONE +2");
+	cr_assert_eq(h->saved.ckpts[0].kind, CKPT_LOCAL);
+	cr_assert_eq(h->saved.ckpts[0].flags, CKPT_JOB);
+	step(h, (struct repl_event){.type = EV_COMMAND, .command = &other}); /* too late to share it */
+	saved(h);
+	EXPECT(h, "cmd save:primary/DONE +3");
+	cr_assert_eq(h->cmd.result, 2);
+	cr_assert_eq(h->cmd.result_time_ns, h->now);
+	saved(h);
+	EXPECT(h, "cmd");
+	cr_assert_eq(other.result, 3);
+	/* The newer ends first: it is the live one and stays, for what is saved there belongs to 2 too. */
+	hold(h, CMD_UNHOLD, 3, "job 2");
+	tick(h, SEC);
+	EXPECT(h, "cmd");
+	hold(h, CMD_UNHOLD, 2, "job 1");
+	EXPECT(h, "cmd do:merge/own");
+	fin(h, "merge");
+	EXPECT(h, "save:primary/DONE -2");
+	saved(h);
+	tick(h, SEC);
+	EXPECT(h, "save:primary/DONE -3"); /* the last one: nothing is saved any more */
+	saved(h);
+	cr_assert_eq(repl_meta(h->r)->n_ckpts, 0);
+	cr_assert_eq(repl_meta(h->r)->ckpt_max, 3);
+	host_free(h);
+}
+
+Test(repl, jobs_that_come_together_share_an_epoch)
+{
+	static struct repl_meta m;
+	meta_of(&m, ROLE_STANDALONE, STATE_DONE);
+	struct host *h = host_new(&m);
+	struct repl_command c[3];
+	h->cmd = (struct repl_command){.cmd = CMD_SETTINGS, .settings = m.settings};
+	step(h, (struct repl_event){.type = EV_COMMAND, .command = &h->cmd}); /* a save is under way */
+	forget(h);
+	for (unsigned i = 0; i < 3; i++) {
+		c[i] = (struct repl_command){.cmd = CMD_HOLD};
+		(void)snprintf(c[i].text, sizeof(c[i].text), "job %u", i);
+		step(h, (struct repl_event){.type = EV_COMMAND, .command = &c[i]});
+	}
+	EXPECT(h, "");
+	saved(h);
+	EXPECT(h, "cmd save:standalone/DONE +2");
+	saved(h);
+	EXPECT(h, "cmd cmd cmd");
+	for (unsigned i = 0; i < 3; i++)
+		cr_assert_eq(c[i].result, 2);
+	host_free(h);
+}
+
+Test(repl, what_a_dead_job_had_opened_is_let_go_of_at_the_start)
+{
+	static struct repl_meta m;
+	meta_of(&m, ROLE_PRIMARY, STATE_DONE);
+	m.n_ckpts = 3;
+	m.ckpt_max = 9;
+	m.ckpts[0] = (struct repl_ckpt){.number = 4, .generation = 100, .kind = CKPT_LOCAL, .flags = CKPT_JOB};
+	m.ckpts[1] = (struct repl_ckpt){.number = 5, .generation = 100, .kind = CKPT_LOCAL, .flags = CKPT_JOB};
+	m.ckpts[2] = (struct repl_ckpt){.number = 9, .generation = 100, .kind = CKPT_LOCAL, .flags = CKPT_PINNED};
+	m.n_clones = 1; /* made over it while the job ran */
+	m.clone_max = 1;
+	m.clones[0] = (struct repl_clone){.name = "test", .volume = "vm", .ckpt = 4, .id = 1};
+	struct host *h = host_new(&m);
+	tick(h, SEC);
+	EXPECT(h, "do:merge/own");
+	fin(h, "merge");
+	EXPECT(h, "save:primary/DONE -5");
+	saved(h);
+	tick(h, SEC);
+	EXPECT(h, "");
+	cr_assert_eq(repl_meta(h->r)->n_ckpts, 2);
+	cr_assert(repl_shows_ckpt(h->r, 0) && repl_shows_ckpt(h->r, 1));
+	host_free(h);
+
+	m.n_clones = 0;
+	m.n_ckpts = 3;
+	m.ckpts[1].flags = CKPT_PINNED;
+	m.ckpts[2].flags = CKPT_JOB; /* the live one can't go */
+	h = host_new(&m);
+	cr_assert(!repl_shows_ckpt(h->r, 0) && repl_shows_ckpt(h->r, 1) && !repl_shows_ckpt(h->r, 2));
+	hold(h, CMD_HOLD, 9, "job 1");
+	EXPECT(h, "cmd=ERR_NOENT");
+	command(h, CMD_DROP, 9);
+	EXPECT(h, "cmd=ERR_NOENT");
+	tick(h, SEC);
+	EXPECT(h, "do:merge/own");
+	fin(h, "merge");
+	EXPECT(h, "save:primary/DONE -4");
+	saved(h);
+	tick(h, SEC);
+	EXPECT(h, "");
+	host_free(h);
+}
+
+Test(repl, a_job_gets_no_epoch_where_the_disk_is_not_served)
+{
+	static struct repl_meta m;
+	meta_of(&m, ROLE_SECONDARY, STATE_RUNNING);
+	struct host *h = host_new(&m);
+	hold(h, CMD_HOLD, 0, "job 1");
+	EXPECT(h, "cmd=ERR_STATE");
+	hold(h, CMD_HOLD, 1, "job 1"); /* its base */
+	EXPECT(h, "cmd");
+	for (unsigned i = 2; i <= 64; i++)
+		hold(h, CMD_HOLD, 1, "job");
+	forget(h);
+	hold(h, CMD_HOLD, 1, "job 65");
+	EXPECT(h, "cmd=ERR_LIMIT");
+	host_free(h);
+}
+
+Test(repl, a_hold_whose_record_cannot_be_saved)
+{
+	static struct repl_meta m;
+	meta_of(&m, ROLE_STANDALONE, STATE_DONE);
+	struct host *h = host_new(&m);
+	hold(h, CMD_HOLD, 0, "job 1");
+	EXPECT(h, "save:standalone/DONE +2");
+	save_fails(h, -ERR_NOSPC);
+	EXPECT(h, "save:standalone/DONE");
+	saved(h);
+	EXPECT(h, "cmd=ERR_NOSPC");
+	hold(h, CMD_HOLD, 0, "job 1");
+	EXPECT(h, "save:standalone/DONE +3");
+	saved(h);
+	EXPECT(h, "cmd");
+	host_free(h);
+}
+
 Test(repl, a_guests_write_goes_on_when_history_cannot_be_written_at_all)
 {
 	static struct repl_meta m;

@@ -12,6 +12,8 @@
 
 /* The numbers behind the lineage. */
 #define NUMBERS_SIZE 88
+/* What version 3 has behind the checkpoints of meta_full. */
+#define CLONES_SIZE (8 + 4 + 2 * 37)
 
 static uint8_t enc[REPL_META_ENCODED_MAX];
 
@@ -45,6 +47,17 @@ static void ckpt_put(struct repl_meta *m, uint64_t number, uint8_t kind, uint8_t
 	c->time_ns = 0x2222 + number;
 	c->kind = kind;
 	c->flags = flags;
+}
+
+static void clone_put(struct repl_meta *m, const char *name, const char *volume, uint64_t ckpt, uint64_t id)
+{
+	struct repl_clone *c = &m->clones[m->n_clones++];
+
+	snprintf(c->name, sizeof(c->name), "%s", name);
+	snprintf(c->volume, sizeof(c->volume), "%s", volume);
+	c->ckpt = ckpt;
+	c->id = id;
+	c->time_ns = 0x3333 + id;
 }
 
 /* A secondary with something in every field. */
@@ -81,6 +94,9 @@ static struct repl_meta *meta_full(void)
 	ckpt_put(m, 41, CKPT_STREAM, 0);
 	ckpt_put(m, 42, CKPT_LOCAL, CKPT_PINNED | CKPT_FOREIGN);
 	ckpt_put(m, 50, CKPT_PARTIAL, 0);
+	m->clone_max = 6;
+	clone_put(m, "test-a", "vm1", 41, 5);
+	clone_put(m, "b", "vm1-data", 8, 2); /* 8 is not listed: this one is lost */
 	return m;
 }
 
@@ -153,7 +169,12 @@ Test(repl_meta, round_trip_at_the_limits)
 	}
 	m->ckpt_max = UINT64_MAX;
 	for (uint64_t i = 0; i < GROUP_CKPTS_MAX; i++)
-		ckpt_put(m, UINT64_MAX - GROUP_CKPTS_MAX + 1 + i, (uint8_t)(i % 3), (uint8_t)(i % 4));
+		ckpt_put(m, UINT64_MAX - GROUP_CKPTS_MAX + 1 + i, (uint8_t)(i % 3), (uint8_t)(i % 8));
+	m->clone_max = UINT64_MAX;
+	for (uint64_t i = 0; i < GROUP_CLONES_MAX; i++) {
+		snprintf(name, sizeof(name), "c%062u", (unsigned)i);
+		clone_put(m, name, m->volumes[i].name, UINT64_MAX - i, UINT64_MAX - i);
+	}
 	for (unsigned i = 0; i < GENERATIONS_MAX; i++)
 		m->lineage.history[i] = UINT64_MAX - i;
 	memset(m->peer, 'p', sizeof(m->peer) - 1);
@@ -235,7 +256,17 @@ Test(repl_meta, documented_bytes)
 	cr_assert_eq(get_u64(p), 42);
 	cr_assert_eq(p[24], CKPT_LOCAL);
 	cr_assert_eq(p[25], 3);
-	cr_assert_eq(p + 2 * 26 - enc, len);
+	p += 2 * 26;
+	cr_assert_eq(get_u64(p), 6);
+	cr_assert_eq(get_u32(p + 8), 2);
+	cr_assert_arr_eq(p + 12, "\x06\0test-a\x03\0vm1", 13);
+	cr_assert_eq(get_u64(p + 25), 41);
+	cr_assert_eq(get_u64(p + 33), 5);
+	cr_assert_eq(get_u64(p + 41), 0x3333 + 5);
+	p += 12 + 37;
+	cr_assert_arr_eq(p, "\x01\0b\x08\0vm1-data", 13);
+	cr_assert_eq(get_u64(p + 13), 8);
+	cr_assert_eq(p + 37 - enc, len);
 	cr_assert_eq(enc[len], 0xee);
 	free(m);
 }
@@ -266,7 +297,8 @@ Test(repl_meta, every_cut_and_any_excess_is_refused)
 	}
 	assert_refused(enc, 4, "field group:");
 	assert_refused(enc, 20, "field uuid:");
-	assert_refused(enc, (size_t)len - 1, "field checkpoints:");
+	assert_refused(enc, (size_t)len - 1, "field clones:");
+	assert_refused(enc, (size_t)len - CLONES_SIZE - 1, "field checkpoints:");
 	assert_refused(enc, (size_t)len + 1, "1 bytes too many");
 	free(m);
 }
@@ -286,12 +318,31 @@ Test(repl_meta, versions_it_does_not_know)
 	free(m);
 }
 
+/* Version 2 ended with its checkpoints. */
+Test(repl_meta, version_2_is_read)
+{
+	struct repl_meta *m = meta_full(), *back = malloc(sizeof(*back));
+	struct err e = {0};
+	size_t len = (size_t)encode(m) - CLONES_SIZE;
+
+	memset(back, 0x5a, sizeof(*back));
+	cr_assert_eq(repl_meta_decode(back, enc, len, 2, &e), 0, "%s", e.text);
+	memset(m->clones, 0, sizeof(m->clones));
+	m->n_clones = 0;
+	m->clone_max = 0;
+	cr_assert_eq(memcmp(back, m, sizeof(*m)), 0);
+	cr_assert_eq(repl_meta_decode(back, enc, len, REPL_META_VERSION, NULL), -ERR_CORRUPT);
+	cr_assert_eq(repl_meta_decode(back, enc, len + CLONES_SIZE, 2, NULL), -ERR_CORRUPT);
+	free(back);
+	free(m);
+}
+
 /* Version 1 ended its numbers with active_id and its volumes with their sizes: what it lacks is 0. */
 Test(repl_meta, version_1_is_read)
 {
 	struct repl_meta *m = meta_full(), *back = malloc(sizeof(*back));
 	struct err e = {0};
-	int len = encode(m);
+	int len = encode(m) - CLONES_SIZE;
 	size_t at = 2 + strlen(m->group) + 16 + 1 + 1 + 4 + 144 + 10 * 8;
 
 	size_t behind = 4 + 4 * 26, flags[] = {(size_t)len - behind - 1, (size_t)len - behind - 39 - 1};
@@ -306,6 +357,9 @@ Test(repl_meta, version_1_is_read)
 	cr_assert_eq(repl_meta_decode(back, enc, (size_t)len - 8, 1, &e), 0, "%s", e.text);
 	m->diverged_ns = 0;
 	m->volumes[1].flags = 0;
+	memset(m->clones, 0, sizeof(m->clones));
+	m->n_clones = 0;
+	m->clone_max = 0;
 	cr_assert_eq(memcmp(back, m, sizeof(*m)), 0);
 	cr_assert_eq(repl_meta_decode(back, enc, (size_t)len - 8, REPL_META_VERSION, NULL), -ERR_CORRUPT);
 	enc[2 + strlen(m->group) + 16 + 1 + 1 + 1] |= 1 << 4; /* `paused`: bit 12 of the flags, which came later */
@@ -365,7 +419,17 @@ Test(repl_meta, single_fields)
 	BREAK("field checkpoints[1].number: not above", m->ckpts[1].number = 6);
 	BREAK("field checkpoints[3].number: above ckpt_max", m->ckpt_max = 49);
 	BREAK("field checkpoints[2].kind:", m->ckpts[2].kind = CKPT_PARTIAL + 1);
-	BREAK("field checkpoints[2].flags:", m->ckpts[2].flags = 4);
+	BREAK("field checkpoints[2].flags:", m->ckpts[2].flags = 8);
+	BREAK("field n_clones:", m->n_clones = GROUP_CLONES_MAX + 1);
+	BREAK("field clones[1].name: not", m->clones[1].name[0] = '.');
+	BREAK("field clones[1].name: stands twice", strcpy(m->clones[1].name, "test-a"));
+	BREAK("field clones[0].volume:", strcpy(m->clones[0].volume, "vm2"));
+	BREAK("field clones[0].volume:", memset(m->clones[0].volume, 'x', NAME_SIZE));
+	BREAK("field clones[0].checkpoint:", m->clones[0].ckpt = 0);
+	BREAK("field clones[0].checkpoint:", m->clones[0].ckpt = 51);
+	BREAK("field clones[1].id: stands twice", m->clones[1].id = 5);
+	BREAK("field clones[1].id: 0", m->clones[1].id = 0);
+	BREAK("field clones[1].id: 0 or above", m->clones[1].id = 7);
 }
 
 Test(repl_meta, references_between_fields)
@@ -469,15 +533,21 @@ Test(repl_meta, bytes_broken)
 	put_u64(enc + 27 + 3 * 8, 0); /* history[1] of 5 */
 	assert_refused(enc, len, "field lineage:");
 	/* counts that promise more than there is, or more than there may be */
-	size_t n_ckpts = len - 4 * 26 - 4, n_volumes = n_ckpts - 39 - 34 - 4;
+	size_t n_clones = len - 2 * 37 - 4, n_ckpts = len - CLONES_SIZE - 4 * 26 - 4, n_volumes = n_ckpts - 39 - 34 - 4;
 	encode(m);
 	cr_assert_eq(get_u32(enc + n_ckpts), 4);
-	put_u32(enc + n_ckpts, 5);
+	put_u32(enc + n_ckpts, 4000);
 	assert_refused(enc, len, "field checkpoints:");
 	put_u32(enc + n_ckpts, UINT32_MAX);
 	assert_refused(enc, len, "field n_checkpoints:");
-	put_u32(enc + n_ckpts, 3);
-	assert_refused(enc, len, "26 bytes too many");
+	encode(m);
+	cr_assert_eq(get_u32(enc + n_clones), 2);
+	put_u32(enc + n_clones, 3);
+	assert_refused(enc, len, "field clones:");
+	put_u32(enc + n_clones, GROUP_CLONES_MAX + 1);
+	assert_refused(enc, len, "field n_clones:");
+	put_u32(enc + n_clones, 1);
+	assert_refused(enc, len, "37 bytes too many");
 	encode(m);
 	cr_assert_eq(get_u32(enc + n_volumes), 2);
 	put_u32(enc + n_volumes, GROUP_VOLUMES_MAX + 1);
@@ -509,6 +579,9 @@ Test(repl_meta, find)
 		int want = n == 7 ? 0 : n == 41 ? 1 : n == 42 ? 2 : n == 50 ? 3 : -ERR_NOENT;
 		cr_assert_eq(repl_meta_find_ckpt(m, n), want, "%" PRIu64, n);
 	}
+	cr_assert_eq(repl_meta_find_clone(m, "test-a"), 0);
+	cr_assert_eq(repl_meta_find_clone(m, "b"), 1);
+	cr_assert_eq(repl_meta_find_clone(m, "test"), -ERR_NOENT);
 	m->n_ckpts = 0;
 	cr_assert_eq(repl_meta_find_ckpt(m, 7), -ERR_NOENT);
 	cr_assert_eq(repl_meta_find_ckpt(m, 0), -ERR_NOENT);

@@ -1,0 +1,208 @@
+/* Who holds checkpoints: clones, by the record, and jobs, in memory.
+ *
+ * A held checkpoint is pinned for as long as it is held (SPEC 2): retention neither counts nor drops it, a drop is
+ * refused with the holder's name, and it is not merged away. What is newer may be merged into it: its image stays. For
+ * want of room it goes after the other pinned ones and before those that SPEC 8 protects (repl_room.c). Its holders
+ * then find it no longer: they answer EIO.
+ *
+ * Jobs die with the daemon, so their holds are nowhere but here. A job on a host whose disk is served itself (a
+ * primary's, standalone, DONE) has no checkpoint to read while guests write, so it opens an epoch of its own, one that
+ * CKPT_JOB marks in the record: TX_HOLD. It goes when the last holder has let go; after a restart that is so from the
+ * start, for all that no clone holds.
+ *
+ * What such an epoch is: the disks of all volumes of the group between two guests' writes. The record only makes its
+ * name durable. The point is where the shell switches the volumes in memory, which excludes guests' writes to all of
+ * them at once, for no longer than those under way take. So a write that was answered before another began is in it if
+ * that one is. Writes between the record and the switch are saved as those before it were, or not at all where nothing
+ * was kept. No disk is synced: the point is good as long as this daemon lives, and nobody looks at it after that. A
+ * clone over it does last; the disks are synced before the record names that (TX_CLONE), and from there on
+ * what the checkpoint's image takes from a disk is durable there, and what it takes from an overlay was saved durably
+ * before it changed.
+ *
+ * The live epoch's overlay can't be merged, so a CKPT_JOB that is the newest of several stays until another epoch is
+ * opened over it or the older ones are gone. It costs nothing but its number: what is saved in it, the older images
+ * need. Nobody sees it meanwhile (repl_shows_ckpt).
+ */
+#include "core/repl_internal.h"
+
+#include <stdio.h>
+#include <string.h>
+
+#include "core/check.h"
+
+/* ---- looking ---- */
+
+static bool job_holds(const struct repl *r, uint64_t number)
+{
+	for (unsigned i = 0; i < r->n_holds; i++)
+		if (r->holds[i].number == number)
+			return true;
+	return false;
+}
+
+static bool clone_holds(const struct repl_meta *m, uint64_t number)
+{
+	for (uint32_t i = 0; i < m->n_clones; i++)
+		if (m->clones[i].ckpt == number)
+			return true;
+	return false;
+}
+
+bool hold_held(const struct repl *r, const struct repl_meta *m, uint64_t number)
+{
+	return clone_holds(m, number) || job_holds(r, number);
+}
+
+bool repl_shows_ckpt(const struct repl *r, uint32_t i)
+{
+	const struct repl_ckpt *c = &r->meta->ckpts[i];
+	return !(c->flags & CKPT_JOB) || hold_held(r, r->meta, c->number);
+}
+
+const char *repl_holder(const struct repl *r, uint64_t number, unsigned nth, char buf[static HOLDER_SIZE])
+{
+	const struct repl_meta *m = r->meta;
+	for (uint32_t i = 0; i < m->n_clones; i++)
+		if (m->clones[i].ckpt == number && nth-- == 0) {
+			(void)snprintf(buf, HOLDER_SIZE, "clone %s", m->clones[i].name);
+			return buf;
+		}
+	for (unsigned i = 0; i < r->n_holds; i++)
+		if (r->holds[i].number == number && nth-- == 0) {
+			(void)snprintf(buf, HOLDER_SIZE, "%s", r->holds[i].holder);
+			return buf;
+		}
+	return NULL;
+}
+
+/* Of the record that is being saved, or that is: whether the checkpoint is on its way out. */
+static bool going(const struct repl *r, uint64_t number)
+{
+	return r->saving && !r->resaving && repl_meta_find_ckpt(r->next, number) < 0;
+}
+
+/* ---- jobs ---- */
+
+static void add(struct repl *r, struct repl_command *c, uint64_t number)
+{
+	INVARIANT(r->n_holds < HOLDS_MAX);
+	struct repl_hold *h = &r->holds[r->n_holds++];
+	h->number = number;
+	(void)snprintf(h->holder, sizeof(h->holder), "%.*s", HOLDER_SIZE - 1, c->text);
+	int i = repl_meta_find_ckpt(r->meta, number);
+	INVARIANT(i >= 0);
+	c->result = number;
+	c->result_time_ns = r->meta->ckpts[i].time_ns;
+	repl_command_done(r, c, 0, " ");
+}
+
+static bool hold_refused_now(struct repl *r, struct repl_command *c)
+{
+	const struct repl_meta *m = r->meta;
+	if (repl_serving(m, false) != SERVING_DISK)
+		repl_command_done(
+		    r, c, -ERR_STATE,
+		    "no checkpoint of its disk can be taken for a job: this host is %s in %s; name one of "
+		    "`checkpoints`",
+		    role_name(m->role), state_name(m->state));
+	else if (r->stale || repl_meta_flagged(m, VOLUME_STALE))
+		repl_command_done(r, c, -ERR_STATE,
+				  "a local disk is detached: only the peer holds its content; `resync` it first");
+	else
+		return false;
+	return true;
+}
+
+void hold_command(struct repl *r, struct repl_command *c)
+{
+	if (r->n_holds + r->n_hold_waits >= HOLDS_MAX) {
+		repl_command_done(r, c, -ERR_LIMIT, "%d jobs hold checkpoints of it already; wait for one to end",
+				  HOLDS_MAX);
+		return;
+	}
+	if (c->number) {
+		int i = repl_meta_find_ckpt(r->meta, c->number);
+		if (i < 0 || !repl_shows_ckpt(r, (uint32_t)i) || going(r, c->number))
+			repl_command_done(r, c, -ERR_NOENT, "no checkpoint %llu here; see `checkpoints`",
+					  (unsigned long long)c->number);
+		else
+			add(r, c, c->number);
+		return;
+	}
+	if (hold_refused_now(r, c))
+		return;
+	c->next = r->hold_waits;
+	r->hold_waits = c;
+	r->n_hold_waits++;
+	if (!repl_tx_queued(r, TX_HOLD)) /* those that wait share one */
+		repl_tx(r, TX_HOLD);
+}
+
+void hold_release(struct repl *r, struct repl_command *c)
+{
+	for (unsigned i = 0; i < r->n_holds; i++) {
+		struct repl_hold *h = &r->holds[i];
+		if (h->number != c->number || strncmp(h->holder, c->text, HOLDER_SIZE - 1) != 0)
+			continue;
+		*h = r->holds[--r->n_holds];
+		repl_command_done(r, c, 0, " ");
+		history_retention(r);
+		return;
+	}
+	repl_command_done(r, c, -ERR_NOENT, "%.*s does not hold checkpoint %llu", HOLDER_SIZE - 1, c->text,
+			  (unsigned long long)c->number);
+}
+
+bool hold_prepare(struct repl *r, struct tx *t, struct repl_meta *m)
+{
+	if (repl_serving(m, false) != SERVING_DISK || r->stale || repl_meta_flagged(m, VOLUME_STALE))
+		return false;
+	t->command = r->hold_waits;
+	r->hold_waits = NULL;
+	history_make_room(t, m);
+	t->opened = m->ckpt_max + 1;
+	history_add(r, m, t->opened, CKPT_LOCAL, CKPT_JOB);
+	r->ckpt_used = t->opened; /* none from the stream gets the same while this is saved */
+	return true;
+}
+
+void hold_tx_done(struct repl *r, struct tx *t, int error)
+{
+	struct repl_command *c = t->command, *next;
+	if (c == NULL) { /* it was not even prepared */
+		c = r->hold_waits;
+		r->hold_waits = NULL;
+	}
+	if (!error && r->stale) /* what was written since went to the peer only */
+		error = -ERR_STATE;
+	for (; c; c = next) {
+		next = c->next;
+		r->n_hold_waits--;
+		if (error)
+			repl_command_done(r, c, error, "no checkpoint of its disk could be taken for a job: %s",
+					  error == -ERR_CANCELED || error == -ERR_STATE
+					      ? "this host's role or its disk changed meanwhile"
+					      : err_short(error));
+		else
+			add(r, c, t->opened);
+	}
+}
+
+/* ---- what is lost ---- */
+
+void hold_lost(struct repl *r, const struct repl_meta *old)
+{
+	const struct repl_meta *m = r->meta;
+	for (uint32_t i = 0; i < m->n_clones; i++) {
+		const struct repl_clone *c = &m->clones[i];
+		if (repl_meta_find_ckpt(m, c->ckpt) < 0 && repl_meta_find_ckpt(old, c->ckpt) >= 0)
+			repl_log(r, 0,
+				 "checkpoint %llu was given up for want of room: clone %s over it is lost, remove it "
+				 "with `rm`",
+				 (unsigned long long)c->ckpt, c->name);
+	}
+	for (unsigned i = 0; i < r->n_holds; i++)
+		if (repl_meta_find_ckpt(m, r->holds[i].number) < 0 && repl_meta_find_ckpt(old, r->holds[i].number) >= 0)
+			repl_log(r, 0, "checkpoint %llu was given up for want of room: %s has lost it",
+				 (unsigned long long)r->holds[i].number, r->holds[i].holder);
+}
