@@ -76,11 +76,12 @@ typedef int (*store_progress_fn)(void *arg, uint64_t done, uint64_t total);
 
 /* Copies file (raw; sparse regions stay holes, zeroed blocks become holes) into a new volume; nothing is left behind
  * on failure or cancel. format NULL: told from the magic, none means raw; "raw": taken as raw whatever the magic says.
+ * "zst": seekable zstd (image/zst.h), whose content is raw.
  * qcow and qcow2, recognised or asked for, are refused by name (-ERR_NOTSUP) for now. group NULL: the volume's name. */
 int store_import(struct store *st, const char *volume, const char *file, const char *format, const char *group,
 		 store_progress_fn fn, void *arg, struct err *e);
 /* Copies a layer of an open volume to a new sparse file; FILE must not exist, appears under its name only when
- * whole (FILE.part renamed), synced. ckpt 0 with LAYER_DISK: the disk. */
+ * whole (image/newfile.h), synced. ckpt 0 with LAYER_DISK: the disk. */
 int volume_export(struct volume *v, enum volume_layer layer, uint64_t ckpt, const char *file, store_progress_fn fn,
 		  void *arg, struct err *e);
 

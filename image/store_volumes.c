@@ -17,6 +17,7 @@
 #include "image/store.h"
 #include "image/store_internal.h"
 #include "image/zero.h"
+#include "image/zst.h"
 
 /* Bytes copied at a time. */
 #define COPY_CHUNK (1U << 20)
@@ -428,7 +429,7 @@ static int check_format(const struct import *im, const char *format, struct err 
 	const char *found;
 	int rc;
 
-	if (format && strcmp(format, "raw") == 0)
+	if (format && (strcmp(format, "raw") == 0 || strcmp(format, "zst") == 0))
 		return 0;
 	if (format && (strcmp(format, "qcow") == 0 || strcmp(format, "qcow2") == 0))
 		return store_refuse(e, ERR_NOTSUP, "import", im->volume,
@@ -436,7 +437,7 @@ static int check_format(const struct import *im, const char *format, struct err 
 				    format, im->file, im->file);
 	if (format)
 		return store_refuse(e, ERR_USAGE, "import", im->volume,
-				    "format %s is not known; use raw, qcow or qcow2", format);
+				    "format %s is not known; use raw, zst, qcow or qcow2", format);
 	rc = disk_read(im->source, 0, magic, sizeof(magic));
 	if (rc < 0)
 		return store_refuse(e, -rc, "import", im->volume, "reading %s: %s", im->file, err_short(rc));
@@ -468,6 +469,24 @@ static int check_source_size(struct import *im, struct err *e)
 	return rc < 0 ? store_refuse(e, -rc, "import", im->volume, "%s: %s", im->file, why.text) : 0;
 }
 
+/* What is compressed is read through: from here on the source is its content. */
+static int open_compressed(struct import *im, const char *format, struct err *e)
+{
+	uint8_t magic[4] = {0};
+	struct err why;
+	int rc;
+
+	if (format && strcmp(format, "zst") != 0)
+		return 0;
+	rc = disk_read(im->source, 0, magic, sizeof(magic));
+	if (rc < 0)
+		return store_refuse(e, -rc, "import", im->volume, "reading %s: %s", im->file, err_short(rc));
+	if (!format && !zst_magic(magic))
+		return 0;
+	rc = disk_zst_open(TAKE_PTR(im->source), im->file, &im->source, &why);
+	return rc < 0 ? store_refuse(e, -rc, "import", im->volume, "%s", why.text) : 0;
+}
+
 static int open_source(struct import *im, const char *format, struct err *e)
 {
 	int rc = disk_posix_open(im->file, STORAGE_RDONLY, &im->source);
@@ -481,7 +500,8 @@ static int open_source(struct import *im, const char *format, struct err *e)
 	if (rc < 0)
 		return store_refuse(e, -rc, "import", im->volume, "opening %s: %s", im->file, err_short(rc));
 	POST(im->source != NULL);
-	if ((rc = check_format(im, format, e)) < 0 || (rc = check_source_size(im, e)) < 0) {
+	if ((rc = check_format(im, format, e)) < 0 || (rc = open_compressed(im, format, e)) < 0 ||
+	    (rc = check_source_size(im, e)) < 0) {
 		disk_close(im->source);
 		im->source = NULL;
 	}

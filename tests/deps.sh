@@ -7,7 +7,7 @@ build="gcc cmake ninja-build pkg-config libc6-dev libfuse3-dev libjansson-dev li
 	libinih-dev libsmartcols-dev scdoc"
 test="clang-14 clang-format clang-tidy libclang-rt-14-dev fuse3 libcriterion-dev fio qemu-system-x86 qemu-utils
 	busybox-static cpio iproute2 python3 e2fsprogs psmisc attr procps util-linux
-	strace"
+	strace zstd"
 
 case ${1-} in
 '') packages="$build $test" ;;

@@ -133,7 +133,7 @@ Test(options, what_is_refused)
 	refused("ping -S", "needs a value");
 	refused("wait vm1 --for=sync", "running|in-sync|done");
 	refused("protect vm1 --peer a:1 --protocol D", "A|B|C|F");
-	refused("import vm1 f --format vmdk", "raw|qcow|qcow2");
+	refused("import vm1 f --format vmdk", "raw|zst|qcow|qcow2");
 	refused("ping --timeout 0", "above 0");
 	refused("ping --timeout -1", "above 0");
 	refused("ping --timeout 1e3", "above 0");
