@@ -145,6 +145,7 @@ static void cmd_start(struct repl *r, struct repl_command *c)
 static void cmd_stop(struct repl *r, struct repl_command *c)
 {
 	const struct repl_meta *m = r->meta;
+	enum link_state link = r->closing ? LINK_DOWN : r->link;
 	if (m->role == ROLE_STANDALONE || m->state != STATE_RUNNING) {
 		repl_command_done(r, c, -ERR_STATE, "it does not run (%s, %s)", role_name(m->role),
 				  state_name(m->state));
@@ -165,11 +166,11 @@ static void cmd_stop(struct repl *r, struct repl_command *c)
 		    r, c, -ERR_STATE,
 		    "the primary's disk is detached: it writes through this host; `resync` it there first, "
 		    "or `failover`");
-	} else if (is_primary(r) && (r->link == LINK_DOWN || m->split_brain)) {
+	} else if (is_primary(r) && (link == LINK_DOWN || m->split_brain)) {
 		struct tx *t = repl_tx(r, TX_STOPPED);
 		t->command = c;
-	} else if (r->link != LINK_SYNCED) {
-		repl_command_done(r, c, -ERR_STATE, "the link is %s, not SYNCED; %s", link_state_name(r->link),
+	} else if (link != LINK_SYNCED) {
+		repl_command_done(r, c, -ERR_STATE, "the link is %s, not SYNCED; %s", link_state_name(link),
 				  !is_primary(r) ? "use `failover` if the primary is lost"
 				  : m->paused	 ? "it is paused: `resume` it, then `wait --for=in-sync`"
 						 : "`wait --for=in-sync` first");

@@ -461,7 +461,7 @@ void primary_checkpoint(struct repl *r, struct repl_command *c, uint32_t flags)
 /* A clean stop: requests are held, those under way end, the last checkpoint goes out, its answer ends replication. */
 void primary_stop_check(struct repl *r)
 {
-	if (!r->stopping || r->writes_in_flight || r->link != LINK_SYNCED || !r->is_source)
+	if (!r->stopping || r->writes_in_flight || r->link != LINK_SYNCED || !primary_forwarding(r))
 		return;
 	if (r->stop_number || r->cycle_on)
 		return;
@@ -506,7 +506,7 @@ void primary_tx_done(struct repl *r, struct tx *t, int error)
 		r->stop_number = 0;
 		if (t->command == r->stop)
 			r->stop = NULL;
-		if (!error && r->link != LINK_DOWN) {
+		if (!error && r->link != LINK_DOWN && !r->closing) {
 			session_send(r, WIRE_GOODBYE, 0, WIRE_BYE_STOP, 0, 0, NULL, 0);
 			session_close(r, true);
 		}
@@ -532,9 +532,12 @@ static void cycle_flush(struct repl *r)
 	repl_submit(r, &r->cycle_io, TARGET_DISK);
 }
 
-/* False: nothing was touched. One that is under way takes it along. */
+/* False: nothing was touched. One that is under way takes it along. What was touched has been sent, or is in flight:
+ * while nothing is forwarded, as from the moment that the connection is being closed, it would be said to be clean by a
+ * barrier that lies before it. */
 static bool cycle_start(struct repl *r)
 {
+	PRE(primary_forwarding(r));
 	bool any = false;
 	for (uint32_t i = 0; i < r->meta->n_volumes; i++)
 		any = any || r->vol[i].touched.count;

@@ -2603,6 +2603,48 @@ Test(repl, a_clean_stop_clears_then_checkpoints_then_ends)
 	host_free(h);
 }
 
+/* What is written while a connection is being closed was sent to nobody: no clear cycle may find it clean, though the
+ * last barrier was acknowledged and nothing was sent behind it. */
+Test(repl, a_stop_beside_the_end_of_a_session_leaves_what_was_written_alone_dirty)
+{
+	for (int begun = 0; begun < 2; begun++) { /* the stop, before the peer says goodbye */
+		struct host *h = warm_primary(PROTOCOL_F);
+		guest(h, 'f', REPL_FLUSH, 0, 0);
+		fin(h, "f");
+		ack(h, 4, 4, 4);
+		EXPECT(h, "send:FLUSH#4 do:f/disk done:f");
+		guest(h, 'a', REPL_WRITE, 3 * 65536, 4096);
+		EXPECT(h, "do:a/disk");
+		if (begun)
+			command(h, CMD_STOP, 0);
+		frame(h, WIRE_GOODBYE, 0, 0, 0, NULL, 0);
+		EXPECT(h, "close");
+		fin(h, "a");
+		EXPECT(h, "save:primary/RUNNING"); /* its generation */
+		saved(h);
+		EXPECT(h, "done:a");
+		if (!begun) {
+			command(h, CMD_STOP, 0); /* of this side only: the link is down */
+			EXPECT(h, "save:primary/DONE");
+			saved(h);
+			EXPECT(h, "cmd");
+		}
+		tick(h, 2 * SEC);
+		cr_assert(dirty(h, 3 * 65536));
+		link_down(h);
+		EXPECT(h, begun ? "cmd=ERR_PEER" : "");
+		cr_assert(dirty(h, 3 * 65536));
+		host_free(h);
+	}
+	/* A secondary's goes nowhere. */
+	struct host *h = secondary();
+	forget(h);
+	frame(h, WIRE_GOODBYE, 0, 0, 0, NULL, 0);
+	command(h, CMD_STOP, 0);
+	EXPECT(h, "close cmd=ERR_STATE");
+	host_free(h);
+}
+
 /* A survivor with checkpoints 1 (pinned), 2, 3 (what its failover went back to), 4 and 5 (live), out of room. */
 static struct host *survivor_out_of_room(void)
 {
