@@ -44,7 +44,7 @@ class Fio:
     JOBS = 4
 
     def __init__(self, path, seed, passes=1, dies=False):
-        self.path, self.dir, self.begun = path, e2e.tmp(), os.stat(path).st_mtime_ns
+        self.path, self.dir = path, e2e.tmp()
         size = SIZE // (self.JOBS if dies else 1)
         self.job = ["fio", "--name=soak", "--filename=" + path, "--size=%d" % size, "--rw=randwrite", "--bsrange=512-32k",
                     "--ioengine=libaio", "--direct=1", "--fsync=64", "--verify=crc32c", "--verify_fatal=1",
@@ -60,9 +60,6 @@ class Fio:
     def start(self, *options):
         self.proc = subprocess.Popen(self.job + list(options), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                                      stderr=subprocess.STDOUT, text=True, cwd=self.dir)
-
-    def wait_writes(self):
-        wait_for(lambda: os.stat(self.path).st_mtime_ns != self.begun, "fio's first write", PATIENCE)
 
     def end(self, timeout=1200):
         out, _ = self.proc.communicate(timeout=timeout)
@@ -190,8 +187,9 @@ class Soak:
         fio = Fio(self.p.volume("data"), self.rng.randrange(1 << 30), dies=True)
         writer = self.writer()
         writer.wait_ops(50)
-        fio.wait_writes()
-        time.sleep(self.rng.uniform(0, 2))
+        written = lambda: self.p.status("vm1")["counters"]["write_bytes"]
+        enough = written() + self.rng.randrange(1 * MIB, 16 * MIB)
+        wait_for(lambda: written() >= enough, "so much to have been written", PATIENCE)
         self.p.kill9()
         writer.stop(errors_ok=True)
         now = time.monotonic_ns()
