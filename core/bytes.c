@@ -165,3 +165,61 @@ uint32_t crc32c(uint32_t crc, const void *p, size_t n)
 	}
 	return crc;
 }
+
+/* ---- base64 ---- */
+
+static const char base64_digits[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+
+void base64_encode(const void *p, size_t n, char *out)
+{
+	const uint8_t *b = p;
+
+	for (size_t i = 0; i < n; i += 3) {
+		size_t left = n - i;
+		uint32_t v =
+		    (uint32_t)b[i] << 16 | (left > 1 ? (uint32_t)b[i + 1] << 8 : 0) | (left > 2 ? b[i + 2] : 0);
+		*out++ = base64_digits[v >> 18];
+		*out++ = base64_digits[v >> 12 & 63];
+		*out++ = left > 1 ? base64_digits[v >> 6 & 63] : '=';
+		*out++ = left > 2 ? base64_digits[v & 63] : '=';
+	}
+	*out = '\0';
+}
+
+/* -1: not a digit. */
+static int base64_value(char c)
+{
+	if (c >= 'A' && c <= 'Z')
+		return c - 'A';
+	if (c >= 'a' && c <= 'z')
+		return c - 'a' + 26;
+	if (c >= '0' && c <= '9')
+		return c - '0' + 52;
+	return c == '+' ? 62 : c == '/' ? 63 : -1;
+}
+
+int64_t base64_decode(const char *text, size_t len, void *out, size_t size)
+{
+	uint8_t *b = out;
+	size_t n = 0;
+
+	if (len % 4 != 0)
+		return -1;
+	for (size_t i = 0; i < len; i += 4) {
+		bool last = i + 4 == len;
+		unsigned pad = !last || text[i + 3] != '=' ? 0 : text[i + 2] == '=' ? 2 : 1;
+		uint32_t v = 0;
+		for (unsigned k = 0; k < 4; k++) {
+			int digit = k < 4 - pad ? base64_value(text[i + k]) : 0;
+			if (digit < 0)
+				return -1;
+			v = v << 6 | (uint32_t)digit;
+		}
+		/* One text for each content: the bits that stand for nothing are 0. */
+		if ((v & ((1U << 8 * pad) - 1)) != 0 || size - n < 3 - pad)
+			return -1;
+		for (unsigned k = 0; k < 3 - pad; k++)
+			b[n++] = (uint8_t)(v >> (16 - 8 * k));
+	}
+	return (int64_t)n;
+}

@@ -70,6 +70,13 @@ uint64_t rbuf_u64(struct rbuf *r);
 /* Into dst[size], always terminated; fails if it does not fit or holds a NUL. */
 void rbuf_str(struct rbuf *r, char *dst, size_t size);
 
+/* Base64 (RFC 4648, padded), as the control socket carries bytes. */
+#define BASE64_LEN(n) (((size_t)(n) + 2) / 3 * 4)
+void base64_encode(const void *p, size_t n, char *out); /* BASE64_LEN(n) characters and the terminator */
+/* At most size bytes into out, which is untouched behind them. How many, or -1: not base64 as encode writes it, or
+ * more than fit. */
+int64_t base64_decode(const char *text, size_t len, void *out, size_t size);
+
 /* CRC-32C (Castagnoli) of n bytes, continued from crc (0 to begin). ISA-L's crc32_iscsi. */
 uint32_t crc32c(uint32_t crc, const void *p, size_t n);
 

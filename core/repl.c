@@ -369,6 +369,12 @@ static bool tx_prepare(struct repl *r, struct tx *t, struct repl_meta *m)
 			return false;
 		settings_take(&m->settings, &t->settings, t->command ? t->arg : SETTINGS_ALL);
 		return true;
+	case TX_IDS:
+		if (m->role != ROLE_STANDALONE || r->link != LINK_DOWN) /* a peer's JOIN came in between */
+			return false;
+		for (uint32_t i = 0; i < m->n_volumes; i++)
+			m->volumes[i].id = t->command->ids[i];
+		return true;
 	case TX_ROOM:
 		return room_prepare(t, m);
 	case TX_DROP:
@@ -477,6 +483,9 @@ static void tx_done(struct repl *r, struct tx *t, int error)
 			else if (t->number) /* else those of its JOIN */
 				session_send(r, WIRE_SETTINGS_ACK, t->number, 0, 0, 0, NULL, 0);
 		}
+		break;
+	case TX_IDS:
+		repl_command_done(r, t->command, error, "the ids could not be saved: %s", err_short(error));
 		break;
 	case TX_ROOM:
 		room_tx_done(r, t, error);

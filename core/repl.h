@@ -126,7 +126,7 @@ enum link_state { LINK_DOWN, LINK_HANDSHAKE, LINK_RESYNC, LINK_SYNCED };
 const char *link_state_name(unsigned s);
 
 enum repl_cmd {
-	CMD_PROTECT,   /* text: peer; flags: WIRE_JOIN_ADOPT, PROTECT_HASH; ids set in the record by the shell before */
+	CMD_PROTECT,   /* text: peer; flags: WIRE_JOIN_ADOPT, PROTECT_HASH */
 	CMD_FAILBACK,  /* text: peer */
 	CMD_UNPROTECT, /* flags: UNPROTECT_FORCE */
 	CMD_RESOLVE, /* number: enum repl_discard; result: the loser's kept checkpoint, where this host is the loser */
@@ -139,6 +139,7 @@ enum repl_cmd {
 	CMD_DROP,     /* number: a checkpoint */
 	CMD_PAUSE,    /* stop forwarding, go on with dirty tracking; durable */
 	CMD_RESUME,   /* answered when resync may begin; in sync is what `wait` waits for */
+	CMD_IDS,      /* ids: what frames are to call the volumes; of a standalone group, before it is protected */
 	CMD_RESYNC,   /* rebuild detached disks from the peer; done when that has begun */
 	/* A job holds a checkpoint of this host (core/repl_hold.c): nothing but want of room drops it, and reads of it
 	 * are -ERR_NOENT from then on. number: which one; 0: the disks as they are now, all volumes between two guests'
@@ -162,6 +163,7 @@ struct repl_command {
 	uint32_t flags;
 	uint64_t number;
 	struct settings settings;
+	uint32_t ids[GROUP_VOLUMES_MAX]; /* by index */
 	/* results */
 	uint64_t result, result2, result3;
 	uint64_t result_time_ns;

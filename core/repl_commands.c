@@ -317,6 +317,19 @@ static void cmd_settings(struct repl *r, struct repl_command *c)
 	t->arg = c->number;
 }
 
+/* A peer that is connected knows the volumes by their ids: they change while there is none. */
+static void cmd_ids(struct repl *r, struct repl_command *c)
+{
+	const struct repl_meta *m = r->meta;
+	if (m->role != ROLE_STANDALONE)
+		repl_command_done(r, c, -ERR_STATE, "this host is %s for it already; %s", role_name(m->role),
+				  is_primary(r) ? "see `status`" : "run it on the host that has the VM");
+	else if (role_changing(r) || r->link != LINK_DOWN || repl_tx_pending(r, TX_IDS))
+		repl_command_done(r, c, -ERR_BUSY, "another command is changing its role");
+	else
+		repl_tx(r, TX_IDS)->command = c;
+}
+
 void repl_command(struct repl *r, struct repl_command *c)
 {
 	if (r->shutdown) {
@@ -353,6 +366,9 @@ void repl_command(struct repl *r, struct repl_command *c)
 		break;
 	case CMD_SETTINGS:
 		cmd_settings(r, c);
+		break;
+	case CMD_IDS:
+		cmd_ids(r, c);
 		break;
 	case CMD_DROP:
 		history_drop(r, c);

@@ -96,6 +96,7 @@ enum tx_kind {
 	TX_COMMIT_RETRY,
 	TX_DISCARD,
 	TX_SETTINGS,
+	TX_IDS, /* the volumes' ids are the command's */
 	TX_DROP,
 	TX_HOLD,	/* an epoch for a job on this host's own disk; command: a list of those that share it */
 	TX_PEER_BROKEN, /* primary: the peer's checkpoints are given up */

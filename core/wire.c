@@ -35,6 +35,8 @@ enum header_offset {
 #define LINEAGE_SIZE (8U * (2U + GENERATIONS_MAX))
 #define REFUSE_MIN 4U
 #define REFUSE_MAX (REFUSE_MIN + WIRE_TEXT_MAX - 1)
+#define VOLUME_NAME_MIN 3U
+#define START_MIN (2U + 3U + 4U + VOLUME_NAME_MIN + 4U)
 #define JOIN_FLAGS_ALL 0x107ffU
 #define CKPT_FLAGS_KNOWN (WIRE_CKPT_COMMAND | WIRE_CKPT_PIN | WIRE_CKPT_STOP)
 
@@ -72,8 +74,9 @@ enum range_rule {
 	RANGE_DATA,  /* length bytes of payload, at least one */
 	RANGE_SPAN,  /* 1 to WIRE_SPAN_MAX bytes, no payload */
 	RANGE_ANY,   /* may be empty */
-	RANGE_READ,  /* 1 to WIRE_PAYLOAD_MAX bytes, no payload */
+	RANGE_READ,  /* 1 to length_max bytes */
 	RANGE_REPLY, /* the same range: its bytes as payload, unless the flags say otherwise */
+	RANGE_NAMED, /* length_max at most: that many bytes of payload behind a name; may be empty with a flush */
 	RANGE_HASH,  /* as many regions as the payload has hashes for */
 };
 
@@ -84,7 +87,7 @@ struct type_rule {
 	enum range_rule range;
 	uint32_t payload_min, payload_max;
 	uint32_t payload_entry;			     /* a multiple of this; 0: any length */
-	uint64_t offset_min, offset_max, length_max; /* with RANGE_FREE; a maximum of 0: none */
+	uint64_t offset_min, offset_max, length_max; /* a maximum of 0: none */
 };
 
 #define PLAIN .known = true
@@ -123,13 +126,23 @@ static const struct type_rule rules[] = {
     [WIRE_BEHIND] = {PLAIN, .offset_max = WIRE_BEHIND_FAILED},
     [WIRE_DETACH] = {SEQUENCED, PAYLOAD(LINEAGE_SIZE, LINEAGE_SIZE)},
     [WIRE_ATTACH] = {SEQUENCED},
-    [WIRE_READ_REQ] = {SEQUENCED, .range = RANGE_READ},
-    [WIRE_READ_REPLY] = {SEQUENCED, PAYLOAD(0, WIRE_PAYLOAD_MAX), .range = RANGE_REPLY,
+    [WIRE_READ_REQ] = {SEQUENCED, .range = RANGE_READ, .length_max = WIRE_PAYLOAD_MAX},
+    [WIRE_READ_REPLY] = {SEQUENCED, PAYLOAD(0, WIRE_PAYLOAD_MAX), .range = RANGE_REPLY, .length_max = WIRE_PAYLOAD_MAX,
 			 .flags = WIRE_READ_ZERO | WIRE_READ_ERROR},
     [WIRE_WRITE_FAILED] = {PLAIN, PAYLOAD(REFUSE_MIN, REFUSE_MAX), .range = RANGE_ANY},
     [WIRE_HASH] = {SEQUENCED, PAYLOAD(8 + WIRE_HASH_SIZE, 8 + WIRE_HASH_SIZE * WIRE_HASH_REGIONS_MAX),
 		   .range = RANGE_HASH},
     [WIRE_HASH_ANSWER] = {PLAIN},
+    [WIRE_REPORT_WANT] = {SEQUENCED},
+    [WIRE_START_PROTECT] = {SEQUENCED, PAYLOAD(START_MIN, WIRE_START_ENCODED_MAX),
+			    .flags = WIRE_START_ADOPT | WIRE_START_HASH},
+    [WIRE_VOLUME_READ] = {SEQUENCED, PAYLOAD(VOLUME_NAME_MIN, WIRE_VOLUME_NAME_MAX), .range = RANGE_READ,
+			  .length_max = WIRE_RANGE_MAX},
+    [WIRE_VOLUME_WRITE] = {SEQUENCED, PAYLOAD(VOLUME_NAME_MIN, WIRE_VOLUME_NAME_MAX + WIRE_RANGE_MAX),
+			   .range = RANGE_NAMED, .length_max = WIRE_RANGE_MAX, .flags = WIRE_VOLUME_FLUSH},
+    [WIRE_VOLUME_DATA] = {SEQUENCED, PAYLOAD(0, WIRE_RANGE_MAX), .range = RANGE_REPLY, .length_max = WIRE_RANGE_MAX,
+			  .flags = WIRE_READ_ZERO | WIRE_READ_ERROR},
+    [WIRE_DONE] = {SEQUENCED, PAYLOAD(0, REFUSE_MAX), .flags = WIRE_DONE_ERROR},
 };
 
 const char *wire_type_name(unsigned type)
@@ -193,6 +206,9 @@ static int range_check(const struct wire_frame *f, const struct type_rule *rule,
 			return frame_bad(e, f, "offset", "out of bounds");
 		if (rule->length_max != 0 && f->length > rule->length_max)
 			return frame_bad(e, f, "length", "out of bounds");
+		if (f->type == WIRE_DONE &&
+		    (f->flags & WIRE_DONE_ERROR ? f->length_payload < REFUSE_MIN : f->length_payload != 0))
+			return frame_bad(e, f, "length_payload", "not what its flags say");
 		return 0;
 	}
 	if (rule->range == RANGE_DATA && f->length != f->length_payload)
@@ -204,8 +220,13 @@ static int range_check(const struct wire_frame *f, const struct type_rule *rule,
 	if (rule->range == RANGE_SPAN && (f->length == 0 || f->length > WIRE_SPAN_MAX))
 		return frame_bad(e, f, "length", "out of bounds");
 	if ((rule->range == RANGE_READ || rule->range == RANGE_REPLY) &&
-	    (f->length == 0 || f->length > WIRE_PAYLOAD_MAX))
+	    (f->length == 0 || f->length > rule->length_max))
 		return frame_bad(e, f, "length", "out of bounds");
+	if (rule->range == RANGE_NAMED && (f->length > rule->length_max || (f->length == 0 && f->flags == 0)))
+		return frame_bad(e, f, "length", "out of bounds");
+	if (rule->range == RANGE_NAMED &&
+	    (f->length_payload < VOLUME_NAME_MIN + f->length || f->length_payload > WIRE_VOLUME_NAME_MAX + f->length))
+		return frame_bad(e, f, "length_payload", "not a name's and its bytes'");
 	if (rule->range == RANGE_REPLY) {
 		bool fits = f->flags == 0		 ? f->length_payload == f->length
 			    : f->flags == WIRE_READ_ZERO ? f->length_payload == 0
@@ -578,6 +599,109 @@ int wire_join_decode(struct wire_join *j, const void *buf, size_t len, struct er
 	if ((rc = join_parse(&m, &out, e)) < 0 || (rc = join_check(&m, &out, e)) < 0)
 		return rc;
 	*j = out;
+	return 0;
+}
+
+/* ---- START_PROTECT, VOLUME_READ, VOLUME_WRITE ---- */
+
+int wire_start_encode(const struct wire_start *x, void *buf, size_t size)
+{
+	struct wbuf w = {.data = buf, .size = size};
+
+	PRE(x->n_volumes <= GROUP_VOLUMES_MAX);
+	wbuf_str(&w, x->peer);
+	wbuf_u32(&w, x->n_volumes);
+	for (uint32_t i = 0; i < x->n_volumes; i++) {
+		wbuf_str(&w, x->volumes[i].name);
+		wbuf_u32(&w, x->volumes[i].id);
+	}
+	return encoded(&w);
+}
+
+/* Like the record's (docs/format-group.md): printable ASCII without blanks. What an address is in it is looked at by
+ * whoever dials it. */
+static bool address_clean(const char *text)
+{
+	if (*text == '\0')
+		return false;
+	for (; *text != '\0'; text++)
+		if (!printable(*text) || *text == ' ')
+			return false;
+	return true;
+}
+
+static const char *start_volumes_fault(const struct wire_start *x, uint32_t *ret_index)
+{
+	for (uint32_t i = 0; i < x->n_volumes; i++) {
+		*ret_index = i;
+		if (!name_valid(x->volumes[i].name))
+			return "not a valid name";
+		if (x->volumes[i].id == 0)
+			return "the id is 0";
+		for (uint32_t k = 0; k < i; k++) {
+			if (strcmp(x->volumes[k].name, x->volumes[i].name) == 0)
+				return "a name that stands twice";
+			if (x->volumes[k].id == x->volumes[i].id)
+				return "an id that stands twice";
+		}
+	}
+	return NULL;
+}
+
+int wire_start_decode(struct wire_start *x, const void *buf, size_t len, struct err *e)
+{
+	struct message_reader m = message_open("START_PROTECT", buf, len);
+	struct wire_start out;
+	uint32_t at = 0;
+	int rc;
+
+	memset(&out, 0, sizeof(out));
+	rbuf_str(&m.r, out.peer, sizeof(out.peer));
+	field_end(&m, "peer");
+	out.n_volumes = rbuf_u32(&m.r);
+	if (out.n_volumes == 0 || out.n_volumes > GROUP_VOLUMES_MAX)
+		m.r.failed = true;
+	field_end(&m, "n_volumes");
+	for (uint32_t i = 0; i < out.n_volumes && !m.r.failed; i++) {
+		rbuf_str(&m.r, out.volumes[i].name, sizeof(out.volumes[i].name));
+		out.volumes[i].id = rbuf_u32(&m.r);
+	}
+	field_end(&m, "volumes");
+	if ((rc = message_end(&m, e)) < 0)
+		return rc;
+	if (!address_clean(out.peer))
+		return field_bad(&m, e, "peer", "empty, or not printable ASCII without blanks");
+	const char *fault = start_volumes_fault(&out, &at);
+	if (fault != NULL)
+		return err_set(e, ERR_PROTO, "START_PROTECT, field volumes[%" PRIu32 "]: %s", at, fault);
+	*x = out;
+	return 0;
+}
+
+int wire_volume_encode(const char *name, void *buf, size_t size)
+{
+	struct wbuf w = {.data = buf, .size = size};
+
+	wbuf_str(&w, name);
+	return encoded(&w);
+}
+
+int wire_volume_decode(char name[NAME_SIZE], size_t *ret_at, const void *buf, size_t len, uint64_t bytes, struct err *e)
+{
+	struct message_reader m = message_open("VOLUME_READ or VOLUME_WRITE", buf, len);
+	char out[NAME_SIZE];
+	int rc;
+
+	rbuf_str(&m.r, out, sizeof(out));
+	field_end(&m, "name");
+	if ((rc = message_parsed(&m, e)) < 0)
+		return rc;
+	if (!name_valid(out))
+		return field_bad(&m, e, "name", "not a valid name");
+	if (len - m.r.pos != bytes)
+		return field_bad(&m, e, "length", "not that of the bytes behind the name");
+	memcpy(name, out, sizeof(out));
+	*ret_at = m.r.pos;
 	return 0;
 }
 

@@ -21,7 +21,8 @@
 #define WIRE_SPAN_MAX (UINT64_C(1) << 30) /* bytes of one ZERO, DISCARD, RESYNC_ZERO: bounds one request's work */
 #define WIRE_HELLO_MAX 4096		  /* largest payload before the handshake is complete */
 #define WIRE_TEXT_MAX 480
-#define WIRE_SETTINGS_MAX 4096 /* largest SETTINGS payload */
+#define WIRE_SETTINGS_MAX 4096	  /* largest SETTINGS payload */
+#define WIRE_RANGE_MAX (1U << 20) /* bytes of one VOLUME_READ, VOLUME_WRITE */
 /* Largest checkpoint number that a peer may bring: what is left above it is more than can ever be counted, so no peer
  * can use the numbers up. */
 #define WIRE_CKPT_NUMBER_MAX (UINT64_C(1) << 62)
@@ -68,7 +69,13 @@ enum wire_features {
 	X(READ_REQ, 52)	       /* volume offset length; seq: token: the receiver's disk, behind all sent before */     \
 	X(READ_REPLY, 53)      /* volume offset length; seq: token; flags: enum wire_read_flags; payload: the bytes */ \
 	X(WRITE_FAILED, 54)    /* volume offset length; payload: wire_refuse: a write that failed at the source */     \
-	X(HISTORY_LOST, 56)    /* secondary → primary: no checkpoint is valid until the next; payload: wire_refuse */
+	X(HISTORY_LOST, 56)  /* secondary → primary: no checkpoint is valid until the next; payload: wire_refuse */  \
+	X(REPORT_WANT, 70)   /* seq: token of the REPORT that answers */                                               \
+	X(START_PROTECT, 71) /* seq: token; flags: enum wire_start_flags; payload: wire_start */                       \
+	X(VOLUME_READ, 72)   /* seq: token; offset length; payload: the volume's name */                               \
+	X(VOLUME_WRITE, 73)  /* seq: token; offset length; flags: enum wire_volume_flags; payload: name, bytes */      \
+	X(VOLUME_DATA, 74)   /* seq: the token; otherwise as READ_REPLY: answers VOLUME_READ */                        \
+	X(DONE, 75)	     /* seq: the token; flags: enum wire_done_flags: answers START_PROTECT, VOLUME_WRITE */
 
 enum wire_type {
 #define WIRE_ENUM(name, value) WIRE_##name = (value),
@@ -91,6 +98,16 @@ enum wire_behind { WIRE_BEHIND_PAUSED, WIRE_BEHIND_CONGESTED, WIRE_BEHIND_FAILED
 enum wire_read_flags {
 	WIRE_READ_ZERO = 1 << 0,  /* the range is all zeroes: no payload */
 	WIRE_READ_ERROR = 1 << 1, /* payload: wire_refuse */
+};
+enum wire_start_flags {
+	WIRE_START_ADOPT = 1 << 0, /* as protect --adopt */
+	WIRE_START_HASH = 1 << 1,  /* as protect --hash */
+};
+enum wire_volume_flags {
+	WIRE_VOLUME_FLUSH = 1 << 0, /* VOLUME_WRITE: then a guest's flush; its length may be 0 */
+};
+enum wire_done_flags {
+	WIRE_DONE_ERROR = 1 << 0, /* payload: wire_refuse */
 };
 enum wire_goodbye { WIRE_BYE_SHUTDOWN, WIRE_BYE_STOP, WIRE_BYE_FAILOVER };
 
@@ -176,6 +193,27 @@ struct wire_join {
 #define WIRE_JOIN_ENCODED_MAX (32U << 10)
 int wire_join_encode(const struct wire_join *j, void *buf, size_t size);
 int wire_join_decode(struct wire_join *j, const void *buf, size_t len, struct err *e);
+
+/* START_PROTECT: this host is to be primary for the group of these volumes, which are to have these ids, and `peer` its
+ * secondary. */
+struct wire_start {
+	char peer[ADDR_SIZE]; /* HOST:PORT, dialled by the receiver */
+	uint32_t n_volumes;   /* at least 1 */
+	struct wire_start_volume {
+		char name[NAME_SIZE];
+		uint32_t id;
+	} volumes[GROUP_VOLUMES_MAX]; /* names and ids used once */
+};
+#define WIRE_START_ENCODED_MAX (2U + ADDR_SIZE - 1 + 4U + GROUP_VOLUMES_MAX * (2U + NAME_MAX_LEN + 4U))
+int wire_start_encode(const struct wire_start *x, void *buf, size_t size);
+int wire_start_decode(struct wire_start *x, const void *buf, size_t len, struct err *e);
+
+/* The payload of VOLUME_READ and VOLUME_WRITE: the name, then `bytes` bytes (0 for a READ), which are to be at
+ * *ret_at. */
+#define WIRE_VOLUME_NAME_MAX (2U + NAME_MAX_LEN)
+int wire_volume_encode(const char *name, void *buf, size_t size); /* the name's part */
+int wire_volume_decode(char name[NAME_SIZE], size_t *ret_at, const void *buf, size_t len, uint64_t bytes,
+		       struct err *e);
 
 /* The volume report of a host. */
 struct wire_report_volume {

@@ -50,6 +50,13 @@ static void header_facts(const struct wire_frame *f)
 	case WIRE_DIRTY:
 		MUST(f->length_payload % 16 == 0);
 		break;
+	case WIRE_VOLUME_READ:
+	case WIRE_VOLUME_WRITE:
+	case WIRE_VOLUME_DATA:
+		MUST(f->seq != 0 && f->length <= WIRE_RANGE_MAX);
+		MUST(f->length_payload <= WIRE_RANGE_MAX + WIRE_VOLUME_NAME_MAX);
+		MUST(f->offset <= VOLUME_SIZE_MAX && f->length <= VOLUME_SIZE_MAX - f->offset);
+		break;
 	default:
 		break;
 	}
@@ -153,6 +160,35 @@ static void fuzz_report(const uint8_t *data, size_t len)
 	MUST(m > 0 && (size_t)m == len && memcmp(again, data, len) == 0);
 }
 
+static void fuzz_start(const uint8_t *data, size_t len)
+{
+	static struct wire_start a, b;
+	struct err e;
+
+	if (wire_start_decode(&a, data, len, &e) < 0)
+		return;
+	MUST(printable(a.peer) && a.n_volumes > 0 && a.n_volumes <= GROUP_VOLUMES_MAX);
+	for (uint32_t i = 0; i < a.n_volumes; i++)
+		MUST(name_valid(a.volumes[i].name) && a.volumes[i].id != 0);
+	int n = wire_start_encode(&a, again, WIRE_START_ENCODED_MAX);
+	MUST(n > 0 && (size_t)n == len && memcmp(again, data, len) == 0);
+	MUST(wire_start_decode(&b, again, (size_t)n, NULL) == 0);
+	MUST(memcmp(&a, &b, sizeof(a)) == 0);
+}
+
+static void fuzz_volume(const uint8_t *data, size_t len)
+{
+	char name[NAME_SIZE];
+	size_t at;
+	struct err e;
+
+	if (len < 1 || wire_volume_decode(name, &at, data + 1, len - 1, data[0], &e) < 0)
+		return;
+	MUST(name_valid(name) && at + data[0] == len - 1);
+	int n = wire_volume_encode(name, again, sizeof(again));
+	MUST(n > 0 && (size_t)n == at && memcmp(again, data + 1, at) == 0);
+}
+
 static void fuzz_settings(const uint8_t *data, size_t len)
 {
 	struct rbuf r = {.data = data, .size = len};
@@ -200,7 +236,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t len);
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t len)
 {
 	static void (*const targets[])(const uint8_t *, size_t) = {
-	    fuzz_header, fuzz_hello, fuzz_refuse, fuzz_ack, fuzz_join, fuzz_report, fuzz_settings, fuzz_text,
+	    fuzz_header, fuzz_hello,	fuzz_refuse, fuzz_ack,	 fuzz_join,
+	    fuzz_report, fuzz_settings, fuzz_text,   fuzz_start, fuzz_volume,
 	};
 
 	if (len > 0)

@@ -153,6 +153,11 @@ static bool command_did(struct host *h, const struct repl_command *c)
 		return memcmp(&m->settings, &want, sizeof(want)) == 0 &&
 		       (!repl_forwarding(h->core) || p->role != ROLE_SECONDARY || !p->has_peer || !peer_of(h)->up ||
 			memcmp(&p->settings, &want, sizeof(want)) == 0);
+	case CMD_IDS:
+		for (uint32_t i = 0; i < m->n_volumes; i++)
+			if (m->volumes[i].id != c->ids[i])
+				return false;
+		return true;
 	case CMD_DROP:
 		return repl_meta_find_ckpt(m, c->number) < 0;
 	case CMD_PAUSE:

@@ -257,3 +257,54 @@ Test(bytes, crc32c_continues)
 	b[17] ^= 0x10;
 	cr_assert_neq(crc32c(0, b, sizeof(b)), whole);
 }
+
+Test(bytes, base64_vectors_and_round_trip)
+{
+	static const struct {
+		const char *bytes, *text;
+	} vectors[] = {/* RFC 4648, 10 */
+		       {"", ""},
+		       {"f", "Zg=="},
+		       {"fo", "Zm8="},
+		       {"foo", "Zm9v"},
+		       {"foob", "Zm9vYg=="},
+		       {"fooba", "Zm9vYmE="},
+		       {"foobar", "Zm9vYmFy"},
+		       {"\xfb\xff\xbf", "+/+/"}};
+	char text[400];
+	uint8_t bytes[256], back[257];
+
+	for (unsigned i = 0; i < sizeof(vectors) / sizeof(vectors[0]); i++) {
+		size_t n = strlen(vectors[i].bytes);
+		memset(text, 0x5a, sizeof(text));
+		base64_encode(vectors[i].bytes, n, text);
+		cr_assert_str_eq(text, vectors[i].text);
+		cr_assert_eq(text[BASE64_LEN(n) + 1], 0x5a);
+		memset(back, 0xee, sizeof(back));
+		cr_assert_eq(base64_decode(text, strlen(text), back, n), (int64_t)n);
+		cr_assert_arr_eq(back, vectors[i].bytes, n);
+		cr_assert_eq(back[n], 0xee);
+		if (n > 0)
+			cr_assert_eq(base64_decode(text, strlen(text), back, n - 1), -1, "more than fit");
+		cr_assert_eq(back[n], 0xee);
+	}
+	for (size_t n = 0; n <= 256; n++) {
+		for (size_t i = 0; i < n; i++)
+			bytes[i] = (uint8_t)(i * 167 + n);
+		base64_encode(bytes, n, text);
+		cr_assert_eq(strlen(text), BASE64_LEN(n));
+		memset(back, 0xee, sizeof(back));
+		cr_assert_eq(base64_decode(text, BASE64_LEN(n), back, 256), (int64_t)n);
+		cr_assert(memcmp(back, bytes, n) == 0 && back[n] == 0xee);
+	}
+}
+
+Test(bytes, base64_refuses_what_encode_does_not_write)
+{
+	static const char *const bad[] = {"Z",	  "Zg",	  "Zg=",  "=Zg=", "Zh==",  "Zm9=", "Zm8=Zm8=",	      "Z===",
+					  "====", "Zm8-", "Zm_v", "Zm8 ", "Zm\n=", "Zg=a", "\xc3\xa4\xc3\xa4"};
+	uint8_t back[16];
+
+	for (unsigned i = 0; i < sizeof(bad) / sizeof(bad[0]); i++)
+		cr_assert_eq(base64_decode(bad[i], strlen(bad[i]), back, sizeof(back)), -1, "%s", bad[i]);
+}

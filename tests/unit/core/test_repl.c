@@ -4768,3 +4768,52 @@ Test(repl, a_commits_progress_never_passes_its_end)
 	cr_assert_eq(status_of(h).commit_done, REGION_SIZE);
 	host_free(h);
 }
+
+/* What frames call a volume is durable before the protection that uses it may begin, and stays while a peer knows it.
+ */
+Test(repl, ids_change_only_while_there_is_no_peer)
+{
+	static struct repl_meta m;
+	repl_meta_init(&m, "vm");
+	m.n_volumes = 1;
+	(void)snprintf(m.volumes[0].name, sizeof(m.volumes[0].name), "vm");
+	m.volumes[0].size = SIZE;
+	m.volumes[0].id = 1;
+	struct host *h = host_new(&m);
+	h->cmd = (struct repl_command){.cmd = CMD_IDS, .ids = {77}};
+	step(h, (struct repl_event){.type = EV_COMMAND, .command = &h->cmd});
+	EXPECT(h, "save:standalone/NONE");
+	cr_assert_eq(h->saved.volumes[0].id, 77);
+	cr_assert_eq(repl_meta(h->r)->volumes[0].id, 1);
+	struct repl_command second = {.cmd = CMD_IDS, .ids = {78}};
+	step(h, (struct repl_event){.type = EV_COMMAND, .command = &second});
+	saved(h);
+	EXPECT(h, "cmd=ERR_BUSY cmd");
+	step(h, (struct repl_event){.type = EV_COMMAND, .command = &second});
+	EXPECT(h, "save:standalone/NONE");
+	save_fails(h, -ERR_IO);
+	saved(h); /* the record as it was */
+	forget(h);
+	cr_assert_eq(repl_meta(h->r)->volumes[0].id, 77);
+	cr_assert_eq(h->cmd_error, -ERR_IO);
+	command(h, CMD_PROTECT, 0);
+	EXPECT(h, "dial");
+	struct repl_command late = {.cmd = CMD_IDS, .ids = {79}};
+	step(h, (struct repl_event){.type = EV_COMMAND, .command = &late});
+	EXPECT(h, "cmd=ERR_BUSY");
+	host_free(h);
+
+	h = primary(PROTOCOL_F);
+	h->cmd = (struct repl_command){.cmd = CMD_IDS, .ids = {80}};
+	step(h, (struct repl_event){.type = EV_COMMAND, .command = &h->cmd});
+	EXPECT(h, "cmd=ERR_STATE");
+	host_free(h);
+
+	/* A JOIN that makes it a secondary comes between the command and its save: the JOIN's ids stand. */
+	h = host_new(&m);
+	link_up(h, false);
+	h->cmd = (struct repl_command){.cmd = CMD_IDS, .ids = {81}};
+	step(h, (struct repl_event){.type = EV_COMMAND, .command = &h->cmd});
+	EXPECT(h, "cmd=ERR_BUSY");
+	host_free(h);
+}

@@ -90,6 +90,21 @@ static struct wire_frame frame_min(unsigned type)
 		f.length_payload = 1;
 		f.length = 1;
 		break;
+	case WIRE_VOLUME_DATA:
+		f.length_payload = 1;
+		f.length = 1;
+		break;
+	case WIRE_START_PROTECT:
+		f.length_payload = 16;
+		break;
+	case WIRE_VOLUME_READ:
+		f.length_payload = 3;
+		f.length = 1;
+		break;
+	case WIRE_VOLUME_WRITE:
+		f.length_payload = 4;
+		f.length = 1;
+		break;
 	case WIRE_ZERO:
 	case WIRE_DISCARD:
 	case WIRE_RESYNC_ZERO:
@@ -201,11 +216,17 @@ Test(wire_header, payload_bounds_of_each_type)
 	    {WIRE_READ_REPLY, 1, WIRE_PAYLOAD_MAX, 1},
 	    {WIRE_WRITE_FAILED, 4, 483, 1},
 	    {WIRE_HASH, 24, 1032, 1},
+	    {WIRE_START_PROTECT, 16, WIRE_START_ENCODED_MAX, 1},
+	    {WIRE_VOLUME_READ, 3, 65, 1},
+	    {WIRE_VOLUME_WRITE, 4, WIRE_RANGE_MAX + 65, 1},
+	    {WIRE_VOLUME_DATA, 1, WIRE_RANGE_MAX, 1},
+	    {WIRE_DONE, 0, 483, 1},
 	};
 
 	for (unsigned i = 0; i < N_TYPES; i++) {
 		uint32_t min = 0, max = 0, step = 1;
-		bool data = types[i] == WIRE_WRITE || types[i] == WIRE_RESYNC_WRITE || types[i] == WIRE_READ_REPLY;
+		bool reply = types[i] == WIRE_READ_REPLY || types[i] == WIRE_VOLUME_DATA;
+		bool data = types[i] == WIRE_WRITE || types[i] == WIRE_RESYNC_WRITE || reply;
 		for (unsigned k = 0; k < sizeof(bounds) / sizeof(bounds[0]); k++) {
 			if (bounds[k].type == types[i]) {
 				min = bounds[k].min;
@@ -219,11 +240,15 @@ Test(wire_header, payload_bounds_of_each_type)
 			f.length_payload = lengths[k];
 			f.crc_payload = lengths[k] != 0;
 			f.length = data ? lengths[k] : f.length;
-			assert_refused(f, types[i] == WIRE_READ_REPLY && lengths[k] == 0 ? "length" : "length_payload");
+			assert_refused(f, reply && lengths[k] == 0 ? "length" : "length_payload");
 		}
 		f.length_payload = max;
 		f.crc_payload = max != 0;
 		f.length = data ? max : types[i] == WIRE_HASH ? WIRE_HASH_REGIONS_MAX * WIRE_HASH_REGION : f.length;
+		if (types[i] == WIRE_VOLUME_WRITE)
+			f.length = WIRE_RANGE_MAX;
+		if (types[i] == WIRE_DONE)
+			f.flags = WIRE_DONE_ERROR;
 		assert_taken(f);
 		if (step > 1) {
 			f.length_payload = max - 1;
@@ -264,15 +289,71 @@ Test(wire_header, a_read_reply_is_what_its_flags_say)
 	assert_refused(f, "length");
 }
 
+Test(wire_header, what_a_hub_asks_for_and_is_answered)
+{
+	struct wire_frame f = frame_min(WIRE_VOLUME_WRITE);
+	f.length = 4096;
+	f.length_payload = 4096 + 2;
+	assert_refused(f, "length_payload");
+	f.length_payload = 4096 + 66;
+	assert_refused(f, "length_payload");
+	f.length_payload = 4096 + 65;
+	assert_taken(f);
+	f.length = f.length_payload = 0;
+	f.length_payload = 3;
+	assert_refused(f, "length");
+	f.flags = WIRE_VOLUME_FLUSH; /* a flush alone */
+	assert_taken(f);
+	f.length = WIRE_RANGE_MAX + 1;
+	f.length_payload = WIRE_RANGE_MAX + 4;
+	assert_refused(f, "length");
+	f.length = (UINT64_C(1) << 32) + 1; /* equal in its low half */
+	f.length_payload = 4;
+	assert_refused(f, "length");
+	f = frame_min(WIRE_VOLUME_READ);
+	f.length = WIRE_RANGE_MAX;
+	f.offset = VOLUME_SIZE_MAX - WIRE_RANGE_MAX;
+	assert_taken(f);
+	f.offset++;
+	assert_refused(f, "offset");
+	f.offset = 0;
+	f.length++;
+	assert_refused(f, "length");
+	f.length = 0;
+	assert_refused(f, "length");
+	f = frame_min(WIRE_VOLUME_DATA);
+	f.flags = WIRE_READ_ZERO;
+	assert_refused(f, "length_payload");
+	f.length_payload = f.crc_payload = 0;
+	assert_taken(f);
+	f.flags = WIRE_READ_ERROR;
+	f.length_payload = 4;
+	assert_taken(f);
+	f.length = WIRE_RANGE_MAX + 1;
+	assert_refused(f, "length");
+	f = frame_min(WIRE_DONE);
+	f.length_payload = 4;
+	f.crc_payload = 1;
+	assert_refused(f, "length_payload");
+	f.flags = WIRE_DONE_ERROR;
+	assert_taken(f);
+	f.length_payload = 3;
+	assert_refused(f, "length_payload");
+}
+
 Test(wire_header, flags_seq_and_reserved)
 {
 	for (unsigned i = 0; i < N_TYPES; i++) {
 		unsigned t = types[i];
-		uint16_t allowed = t == WIRE_CHECKPOINT ? 7 : t == WIRE_REPORT ? 1 : 0;
+		uint16_t allowed = t == WIRE_CHECKPOINT				? 7
+				   : t == WIRE_START_PROTECT			? 3
+				   : t == WIRE_REPORT || t == WIRE_VOLUME_WRITE ? 1
+										: 0;
 		for (unsigned bit = 0; bit < 16; bit++) {
 			struct wire_frame f = frame_min(t);
 			f.flags = (uint16_t)(1U << bit);
-			if (t == WIRE_READ_REPLY && bit < 2) /* each says what its payload is: a test of their own */
+			if (((t == WIRE_READ_REPLY || t == WIRE_VOLUME_DATA) && bit < 2) ||
+			    (t == WIRE_DONE && bit < 1)) /* each says what its payload is: a test of their own */
 				assert_refused(f, "length_payload");
 			else if ((allowed & f.flags) != 0)
 				assert_taken(f);
@@ -282,7 +363,7 @@ Test(wire_header, flags_seq_and_reserved)
 		struct wire_frame f = frame_min(t);
 		f.seq = 0;
 		if ((t >= WIRE_WRITE && t <= WIRE_RESYNC_DONE) || t == WIRE_RESYNC_BEGIN || t == WIRE_HASH ||
-		    (t >= WIRE_DETACH && t <= WIRE_READ_REPLY))
+		    (t >= WIRE_DETACH && t <= WIRE_READ_REPLY) || (t >= WIRE_REPORT_WANT && t <= WIRE_DONE))
 			assert_refused(f, "seq");
 		else
 			assert_taken(f);
@@ -507,6 +588,11 @@ static int decode_join(void *out, const void *buf, size_t len, struct err *e)
 static int decode_report(void *out, const void *buf, size_t len, struct err *e)
 {
 	return wire_report_decode(out, 8, buf, len, e);
+}
+
+static int decode_start(void *out, const void *buf, size_t len, struct err *e)
+{
+	return wire_start_decode(out, buf, len, e);
 }
 
 static void assert_bad(decode_fn *decode, size_t out_size, const void *buf, size_t len, const char *says)
@@ -1069,4 +1155,130 @@ Test(wire_report, bad_fields_by_name)
 		int len = wire_report_encode(v, 3, buf, sizeof(buf));
 		assert_bad(decode_report, 8 * sizeof(v[0]), buf, (size_t)len, says[n]);
 	}
+}
+
+/* ---- START_PROTECT, VOLUME_READ, VOLUME_WRITE ---- */
+
+static struct wire_start start_some(void)
+{
+	struct wire_start x;
+
+	memset(&x, 0, sizeof(x));
+	snprintf(x.peer, sizeof(x.peer), "127.0.0.1:7790");
+	x.n_volumes = 2;
+	snprintf(x.volumes[0].name, NAME_SIZE, "vm1");
+	x.volumes[0].id = 0x01020304;
+	snprintf(x.volumes[1].name, NAME_SIZE, "vm1-data");
+	x.volumes[1].id = UINT32_MAX;
+	return x;
+}
+
+Test(wire_start, bytes_and_round_trip)
+{
+	static const uint8_t want[] = "\x0e\0"
+				      "127.0.0.1:7790\x02\0\0\0\x03\0vm1\x04\x03\x02\x01\x08\0vm1-data"
+				      "\xff\xff\xff\xff";
+	struct wire_start x = start_some(), back;
+	uint8_t buf[128];
+
+	memset(buf, 0xee, sizeof(buf));
+	cr_assert_eq(wire_start_encode(&x, buf, sizeof(buf)), sizeof(want) - 1);
+	cr_assert_arr_eq(buf, want, sizeof(want) - 1);
+	cr_assert_eq(buf[sizeof(want) - 1], 0xee);
+	POISON(back);
+	cr_assert_eq(wire_start_decode(&back, want, sizeof(want) - 1, NULL), 0);
+	cr_assert_eq(memcmp(&back, &x, sizeof(x)), 0);
+	assert_cuts_bad(decode_start, sizeof(back), want, sizeof(want) - 1, true);
+	cr_assert_eq(wire_start_encode(&x, buf, sizeof(want) - 2), -ERR_LIMIT);
+}
+
+Test(wire_start, the_largest_fits_its_limit)
+{
+	struct wire_start x = start_some(), back;
+	uint8_t *buf = malloc(WIRE_START_ENCODED_MAX);
+
+	memset(x.peer, 'p', ADDR_SIZE - 1);
+	x.n_volumes = GROUP_VOLUMES_MAX;
+	for (uint32_t i = 0; i < GROUP_VOLUMES_MAX; i++) {
+		snprintf(x.volumes[i].name, NAME_SIZE, "%063u", i);
+		x.volumes[i].id = i + 1;
+	}
+	cr_assert_eq(wire_start_encode(&x, buf, WIRE_START_ENCODED_MAX), WIRE_START_ENCODED_MAX);
+	cr_assert_eq(wire_start_decode(&back, buf, WIRE_START_ENCODED_MAX, NULL), 0);
+	cr_assert_eq(memcmp(&back, &x, sizeof(x)), 0);
+	put_u32(buf + 2 + ADDR_SIZE - 1, GROUP_VOLUMES_MAX + 1);
+	assert_bad(decode_start, sizeof(x), buf, WIRE_START_ENCODED_MAX, "field n_volumes:");
+	put_u32(buf + 2 + ADDR_SIZE - 1, 0);
+	assert_bad(decode_start, sizeof(x), buf, WIRE_START_ENCODED_MAX, "field n_volumes:");
+	free(buf);
+}
+
+Test(wire_start, bad_fields_by_name)
+{
+	static const char *const says[] = {
+	    "field peer:", "field peer:", "volumes[1]:", "volumes[1]:", "volumes[1]:", "volumes[0]:", "volumes[1]:"};
+
+	for (unsigned n = 0; n < sizeof(says) / sizeof(says[0]); n++) {
+		struct wire_start x = start_some();
+		uint8_t buf[256];
+		switch (n) {
+		case 0:
+			x.peer[0] = '\0';
+			break;
+		case 1:
+			x.peer[3] = ' ';
+			break;
+		case 2:
+			snprintf(x.volumes[1].name, NAME_SIZE, "vm1");
+			break;
+		case 3:
+			x.volumes[1].id = x.volumes[0].id;
+			break;
+		case 4:
+			x.volumes[1].id = 0;
+			break;
+		case 5:
+			x.volumes[0].name[0] = '/';
+			break;
+		case 6:
+			x.volumes[1].name[2] = '\x7f';
+			break;
+		}
+		int len = wire_start_encode(&x, buf, sizeof(buf));
+		assert_bad(decode_start, sizeof(x), buf, (size_t)len, says[n]);
+	}
+}
+
+Test(wire_volume, a_name_and_its_bytes)
+{
+	uint8_t buf[128];
+	char name[NAME_SIZE + 1];
+	size_t at = 77;
+	struct err e = {0};
+
+	memset(buf, 0xee, sizeof(buf));
+	int n = wire_volume_encode("vm1", buf, sizeof(buf));
+	cr_assert_eq(n, 5);
+	cr_assert_arr_eq(buf, "\x03\0vm1\xee", 6);
+	memset(name, 0x5a, sizeof(name));
+	cr_assert_eq(wire_volume_decode(name, &at, buf, 5 + 9, 9, NULL), 0);
+	cr_assert_str_eq(name, "vm1");
+	cr_assert_eq(at, 5);
+	cr_assert_eq(name[NAME_SIZE], 0x5a);
+	memset(name, 0x5a, sizeof(name));
+	at = 77;
+	static const struct {
+		size_t len;
+		uint64_t bytes;
+	} bad[] = {{5, 1}, {6, 0}, {5 + 9, 8}, {5 + 9, 10}, {5, UINT64_MAX}, {4, 0}, {1, 0}, {0, 0}};
+	for (unsigned i = 0; i < sizeof(bad) / sizeof(bad[0]); i++) {
+		cr_assert_eq(wire_volume_decode(name, &at, buf, bad[i].len, bad[i].bytes, &e), -ERR_PROTO, "%u", i);
+		cr_assert(at == 77 && name[0] == 0x5a);
+	}
+	buf[2] = '.';
+	cr_assert_eq(wire_volume_decode(name, &at, buf, 5, 0, &e), -ERR_PROTO);
+	cr_assert(strstr(e.text, "field name:") != NULL, "%s", e.text);
+	buf[2] = 0;
+	cr_assert_eq(wire_volume_decode(name, &at, buf, 5, 0, &e), -ERR_PROTO);
+	cr_assert(at == 77 && name[0] == 0x5a);
 }
