@@ -111,6 +111,15 @@ static const struct cli_opt extents_opts[] = {
     {.name = NULL},
 };
 
+static const struct cli_opt remote_opts[] = {
+    {.name = "remote", .help = "of the peer's volume, over the connection that replicates it"},
+    {.name = NULL},
+};
+static const struct cli_opt report_opts[] = {
+    {.name = "remote", .help = "of the peers that are connected"},
+    {.name = NULL},
+};
+
 const struct cli_verb cli_verbs[] = {
     {"create", "NAME", 1, 1, "make a volume", create_opts, cmd_create},
     {"import", "NAME FILE", 2, 2, "make a volume from a disk image", import_opts, cmd_import},
@@ -141,6 +150,9 @@ const struct cli_verb cli_verbs[] = {
     {"checkpoints", "NAME", 1, 1, "the checkpoints that are kept", checkpoints_opts, cmd_checkpoints},
     {"extents", "overlays/NAME/active|hidden | NAME@N", 1, 1, "which ranges an overlay or a checkpoint holds",
      extents_opts, cmd_extents},
+    {"read", "NAME OFFSET LENGTH", 3, 3, "bytes of a volume to stdout", remote_opts, cmd_read},
+    {"write", "NAME OFFSET", 2, 2, "bytes from stdin to a volume", remote_opts, cmd_write},
+    {"report", "", 0, 0, "the volumes of this host, as a hub is told them", report_opts, cmd_report},
     {"set", "GROUP KEY=VALUE...", 2, CLI_ARGS_MAX, "change settings of a group", NULL, cmd_set},
     {"get", "GROUP", 1, 1, "the settings of a group", NULL, cmd_get},
     {"check", "", 0, 0, "check the metadata and overlays of a store that no daemon uses", NULL, cmd_check},
@@ -157,9 +169,6 @@ const struct cli_verb cli_verbs[] = {
     {"backup", "NAME[@N] TARGET", 0, 0, "back up a live volume", NULL, NULL},
     {"jobs", "", 0, 0, "the jobs of the daemon", NULL, NULL},
     {"job", "pause|resume|cancel|wait ID", 0, 0, "control a job", NULL, NULL},
-    {"read", "NAME OFFSET LENGTH", 0, 0, "bytes of a volume to stdout", NULL, NULL},
-    {"write", "NAME OFFSET", 0, 0, "bytes from stdin to a volume", NULL, NULL},
-    {"report", "", 0, 0, "the volumes, as a hub sees them", NULL, NULL},
     {"events", "", 0, 0, "follow what happens", NULL, NULL},
     {"metrics", "", 0, 0, "counters as Prometheus text", NULL, NULL},
     {"key", "new FILE", 0, 0, "make a pre-shared key", NULL, NULL},

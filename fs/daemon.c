@@ -1,6 +1,7 @@
 /* The daemon: the store, its groups and their volumes by name, connections, the clock.
  *
- * A connection is accepted without a group; its first frame is a JOIN that names one. A group that does not exist here
+ * A connection is accepted without a group; its first frame is a JOIN that names one, or it asks for
+ * something of the whole host (fs/hub.h). A group that does not exist here
  * is made if the JOIN asks to protect (SPEC 13: without TLS every peer that may connect may do that).
  */
 #include "fs/daemon.h"
@@ -112,6 +113,7 @@ bool daemon_group_name(struct daemon *d, uint32_t id, char name[NAME_SIZE])
 
 void daemon_names_changed(struct daemon *d)
 {
+	hub_volumes_changed(d);
 	if (d->cfg.hooks.names_changed)
 		d->cfg.hooks.names_changed(d->cfg.hooks.arg);
 }
@@ -245,67 +247,19 @@ void daemon_conns_close(struct daemon *d, const struct group *g)
 	mutex_unlock(&d->lock);
 }
 
-/* Tells the peer what volumes this host has (SPEC 10): in frames of at most WIRE_REPORT_MAX, the last one marked. */
-static void send_report(struct conn *c)
+bool daemon_peer_may(const struct conn *c, const char *group)
 {
-	struct daemon *d = c->d;
-	struct wire_report_volume *v = calloc(WIRE_REPORT_MAX, sizeof(*v));
-	uint8_t *buf = malloc(WIRE_REPORT_ENCODED_MAX);
-	uint32_t n = 0;
-	if (v == NULL || buf == NULL)
-		goto out;
-	pthread_rwlock_rdlock(&d->names);
-	for (struct gvol *x = d->gvols;; x = x->next) {
-		if (x == NULL || n == WIRE_REPORT_MAX) {
-			int len = wire_report_encode(v, n, buf, WIRE_REPORT_ENCODED_MAX);
-			void *payload = len > 0 ? malloc((size_t)len) : NULL;
-			if (payload) {
-				memcpy(payload, buf, (size_t)len);
-				struct wire_frame f = {.type = WIRE_REPORT, .length_payload = (uint32_t)len};
-				f.flags = (uint16_t)(x ? 0U : WIRE_REPORT_LAST);
-				(void)link_send(c->link, &f, payload, NULL, NULL);
-			}
-			n = 0;
-		}
-		if (x == NULL)
-			break;
-		struct group *g = x->g;
-		mutex_lock(&g->lock);
-		const struct repl_meta *m = repl_meta(g->core);
-		const struct repl_volume *rv = &m->volumes[x->index];
-		v[n] = (struct wire_report_volume){.id = rv->id, .size = rv->size, .role = m->role, .state = m->state};
-		memcpy(v[n].name, rv->name, sizeof(v[n].name));
-		memcpy(v[n].group, m->group, sizeof(v[n].group));
-		memcpy(v[n].uuid, rv->uuid, sizeof(v[n].uuid));
-		mutex_unlock(&g->lock);
-		n++;
-	}
-	pthread_rwlock_unlock(&d->names);
-out:
-	free(v);
-	free(buf);
-}
-
-static int check_report(const struct conn *c, const struct wire_frame *f, const void *payload)
-{
-	struct err e = {0};
-	struct wire_report_volume *v = calloc(WIRE_REPORT_MAX, sizeof(*v));
-	if (v == NULL)
-		return -ERR_NOMEM;
-	int n = wire_report_decode(v, WIRE_REPORT_MAX, payload, f->length_payload, &e);
-	free(v);
-	if (n < 0)
-		log_warn("", "the report of %s does not decode: %s", link_peer_name(c->link), e.text);
-	else
-		log_debug("", "%s reports %d volumes", link_peer_name(c->link), n);
-	return n < 0 ? n : 0;
+	/* Without TLS a connection has no identity, and all that are taken (loopback, or `insecure`) may all. */
+	(void)c;
+	(void)group;
+	return true;
 }
 
 static int on_up_dialled(struct link *l, void *arg)
 {
 	struct conn *c = arg;
 	daemon_conn_set_link(c, l);
-	send_report(c);
+	hub_conn_up(c);
 	group_attach(c->g, c, NULL, NULL);
 	return 0;
 }
@@ -324,7 +278,7 @@ static int on_up_accepted(struct link *l, void *arg)
 	c->since_ns = clock_mono_ns();
 	daemon_conn_add(c);
 	link_set_arg(l, c);
-	send_report(c);
+	hub_conn_up(c);
 	return 0;
 }
 
@@ -393,6 +347,8 @@ static struct group *group_for(struct conn *c, const struct wire_join *j)
 		char text[WIRE_TEXT_MAX];
 		(void)snprintf(text, sizeof(text), "there is no group %s here; protect it afresh", j->group);
 		refuse(c, ERR_NOENT, text);
+	} else if (g == NULL && !daemon_peer_may(c, j->group)) {
+		refuse(c, ERR_PERM, "this host does not accept that peer for that group");
 	} else if (g == NULL && groups_count(d) >= STORE_GROUPS_MAX) {
 		refuse(c, ERR_LIMIT, "this host has as many groups as it may");
 	} else if (g == NULL) {
@@ -481,10 +437,14 @@ static int on_frame(struct link *l, void *arg, const struct wire_frame *f, void 
 	struct conn *c = arg;
 	(void)l;
 	if (f->type == WIRE_REPORT) {
-		int err = check_report(c, f, payload);
+		int err = hub_report_frame(c, f, payload);
 		free(payload);
 		return err;
 	}
+	if (hub_is(f->type))
+		return hub_frame(c, f, payload);
+	if (atomic_load(&c->host))
+		return hub_host_frame(c, f, payload);
 	return c->g ? group_frame(c, f, payload) : first_frame(c, f, payload);
 }
 
@@ -510,6 +470,7 @@ static void on_down(struct link *l, void *arg, int code, const char *text)
 	log_debug("", "connection to %s down: %s", link_peer_name(l), text);
 	if (c->g)
 		group_conn_down(c, code, text);
+	hub_conn_down(c);
 	daemon_conn_remove(c); /* the daemon may be gone after this */
 	daemon_conn_put(c);
 }
@@ -556,6 +517,7 @@ static void *tick_main(void *arg)
 			group_tick(all[i]);
 			group_unref(all[i]);
 		}
+		hub_tick(d);
 		mutex_lock(&d->lock);
 		for (struct conn *c = d->conns; c; c = c->next)
 			if (c->since_ns && clock_mono_ns() - c->since_ns > JOIN_WAIT_NS)
@@ -597,6 +559,7 @@ static void daemon_free(struct daemon *d)
 		d->gvols = v->next;
 		gvol_unref(v);
 	}
+	hub_free(&d->hub);
 	pool_destroy(d->pool);
 	store_close(d->store);
 	pthread_rwlock_destroy(&d->names);
@@ -620,6 +583,7 @@ int daemon_open(const struct daemon_config *cfg, struct daemon **ret, struct err
 		return err_set(e, ERR_NOMEM, "out of memory");
 	d->cfg = *cfg;
 	d->acceptor.d = d;
+	hub_init(&d->hub);
 	mutex_init(&d->lock);
 	mutex_init(&d->admin);
 	cond_init(&d->cond);
@@ -700,6 +664,7 @@ void daemon_shutdown(struct daemon *d)
 	mutex_unlock(&d->admin);
 	for (struct group *g = d->groups; g; g = g->next)
 		group_shutdown(g);
+	hub_shutdown(d);
 }
 
 /* Within twice peer_timeout whatever the peer does: goodbyes are bounded by CLOSE_DRAIN_MS, the rest is local. Also of
@@ -718,6 +683,7 @@ void daemon_close(struct daemon *d)
 	for (struct group *g = d->groups; g; g = g->next)
 		quiet = group_wait_quiet(g, deadline) && quiet;
 	quiet = conns_wait(d, deadline) && quiet;
+	quiet = hub_wait_quiet(d, deadline) && quiet;
 	if (d->pool && quiet)
 		pool_drain(d->pool);
 	for (struct group *g = d->groups; g; g = g->next) {

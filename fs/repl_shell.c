@@ -578,6 +578,8 @@ static void save_run(struct pool_job *job)
 	outbox_run(g, &o);
 	if (!err)
 		repl_exec_reap(&g->exec);
+	if (!err)
+		hub_volumes_changed(g->d);
 	if (!err && chain)
 		daemon_names_changed(g->d);
 	job_ended(g);

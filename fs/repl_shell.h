@@ -13,6 +13,7 @@
 #include "core/os/thread.h"
 #include "core/repl.h"
 #include "fs/daemon.h"
+#include "fs/hub.h"
 #include "fs/repl_exec.h"
 #include "net/ctl.h"
 #include "net/link.h"
@@ -53,8 +54,15 @@ struct conn {
 	_Atomic(struct group *) g; /* a reference; set before the first event of this connection */
 	_Atomic uint64_t session;
 	bool dialled;
-	bool closed, waiting; /* under group.lock: the core has closed it; its receiver waits for room */
-	uint64_t since_ns;    /* under daemon.lock. Accepted: when, until its JOIN came; else 0 */
+	bool closed, waiting;	/* under group.lock: the core has closed it; its receiver waits for room */
+	bool up;		/* under daemon.lock: gets reports */
+	uint64_t since_ns;	/* under daemon.lock. Accepted: when, until its JOIN came; else 0 */
+	_Atomic bool host;	/* host-wide: it carries no group (fs/hub.h) */
+	_Atomic unsigned asked; /* requests of a hub's, or the peer's, under way */
+	/* host-wide, the ticker's: what was heard when it looked last, how often that was the same, how often it looked
+	 */
+	uint64_t heard_ns;
+	unsigned silent_ticks, ticks;
 	struct conn *next;
 };
 
@@ -162,6 +170,7 @@ struct daemon {
 	struct group *groups;	/* in name order */
 	struct gvol *gvols;	/* in name order */
 	uint32_t next_id;
+	struct hub hub;
 };
 
 struct group *daemon_group(struct daemon *d, const char *name);	      /* by group or volume name; a reference */
@@ -170,6 +179,8 @@ int daemon_add_group(struct daemon *d, const struct repl_meta *m, struct err *e)
 /* Takes a group out of the daemon: no handle may be open. -ERR_BUSY names the volume. */
 int daemon_remove_group(struct daemon *d, struct group *g, struct err *e);
 const struct link_callbacks *daemon_link_callbacks(bool dialled);
+/* Whether the peer at the other end may protect into, start-protect, or read and write in this group (SPEC 13). */
+bool daemon_peer_may(const struct conn *c, const char *group);
 bool daemon_addr_allowed(const struct daemon *d, const char *addr, struct err *e);
 void daemon_conn_add(struct conn *c);
 void daemon_conn_set_link(struct conn *c, struct link *l);

@@ -290,7 +290,8 @@ int daemon_command(struct daemon *d, struct ctl_conn *ctl, const char *verb, con
 	    {"pause", verb_do_pause},	    {"resume", verb_do_resume},
 	    {"failback", verb_do_failback}, {"unprotect", verb_do_unprotect},
 	    {"resolve", verb_do_resolve},   {"diverged", verb_do_diverged},
-	    {"resync", verb_do_resync},
+	    {"resync", verb_do_resync},	    {"read", verb_do_read},
+	    {"write", verb_do_write},	    {"report", verb_do_report},
 	};
 	for (size_t i = 0; i < sizeof(table) / sizeof(table[0]); i++) {
 		if (strcmp(table[i].verb, verb) != 0)

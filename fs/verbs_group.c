@@ -7,48 +7,26 @@
 #include "fs/repl_shell.h"
 #include "fs/verbs_internal.h"
 
-/* `ids`: the numbers that a hub assigns to the volumes, before the protection begins. The caller holds no reference of
- * the group, as taking it out waits for all others. */
-static int set_ids(const struct call *c, const char *group)
+/* `ids`: the numbers that a hub assigns to the volumes. */
+static int ids_arg(const struct call *c, struct wire_start *x)
 {
 	const json_t *ids = json_object_get(c->args, "ids");
-	if (!json_is_object(ids) || json_object_size(ids) == 0)
-		return 0;
-	struct repl_meta *m = NULL;
-	int err = verb_take_out(c, group);
-	if (err)
-		return err;
-	err = store_load_group(c->d->store, group, &m, c->e);
 	const char *key;
 	json_t *value;
 	json_object_foreach((json_t *)ids, key, value)
 	{
-		if (err)
-			break;
-		int i = repl_meta_find_volume(m, key);
 		json_int_t id = json_integer_value(value);
-		if (i < 0)
-			err = err_set(c->e, ERR_NOENT, "the group has no volume %s", key);
-		else if (id < 1 || id > UINT32_MAX)
-			err =
-			    err_set(c->e, ERR_USAGE, "an id is a number from 1 to 4294967295, not %lld", (long long)id);
-		else
-			m->volumes[i].id = (uint32_t)id;
+		struct wire_start_volume *v = &x->volumes[x->n_volumes];
+		if (x->n_volumes == GROUP_VOLUMES_MAX || strlen(key) > NAME_MAX_LEN)
+			return err_set(c->e, ERR_NOENT, "the group has no volume %.80s", key);
+		if (id < 1 || id > UINT32_MAX)
+			return err_set(c->e, ERR_USAGE, "an id is a number from 1 to 4294967295, not %lld",
+				       (long long)id);
+		(void)snprintf(v->name, sizeof(v->name), "%s", key);
+		v->id = (uint32_t)id;
+		x->n_volumes++;
 	}
-	for (uint32_t i = 0; !err && i < m->n_volumes; i++)
-		for (uint32_t k = 0; k < i; k++)
-			if (m->volumes[i].id == m->volumes[k].id)
-				err = err_set(c->e, ERR_USAGE, "two volumes would have the id %u", m->volumes[i].id);
-	if (!err)
-		err = store_save_group(c->d->store, m, c->e);
-	free(m);
-	struct err e2 = {0};
-	int err2 = verb_bring_back(c, group, &e2);
-	if (!err && err2) {
-		err = err2;
-		*c->e = e2;
-	}
-	return err;
+	return 0;
 }
 
 static int change_settings(const struct call *c, struct group *g, const json_t *map)
@@ -100,18 +78,10 @@ static int need_peer(const struct call *c, const char **ret)
 	return 0;
 }
 
-/* Gives a command for which the peer is connected to, and waits for what follows if it was asked to. */
-static int command_with_peer(const struct call *c, struct group *g, enum repl_cmd cmd, const char *peer, uint32_t flags)
+/* It replicates to the peer: waits for what follows if it was asked to. */
+static int with_peer(const struct call *c, struct group *g, const char *peer)
 {
-	struct shell_command *sc = shell_command_new(cmd);
-	if (sc) {
-		(void)snprintf(sc->c.text, sizeof(sc->c.text), "%s", peer);
-		sc->c.flags = flags;
-	}
-	int err = verb_command(c, g, sc);
-	shell_command_unref(sc);
-	if (!err && verb_arg_bool(c, "wait", false))
-		err = verb_wait_for(c, g, WAIT_IN_SYNC);
+	int err = verb_arg_bool(c, "wait", false) ? verb_wait_for(c, g, WAIT_IN_SYNC) : 0;
 	if (!err)
 		verb_result(c, json_pack("{s:s, s:s}", "group", g->name, "peer", peer));
 	return err;
@@ -120,36 +90,32 @@ static int command_with_peer(const struct call *c, struct group *g, enum repl_cm
 int verb_do_protect(const struct call *c)
 {
 	struct group *g;
+	struct wire_start x = {.n_volumes = 0};
 	const char *peer = NULL, *protocol = verb_arg_str(c, "protocol");
 	int err = verb_need_group(c, &g);
 	if (err)
 		return err;
-	err = verb_prefixed(c, g->name, need_peer(c, &peer));
-	if (!err && json_object_get(c->args, "ids")) {
-		char group[NAME_SIZE];
-		memcpy(group, g->name, sizeof(group));
-		group_unref(g);
-		mutex_lock(&c->d->admin);
-		err = set_ids(c, group);
-		mutex_unlock(&c->d->admin);
-		if (err)
-			return verb_prefixed(c, verb_arg_str(c, "name"), err);
-		err = verb_need_group(c, &g);
-		if (err)
-			return err;
-	}
+	err = need_peer(c, &peer);
+	if (!err)
+		err = ids_arg(c, &x);
 	if (!err && protocol) {
 		mutex_lock(&g->lock);
 		bool standalone = repl_meta(g->core)->role == ROLE_STANDALONE;
 		mutex_unlock(&g->lock);
 		json_t *map = json_pack("{s:s}", "protocol", protocol);
-		err = standalone ? verb_prefixed(c, g->name, change_settings(c, g, map)) : 0;
+		err = standalone ? change_settings(c, g, map) : 0;
 		json_decref(map);
 	}
+	if (!err) {
+		(void)snprintf(x.peer, sizeof(x.peer), "%s", peer);
+		err = hub_protect(g, &x,
+				  (verb_arg_bool(c, "adopt", false) ? (uint32_t)WIRE_JOIN_ADOPT : 0U) |
+				      (verb_arg_bool(c, "hash", false) ? PROTECT_HASH : 0U),
+				  c->ctl, verb_deadline(c), c->e);
+	}
+	err = verb_prefixed(c, g->name, err);
 	if (!err)
-		err = command_with_peer(c, g, CMD_PROTECT, peer,
-					(verb_arg_bool(c, "adopt", false) ? (uint32_t)WIRE_JOIN_ADOPT : 0U) |
-					    (verb_arg_bool(c, "hash", false) ? PROTECT_HASH : 0U));
+		err = with_peer(c, g, peer);
 	group_unref(g);
 	return err;
 }
@@ -162,8 +128,14 @@ int verb_do_failback(const struct call *c)
 	if (err)
 		return err;
 	err = verb_prefixed(c, g->name, need_peer(c, &peer));
+	struct shell_command *sc = err ? NULL : shell_command_new(CMD_FAILBACK);
+	if (sc)
+		(void)snprintf(sc->c.text, sizeof(sc->c.text), "%s", peer);
 	if (!err)
-		err = command_with_peer(c, g, CMD_FAILBACK, peer, 0);
+		err = verb_command(c, g, sc);
+	shell_command_unref(sc);
+	if (!err)
+		err = with_peer(c, g, peer);
 	group_unref(g);
 	return err;
 }

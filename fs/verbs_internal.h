@@ -85,6 +85,11 @@ int verb_do_wait(const struct call *c);
 int verb_do_set(const struct call *c);
 int verb_do_get(const struct call *c);
 
+/* verbs_hub.c */
+int verb_do_read(const struct call *c);
+int verb_do_write(const struct call *c);
+int verb_do_report(const struct call *c);
+
 /* verbs_history.c */
 int verb_do_checkpoints(const struct call *c);
 int verb_do_extents(const struct call *c);

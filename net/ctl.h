@@ -15,6 +15,7 @@
 #define CTL_LINE_MAX (1U << 20)	   /* a request, its newline included */
 #define CTL_REPLY_MAX (256U << 20) /* a reply: lists of extents are long */
 #define CTL_CONNECTIONS_MAX 64
+#define CTL_PIECE_MAX (512U << 10) /* bytes of one `read` or `write`, before they are text */
 
 struct ctl_server;
 struct ctl_conn;

@@ -170,13 +170,14 @@ Test(options, help_version_and_later_verbs_end_the_parsing)
 
 Test(options, every_verb_of_the_contract_is_known)
 {
-	static const char *const now[] = {
-	    "create",  "import",     "export",	 "delete",    "list",	 "show",     "protect",	    "start",
-	    "stop",    "checkpoint", "failover", "error",     "status",	 "wait",     "checkpoints", "extents",
-	    "discard", "set",	     "get",	 "ping",      "version", "shutdown", "completion",  "check",
-	    "pause",   "resume",     "failback", "unprotect", "resolve", "diverged", "resync"};
-	static const char *const later[] = {"switchover", "verify", "clone",  "backup", "jobs",	   "job", "read",
-					    "write",	  "report", "resize", "events", "metrics", "key"};
+	static const char *const now[] = {"create",  "import", "export",      "delete",	    "list",	  "show",
+					  "protect", "start",  "stop",	      "checkpoint", "failover",	  "error",
+					  "status",  "wait",   "checkpoints", "extents",    "discard",	  "set",
+					  "get",     "ping",   "version",     "shutdown",   "completion", "check",
+					  "pause",   "resume", "failback",    "unprotect",  "resolve",	  "diverged",
+					  "resync",  "read",   "write",	      "report"};
+	static const char *const later[] = {"switchover", "verify", "clone",  "backup",	 "jobs",
+					    "job",	  "resize", "events", "metrics", "key"};
 	for (size_t i = 0; i < sizeof(now) / sizeof(now[0]); i++) {
 		const struct cli_verb *v = cli_find_verb(now[i]);
 		cr_assert(v && v->run, "%s", now[i]);
