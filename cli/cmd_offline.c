@@ -47,9 +47,9 @@ static int on_copy(void *arg, uint64_t done, uint64_t total)
 	return cli_interrupted();
 }
 
-int offline_import(struct cli *c, struct store *st, const char *name, const char *file, const char *group,
-		   const char *format, json_t **ret)
+int offline_import(struct cli *c, struct store *st, const struct store_import_args *args, json_t **ret)
 {
+	const char *name = args->volume, *format = NULL;
 	struct err e = {0};
 	struct progress p;
 	_cleanup_free_ struct repl_meta *m = NULL;
@@ -60,7 +60,7 @@ int offline_import(struct cli *c, struct store *st, const char *name, const char
 	(void)snprintf(label, sizeof(label), "import %.70s", name);
 	progress_init(&p, c->out.progress, stderr, label);
 	cli_defer_signals(true);
-	rc = store_import(st, name, file, format, group ? group : name, on_copy, &p, &e);
+	rc = store_import(st, args, on_copy, &p, &format, &e);
 	progress_end(&p);
 	if (rc == 0)
 		rc = store_find_volume(st, name, &m, &i, &e);
@@ -71,7 +71,7 @@ int offline_import(struct cli *c, struct store *st, const char *name, const char
 	POST(m != NULL);
 	return made(c,
 		    json_pack("{s:i, s:s, s:s, s:I, s:s}", "schema", 1, "volume", name, "group", m->group, "size",
-			      (json_int_t)m->volumes[i].size, "format", "raw"),
+			      (json_int_t)m->volumes[i].size, "format", format),
 		    ret);
 }
 

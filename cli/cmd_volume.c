@@ -23,7 +23,9 @@ static void note_made(const struct cli *c, const json_t *r)
 	char text[FORMAT_SIZE];
 	(void)js_u64(r, "size", &size);
 	format_bytes(size, text);
-	cli_note(c, "%s: %s, group %s", js_str(r, "volume", c->args[0]), text, js_str(r, "group", c->args[0]));
+	const char *format = js_str(r, "format", NULL);
+	cli_note(c, "%s: %s, group %s%s%s", js_str(r, "volume", c->args[0]), text, js_str(r, "group", c->args[0]),
+		 format ? ", from " : "", format ? format : "");
 }
 
 int cmd_create(struct cli *c)
@@ -62,9 +64,12 @@ int cmd_create(struct cli *c)
 int cmd_import(struct cli *c)
 {
 	const char *name = c->args[0], *group = cli_value(c, "group"), *format = cli_value(c, "format");
-	char file[CLI_PATH_MAX];
+	const char *backing = cli_value(c, "backing-dir");
+	char file[CLI_PATH_MAX], dir[CLI_PATH_MAX];
 	struct err e = {0};
 	int rc = cli_absolute(c->args[1], file, sizeof(file), &e);
+	if (rc == 0 && backing)
+		rc = cli_absolute(backing, dir, sizeof(dir), &e);
 	if (rc < 0)
 		return cli_fail_text(c, err_exit(rc), e.text);
 
@@ -74,10 +79,12 @@ int cmd_import(struct cli *c)
 	if (rc)
 		return rc;
 	if (st) {
-		rc = offline_import(c, st, name, file, group, format, &r);
+		struct store_import_args args = {name, file, format, backing ? dir : NULL, group};
+		rc = offline_import(c, st, &args, &r);
 	} else {
 		json_t *args = json_pack("{s:s, s:s}", "name", name, "file", file);
-		if (!args || !put_text(args, "group", group) || !put_text(args, "format", format))
+		if (!args || !put_text(args, "group", group) || !put_text(args, "format", format) ||
+		    !put_text(args, "backing_dir", backing ? dir : NULL))
 			return odd_text(c, args);
 		rc = cli_call(c, "import", args, &r);
 	}

@@ -43,7 +43,9 @@ static const struct cli_opt create_opts[] = {
 static const struct cli_opt import_opts[] = {
     {.name = "group", .arg = "GROUP", .help = "the consistency group; default: one of the volume's name"},
     {.name = "format", .arg = "FORMAT", .choices = "raw|zst|qcow|qcow2", .help = "what FILE is; default: by its magic"},
-    {.name = "backing-dir", .arg = "DIR", .later = true, .help = "where backing files may lie"},
+    {.name = "backing-dir",
+     .arg = "DIR",
+     .help = "where backing files may lie too; default: in FILE's folder and below"},
     {.name = "apply", .later = true, .help = "put an incremental backup onto its base"},
     {.name = NULL},
 };

@@ -33,10 +33,16 @@ static int import_progress(void *arg, uint64_t done, uint64_t total)
 	return a->err;
 }
 
-static int do_store_import(const struct call *c, const char *name, const char *file, const char *group)
+static int do_store_import(const struct call *c, const char *name, const char *file, const char *group,
+			   const char **ret_format)
 {
 	struct import_arg a = {.p = {.c = c, .started = clock_mono_ns()}, .group = group};
-	int err = store_import(c->d->store, name, file, verb_arg_str(c, "format"), group, import_progress, &a, c->e);
+	struct store_import_args args = {.volume = name,
+					 .file = file,
+					 .format = verb_arg_str(c, "format"),
+					 .backing_dir = verb_arg_str(c, "backing_dir"),
+					 .group = group};
+	int err = store_import(c->d->store, &args, import_progress, &a, ret_format, c->e);
 	if (a.err) {
 		err = a.err;
 		*c->e = a.why;
@@ -73,6 +79,7 @@ static int do_store_create(const struct call *c, const char *name, uint64_t size
 static int add_volume(const struct call *c, bool import)
 {
 	const char *name, *group = verb_arg_str(c, "group"), *file = verb_arg_str(c, "file");
+	const char *dir = verb_arg_str(c, "backing_dir"), *format = NULL;
 	int err = verb_need_name(c, &name);
 	if (err)
 		return err;
@@ -81,6 +88,8 @@ static int add_volume(const struct call *c, bool import)
 		return err_set(c->e, ERR_USAGE, "%s %s: %.80s is not a group's name", c->verb, name, group);
 	if (import && (file == NULL || file[0] != '/'))
 		return err_set(c->e, ERR_USAGE, "%s %s: the file's absolute path is missing", c->verb, name);
+	if (dir && dir[0] != '/')
+		return err_set(c->e, ERR_USAGE, "%s %s: backing_dir is not an absolute path", c->verb, name);
 	uint64_t size = verb_arg_u64(c, "size", 0);
 	if (!import && (err = store_check_size(size, c->e)) < 0)
 		return verb_prefixed(c, name, err);
@@ -89,14 +98,14 @@ static int add_volume(const struct call *c, bool import)
 		gvol_unref(there);
 		return err_set(c->e, ERR_EXIST, "%s %s: a volume of that name exists already", c->verb, name);
 	}
-	err = import ? do_store_import(c, name, file, group) : do_store_create(c, name, size, group);
+	err = import ? do_store_import(c, name, file, group, &format) : do_store_create(c, name, size, group);
 	if (err)
 		return verb_prefixed(c, name, err);
 	struct gvol *v = gvol_find(c->d, name);
 	verb_result(c, json_pack("{s:s, s:s, s:I}", "volume", name, "group", group, "size",
 				 (json_int_t)(v ? gvol_size(v) : size)));
 	if (import)
-		json_object_set_new(*c->ret, "format", json_string("raw"));
+		json_object_set_new(*c->ret, "format", json_string(format));
 	gvol_unref(v);
 	return 0;
 }

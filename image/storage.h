@@ -153,5 +153,7 @@ static inline void storage_close(struct storage *s)
 int storage_posix_open(const char *root, struct storage **ret);
 /* A single existing file or block device outside a store, by its path in the host. */
 int disk_posix_open(const char *path, unsigned flags, struct disk **ret);
+/* The same on a descriptor that is open already; takes it over, on failure too. */
+int disk_posix_take(int fd, struct disk **ret);
 
 #endif

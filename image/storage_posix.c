@@ -323,6 +323,15 @@ int disk_posix_open(const char *path, unsigned flags, struct disk **ret)
 	return disk_open_at(AT_FDCWD, path, flags, true, ret);
 }
 
+int disk_posix_take(int fd, struct disk **ret)
+{
+	int rc = disk_from_fd(fd, true, ret);
+
+	if (rc < 0)
+		(void)close(fd);
+	return rc;
+}
+
 /* "" (the root itself) is for those who allow it. */
 static int path_check(const char *path)
 {

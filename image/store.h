@@ -74,12 +74,16 @@ int store_delete_volume(struct store *st, const char *volume, struct err *e);
 /* Progress of a long copy; a non-zero return cancels (-ERR_CANCELED). */
 typedef int (*store_progress_fn)(void *arg, uint64_t done, uint64_t total);
 
-/* Copies file (raw; sparse regions stay holes, zeroed blocks become holes) into a new volume; nothing is left behind
- * on failure or cancel. format NULL: told from the magic, none means raw; "raw": taken as raw whatever the magic says.
- * "zst": seekable zstd (image/zst.h), whose content is raw.
- * qcow and qcow2, recognised or asked for, are refused by name (-ERR_NOTSUP) for now. group NULL: the volume's name. */
-int store_import(struct store *st, const char *volume, const char *file, const char *format, const char *group,
-		 store_progress_fn fn, void *arg, struct err *e);
+struct store_import_args {
+	const char *volume, *file;
+	const char *format;	 /* NULL: told from the magic, none means raw; else "raw", "zst", "qcow", "qcow2" */
+	const char *backing_dir; /* where backing files may lie too, or NULL */
+	const char *group;	 /* NULL: the volume's name */
+};
+/* Copies an image (image/source.h) into a new volume: holes, zero clusters and blocks of zeroes become holes. Nothing
+ * is left behind on failure or cancel. *ret_format (may be NULL): what the file was taken as. */
+int store_import(struct store *st, const struct store_import_args *args, store_progress_fn fn, void *arg,
+		 const char **ret_format, struct err *e);
 /* Copies a layer of an open volume to a new sparse file; FILE must not exist, appears under its name only when
  * whole (image/newfile.h), synced. ckpt 0 with LAYER_DISK: the disk. */
 int volume_export(struct volume *v, enum volume_layer layer, uint64_t ckpt, const char *file, store_progress_fn fn,

@@ -14,10 +14,10 @@
 #include "core/check.h"
 #include "core/os/cleanup.h"
 #include "core/os/clock.h"
+#include "image/source.h"
 #include "image/store.h"
 #include "image/store_internal.h"
 #include "image/zero.h"
-#include "image/zst.h"
 
 /* Bytes copied at a time. */
 #define COPY_CHUNK (1U << 20)
@@ -408,103 +408,54 @@ int store_delete_volume(struct store *st, const char *volume, struct err *e)
 /* ---- importing ---- */
 
 struct import {
-	const char *volume, *file;
-	struct disk *source;
-	uint64_t size;
+	const struct store_import_args *args;
+	struct source *source;
 	store_progress_fn progress;
 	void *arg;
 };
 
-/* "qcow", "qcow2", or NULL for what has no magic that is known here. */
-static const char *format_of(const uint8_t magic[8])
+static int check_format(const struct store_import_args *a, struct err *e)
 {
-	if (memcmp(magic, "QFI\xfb", 4) != 0)
-		return NULL;
-	return magic[4] == 0 && magic[5] == 0 && magic[6] == 0 && magic[7] == 1 ? "qcow" : "qcow2";
+	static const char *const known[] = {"raw", "zst", "qcow", "qcow2"};
+
+	for (size_t i = 0; i < ARRAY_LEN(known); i++)
+		if (!a->format || strcmp(a->format, known[i]) == 0)
+			return 0;
+	return store_refuse(e, ERR_USAGE, "import", a->volume, "format %s is not known; use raw, zst, qcow or qcow2",
+			    a->format);
 }
 
-static int check_format(const struct import *im, const char *format, struct err *e)
+static int check_source_size(const struct import *im, struct err *e)
 {
-	uint8_t magic[8];
-	const char *found;
+	const struct store_import_args *a = im->args;
+	uint64_t size = im->source->size;
+	struct err why;
 	int rc;
 
-	if (format && (strcmp(format, "raw") == 0 || strcmp(format, "zst") == 0))
-		return 0;
-	if (format && (strcmp(format, "qcow") == 0 || strcmp(format, "qcow2") == 0))
-		return store_refuse(e, ERR_NOTSUP, "import", im->volume,
-				    "%s images can't be read yet; convert it first: qemu-img convert -O raw %s %s.raw",
-				    format, im->file, im->file);
-	if (format)
-		return store_refuse(e, ERR_USAGE, "import", im->volume,
-				    "format %s is not known; use raw, zst, qcow or qcow2", format);
-	rc = disk_read(im->source, 0, magic, sizeof(magic));
-	if (rc < 0)
-		return store_refuse(e, -rc, "import", im->volume, "reading %s: %s", im->file, err_short(rc));
-	found = format_of(magic);
-	if (!found)
-		return 0;
-	return store_refuse(
-	    e, ERR_NOTSUP, "import", im->volume,
-	    "%s is a %s image, which can't be read yet; convert it first (qemu-img convert -O raw %s %s.raw), "
-	    "or take its bytes as they are with --format raw",
-	    im->file, found, im->file, im->file);
-}
-
-static int check_source_size(struct import *im, struct err *e)
-{
-	int rc = disk_get_size(im->source, &im->size);
-	struct err why;
-
-	if (rc < 0)
-		return store_refuse(e, -rc, "import", im->volume, "reading the size of %s: %s", im->file,
-				    err_short(rc));
-	if (im->size % SECTOR_SIZE != 0 && im->size < VOLUME_SIZE_MAX)
+	if (size % SECTOR_SIZE != 0 && size < VOLUME_SIZE_MAX)
 		return store_refuse(
-		    e, ERR_USAGE, "import", im->volume,
+		    e, ERR_USAGE, "import", a->volume,
 		    "the size of %s, %" PRIu64
 		    " bytes, is not a multiple of %u; round it up with: qemu-img resize -f raw %s %" PRIu64,
-		    im->file, im->size, SECTOR_SIZE, im->file, round_up_u64(im->size, SECTOR_SIZE));
-	rc = store_check_size(im->size, &why);
-	return rc < 0 ? store_refuse(e, -rc, "import", im->volume, "%s: %s", im->file, why.text) : 0;
+		    a->file, size, SECTOR_SIZE, a->file, round_up_u64(size, SECTOR_SIZE));
+	rc = store_check_size(size, &why);
+	return rc < 0 ? store_refuse(e, -rc, "import", a->volume, "%s: %s", a->file, why.text) : 0;
 }
 
-/* What is compressed is read through: from here on the source is its content. */
-static int open_compressed(struct import *im, const char *format, struct err *e)
+static int open_source(struct import *im, struct err *e)
 {
-	uint8_t magic[4] = {0};
+	const struct store_import_args *a = im->args;
 	struct err why;
-	int rc;
+	int rc = check_format(a, e);
 
-	if (format && strcmp(format, "zst") != 0)
-		return 0;
-	rc = disk_read(im->source, 0, magic, sizeof(magic));
 	if (rc < 0)
-		return store_refuse(e, -rc, "import", im->volume, "reading %s: %s", im->file, err_short(rc));
-	if (!format && !zst_magic(magic))
-		return 0;
-	rc = disk_zst_open(TAKE_PTR(im->source), im->file, &im->source, &why);
-	return rc < 0 ? store_refuse(e, -rc, "import", im->volume, "%s", why.text) : 0;
-}
-
-static int open_source(struct import *im, const char *format, struct err *e)
-{
-	int rc = disk_posix_open(im->file, STORAGE_RDONLY, &im->source);
-
-	if (rc == -ERR_NOTSUP)
-		return store_refuse(e, ERR_USAGE, "import", im->volume, "%s is neither a file nor a block device",
-				    im->file);
-	if (rc == -ERR_NOENT)
-		return store_refuse(e, ERR_FAILED, "import", im->volume, "there is no file %s; check its path",
-				    im->file);
+		return rc;
+	rc = source_open(a->file, a->format, a->backing_dir, &im->source, &why);
 	if (rc < 0)
-		return store_refuse(e, -rc, "import", im->volume, "opening %s: %s", im->file, err_short(rc));
-	POST(im->source != NULL);
-	if ((rc = check_format(im, format, e)) < 0 || (rc = open_compressed(im, format, e)) < 0 ||
-	    (rc = check_source_size(im, e)) < 0) {
-		disk_close(im->source);
-		im->source = NULL;
-	}
+		return store_refuse(e, -rc, "import", a->volume, "%s", why.text);
+	rc = check_source_size(im, e);
+	if (rc < 0)
+		source_close(im->source);
 	return rc;
 }
 
@@ -528,43 +479,46 @@ static int write_nonzero(struct volume *v, uint64_t off, const uint8_t *buf, siz
 
 static int import_copy(const struct import *im, struct volume *v, uint8_t *buf, struct err *e)
 {
-	uint64_t off = 0, now;
+	const char *volume = im->args->volume;
+	uint64_t off = 0, size = im->source->size;
+	struct disk *from = im->source->disk;
+	struct err why;
 	int rc;
 
-	while (off < im->size) {
+	while (off < size) {
 		struct extent x;
 
-		rc = disk_extent(im->source, off, im->size, &x);
+		rc = disk_extent(from, off, size, &x);
 		if (rc == 0 && x.data) {
 			x.len = min_u64(x.len, COPY_CHUNK);
-			rc = disk_read(im->source, off, buf, (size_t)x.len);
+			rc = disk_read(from, off, buf, (size_t)x.len);
 		}
-		if (rc < 0)
-			return store_refuse(e, -rc, "import", im->volume, "reading %s at byte %" PRIu64 ": %s",
-					    im->file, off, err_short(rc));
+		if (rc < 0) {
+			(void)source_explain(im->source, off, rc, &why);
+			return store_refuse(e, -rc, "import", volume, "%s", why.text);
+		}
 		rc = x.data ? write_nonzero(v, off, buf, (size_t)x.len) : 0;
 		if (rc < 0)
-			return store_refuse(e, -rc, "import", im->volume, "writing at byte %" PRIu64 ": %s", off,
+			return store_refuse(e, -rc, "import", volume, "writing at byte %" PRIu64 ": %s", off,
 					    err_short(rc));
 		off += x.len;
-		if (im->progress && im->progress(im->arg, off, im->size) != 0)
-			return store_refuse(e, ERR_CANCELED, "import", im->volume, "cancelled; nothing is left of it");
+		if (im->progress && im->progress(im->arg, off, size) != 0)
+			return store_refuse(e, ERR_CANCELED, "import", volume, "cancelled; nothing is left of it");
 	}
-	rc = disk_get_size(im->source, &now);
-	if (rc == 0 && now != im->size)
-		return store_refuse(
-		    e, ERR_FAILED, "import", im->volume,
-		    "the size of %s changed while it was read; import it again when nothing writes to it", im->file);
+	rc = source_unchanged(im->source, &why);
+	if (rc < 0)
+		return store_refuse(e, ERR_FAILED, "import", volume, "%s; import it again when nothing writes to it",
+				    why.text);
 	rc = volume_sync(v);
 	if (rc < 0)
-		return store_refuse(e, -rc, "import", im->volume, "syncing the new disk: %s", err_short(rc));
+		return store_refuse(e, -rc, "import", volume, "syncing the new disk: %s", err_short(rc));
 	return 0;
 }
 
 static int import_into(struct store *st, const struct import *im, struct err *e)
 {
 	const struct volume_open_args args = {
-	    .name = im->volume, .size = im->size, .durability = store_info(st)->durability};
+	    .name = im->args->volume, .size = im->source->size, .durability = store_info(st)->durability};
 	struct volume *v = NULL;
 	uint8_t *buf;
 	int rc = volume_open(store_storage(st), &args, &v, e);
@@ -575,32 +529,36 @@ static int import_into(struct store *st, const struct import *im, struct err *e)
 	if (buf)
 		rc = import_copy(im, v, buf, e);
 	else
-		rc = store_refuse(e, ERR_NOMEM, "import", im->volume, "out of memory");
+		rc = store_refuse(e, ERR_NOMEM, "import", im->args->volume, "out of memory");
 	free(buf);
 	volume_close(v);
 	return rc;
 }
 
-int store_import(struct store *st, const char *volume, const char *file, const char *format, const char *group,
-		 store_progress_fn fn, void *arg, struct err *e)
+int store_import(struct store *st, const struct store_import_args *args, store_progress_fn fn, void *arg,
+		 const char **ret_format, struct err *e)
 {
-	struct import im = {.volume = volume, .file = file, .progress = fn, .arg = arg};
+	const char *volume = args->volume, *group = args->group ? args->group : volume;
+	struct import im = {.args = args, .progress = fn, .arg = arg};
+	uint64_t size;
 	int rc;
 
-	group = group ? group : volume;
-	if ((rc = check_request("import", volume, group, e)) < 0 || (rc = open_source(&im, format, e)) < 0)
+	if ((rc = check_request("import", volume, group, e)) < 0 || (rc = open_source(&im, e)) < 0)
 		return rc;
-	rc = reserve(st, "import", volume, im.size, group, e);
+	size = im.source->size;
+	if (ret_format)
+		*ret_format = im.source->format;
+	rc = reserve(st, "import", volume, size, group, e);
 	if (rc == 0) {
 		rc = import_into(st, &im, e);
 		if (rc == 0) {
-			rc = settle(st, "import", volume, im.size, group, e);
+			rc = settle(st, "import", volume, size, group, e);
 		} else {
 			mutex_lock(&st->names);
 			abandon(st, volume);
 			mutex_unlock(&st->names);
 		}
 	}
-	disk_close(im.source);
+	source_close(im.source);
 	return rc;
 }

@@ -3,7 +3,7 @@
 # when everything is there.
 set -u
 
-build="gcc cmake ninja-build pkg-config libc6-dev libfuse3-dev libjansson-dev libisal-dev libxxhash-dev libzstd-dev
+build="gcc cmake ninja-build pkg-config libc6-dev libfuse3-dev libjansson-dev libisal-dev libxxhash-dev libzstd-dev zlib1g-dev
 	libinih-dev libsmartcols-dev scdoc"
 test="clang-14 clang-format clang-tidy libclang-rt-14-dev fuse3 libcriterion-dev fio qemu-system-x86 qemu-utils
 	busybox-static cpio iproute2 python3 e2fsprogs psmisc attr procps util-linux

@@ -676,6 +676,13 @@ Test(backup, a_target_or_list_that_is_there_is_refused)
 
 /* ---- restoring ---- */
 
+static int import(struct store *st, const char *volume, const char *file, const char *format)
+{
+	struct store_import_args args = {.volume = volume, .file = file, .format = format};
+
+	return store_import(st, &args, NULL, NULL, NULL, &e);
+}
+
 Test(backup, a_zst_is_imported)
 {
 	struct store *st;
@@ -683,7 +690,7 @@ Test(backup, a_zst_is_imported)
 	make_image();
 	write_zst("f.zst", image, sizeof(image));
 	cr_assert_eq(store_open(tmpdir_at(&dir, "st"), STORE_CREATE, -1, &st, &e), 0, "%s", e.text);
-	cr_assert_eq(store_import(st, "a", tmpdir_at(&dir, "f.zst"), NULL, NULL, NULL, NULL, &e), 0, "%s", e.text);
+	cr_assert_eq(import(st, "a", tmpdir_at(&dir, "f.zst"), NULL), 0, "%s", e.text);
 	size_t n;
 	uint8_t *p = slurp("st/volumes/a/disk.raw", &n);
 	cr_assert_eq(n, sizeof(image));
@@ -693,17 +700,17 @@ Test(backup, a_zst_is_imported)
 	/* Its bytes as they are, if asked. */
 	p = slurp("f.zst", &n);
 	put_file("odd", p, n / 512 * 512);
-	cr_assert_eq(store_import(st, "b", tmpdir_at(&dir, "odd"), "raw", NULL, NULL, NULL, &e), 0, "%s", e.text);
+	cr_assert_eq(import(st, "b", tmpdir_at(&dir, "odd"), "raw"), 0, "%s", e.text);
 	cr_assert_eq(tmpdir_size(&dir, "st/volumes/b/disk.raw"), (off_t)(n / 512 * 512));
 	/* Cut off, damaged, or none: nothing is left. */
-	cr_assert_eq(store_import(st, "c", tmpdir_at(&dir, "odd"), NULL, NULL, NULL, NULL, &e), -ERR_NOTSUP);
+	cr_assert_eq(import(st, "c", tmpdir_at(&dir, "odd"), NULL), -ERR_NOTSUP);
 	says("import c: ");
 	p[5000] ^= 1;
 	put_file("odd", p, n);
-	cr_assert_eq(store_import(st, "c", tmpdir_at(&dir, "odd"), NULL, NULL, NULL, NULL, &e), -ERR_CORRUPT);
+	cr_assert_eq(import(st, "c", tmpdir_at(&dir, "odd"), NULL), -ERR_CORRUPT);
 	says("import c: reading ");
 	put_file("odd", image, 4096);
-	cr_assert_eq(store_import(st, "c", tmpdir_at(&dir, "odd"), "zst", NULL, NULL, NULL, &e), -ERR_NOTSUP);
+	cr_assert_eq(import(st, "c", tmpdir_at(&dir, "odd"), "zst"), -ERR_NOTSUP);
 	cr_assert_not(tmpdir_has(&dir, "st/volumes/c"));
 	free(p);
 	store_close(st);
