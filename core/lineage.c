@@ -125,9 +125,7 @@ static bool detached(const struct wire_join *s)
 	return false;
 }
 
-/* x has not heard that y adopted a generation of its, one begun after x->bitmap, and has begun another since. x has
- * kept its dirty set since x->bitmap, so what differs from y is in it all the same. */
-static bool adopted_since(const struct lineage *x, const struct lineage *y)
+bool lineage_adopted_since(const struct lineage *x, const struct lineage *y)
 {
 	return y->bitmap == 0 && y->history[0] == x->bitmap && lineage_has(x, y->current);
 }
@@ -144,7 +142,7 @@ static enum lineage_decision by_generations(const struct wire_join *const j[2], 
 	}
 	for (int i = 0; i < 2; i++) {
 		const struct lineage *x = &j[i]->lineage, *y = &j[!i]->lineage;
-		if (x->bitmap != 0 && (x->bitmap == y->current || adopted_since(x, y))) {
+		if (x->bitmap != 0 && (x->bitmap == y->current || lineage_adopted_since(x, y))) {
 			*ret_source = i;
 			return LINEAGE_PARTIAL;
 		}
@@ -193,6 +191,15 @@ enum lineage_decision lineage_decide(const struct wire_join *a, const struct wir
 	}
 	int source = 0;
 	enum lineage_decision d = by_generations(j, &source);
+	/* [SYNCFROM] An unfinished target wrote nothing alone, and what it had is kept: that its source's generation is
+	 * so long past there that it is forgotten (a target that can't record a newer one, a guest that writes between
+	 * the tries) makes no split brain of it. Everything, then. Unless the primary's disk was not current. */
+	for (int i = 0; i < 2 && d == LINEAGE_SPLIT; i++)
+		if (j[i]->role == ROLE_SECONDARY && unfinished(j[i]) && !detached(j[i]) &&
+		    j[!i]->role == ROLE_PRIMARY && !unfinished(j[!i])) {
+			*ret_source = !i;
+			return LINEAGE_FULL;
+		}
 	if (d == LINEAGE_SPLIT)
 		return split(j, ret_source);
 	if (d == LINEAGE_UNRELATED)

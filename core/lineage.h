@@ -30,6 +30,9 @@ void lineage_in_sync(struct lineage *l);
 /* The peer holds all of generation g, the current one now or at an earlier moment: that is what the dirty regions are
  * counted from. */
 void lineage_followed(struct lineage *l, uint64_t g);
+/* x has not heard that y adopted a generation of its, one begun after x->bitmap, and has begun another since. x has
+ * kept its dirty set since x->bitmap, so what differs from y is in it all the same. */
+bool lineage_adopted_since(const struct lineage *x, const struct lineage *y);
 /* What a target adopts from its source. */
 void lineage_adopt(struct lineage *l, const struct lineage *source);
 bool lineage_has(const struct lineage *l, uint64_t g); /* in the history, g != 0 */

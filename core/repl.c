@@ -251,6 +251,9 @@ static void prepare_activate(struct repl *r, struct repl_meta *m)
 		repl_begin_generation(r, m);
 	if (r->decision == LINEAGE_DETACHED) /* the generation that the peer began for it */
 		m->lineage = r->theirs.lineage;
+	/* Heard now. It must not fall out of the history while the peer can record no newer one. */
+	if (r->decision == LINEAGE_PARTIAL && lineage_adopted_since(&m->lineage, &r->theirs.lineage))
+		lineage_followed(&m->lineage, r->theirs.lineage.current);
 	detach_flags(r, m->volumes, m->n_volumes);
 	if (r->protect || r->start || m->split_brain)
 		m->paused = false;

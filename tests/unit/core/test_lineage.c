@@ -654,6 +654,17 @@ static const struct row rows[] = {
       HOST(SECONDARY, NONE, .current = 3, .bitmap = 1, .sync_from = 2, .flags = INC)},
      LINEAGE_FULL,
      0},
+    {"unfinished, from the source as it was so long ago that it has forgotten",
+     {HOST(PRIMARY, RUNNING, .current = 40, .bitmap = 1, .history = 39),
+      HOST(SECONDARY, NONE, .current = 3, .bitmap = 1, .sync_from = 2, .flags = INC)},
+     LINEAGE_FULL,
+     0},
+    {"that, and it has the only current copy of a disk",
+     {HOST(PRIMARY, RUNNING, .current = 40, .bitmap = 1, .history = 39),
+      HOST(SECONDARY, NONE, .current = 3, .bitmap = 1, .sync_from = 2, .flags = INC,
+	   .volume_flags = VOLUME_PEER_STALE)},
+     LINEAGE_SPLIT,
+     -1},
     {"unfinished, from nobody known",
      {HOST(PRIMARY, RUNNING, .current = 2, .bitmap = 1),
       HOST(SECONDARY, NONE, .current = 3, .bitmap = 8, .sync_from = 9, .flags = INC)},
@@ -776,6 +787,13 @@ Test(lineage, generations)
 	lineage_begin(&l, 3);
 	cr_assert(l.current == 3 && l.bitmap == 1 && l.history[0] == 2,
 		  "the bitmap's stays the oldest unacknowledged one");
+	t = (struct lineage){.current = 2, .history = {1}}; /* adopted 2, and its answer was lost */
+	cr_assert(lineage_adopted_since(&l, &t));
+	struct lineage heard = l;
+	lineage_followed(&heard, 2);
+	cr_assert(heard.current == 3 && heard.bitmap == 2 && heard.history[0] == 1);
+	cr_assert_not(lineage_adopted_since(&heard, &t));
+	t = (struct lineage){.current = 7};
 	lineage_adopt(&t, &l);
 	cr_assert(t.current == 3 && t.bitmap == 0 && lineage_has(&t, 1) && lineage_has(&t, 2) && !lineage_has(&t, 7));
 	lineage_in_sync(&l);

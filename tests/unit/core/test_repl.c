@@ -1141,6 +1141,51 @@ Test(repl, an_end_of_a_resync_that_is_heard_too_late_moves_the_bitmap_generation
 	host_free(h);
 }
 
+/* Each session that comes to nothing, with a write after it, begins a generation. */
+static void sessions_that_come_to_nothing(struct host *h, struct repl_meta *target, unsigned n)
+{
+	for (unsigned i = 0; i < n; i++) {
+		connect(h, target);
+		cr_assert_not(repl_meta(h->r)->split_brain);
+		forget(h);
+		link_down(h);
+		guest(h, 'a', REPL_WRITE, 0, 4096);
+		saved(h);
+		fin(h, "a");
+		EXPECT(h, "save:primary/RUNNING do:a/disk done:a");
+	}
+}
+
+/* The disks of the target can't be synced, say: neither the mark of its next sync nor the end of one is ever there. */
+Test(repl, a_target_that_can_record_nothing_is_no_split_brain)
+{
+	struct host *h = primary(PROTOCOL_F);
+	write_alone(h, 0);
+	struct repl_meta target = peer_meta;
+	uint64_t first = repl_meta(h->r)->lineage.current;
+	target.inconsistent = true;
+	target.sync_from = first;
+	sessions_that_come_to_nothing(h, &target, GENERATIONS_MAX);
+	cr_assert(lineage_has(&repl_meta(h->r)->lineage, first));
+	cr_assert_not(dirty(h, 1 << 20), "partial");
+	sessions_that_come_to_nothing(h, &target, 2);
+	cr_assert_not(lineage_has(&repl_meta(h->r)->lineage, first));
+	cr_assert(dirty(h, 1 << 20), "everything");
+	host_free(h);
+
+	/* It had adopted what it was sent, which was not heard. */
+	h = primary(PROTOCOL_F);
+	write_alone(h, 0);
+	target = peer_meta;
+	lineage_adopt(&target.lineage, &repl_meta(h->r)->lineage);
+	link_up(h, true);
+	link_down(h);
+	sessions_that_come_to_nothing(h, &target, 1);
+	sessions_that_come_to_nothing(h, &target, 2 * GENERATIONS_MAX);
+	cr_assert_not(dirty(h, 1 << 20), "partial");
+	host_free(h);
+}
+
 static void set_now(struct host *h, struct settings s)
 {
 	h->cmd = (struct repl_command){.cmd = CMD_SETTINGS, .number = SETTINGS_ALL, .settings = s};
