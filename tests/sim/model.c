@@ -1357,8 +1357,9 @@ void model_opened(struct host *h, enum world_crash how, bool evict)
 	for (uint32_t v = 0; v < WORLD_VOLUMES; v++)
 		crash_look_disk(h, v, how, evict);
 	record_look(h);
-	/* Of the active overlays only where they are shown; what was not served before is of no account. */
-	if (h->serving == SERVING_VIEW)
+	/* Of the active overlays only where they are shown, or will be with no more than a checkpoint to stand on (a
+	 * secondary whose checkpoints were given up); what was not served before is of no account. */
+	if (h->serving == SERVING_VIEW || (h->seen->role == ROLE_SECONDARY && h->seen->broken))
 		for (uint32_t v = 0; v < WORLD_VOLUMES; v++)
 			crash_look_active(h, v, how, evict);
 	unsigned kept = 0;
