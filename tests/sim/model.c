@@ -212,8 +212,10 @@ static void ghost_add(struct host *h, uint64_t number, enum ckpt_kind kind)
 	struct ghost *g = simalloc(sizeof(*g));
 	g->number = number;
 	g->kind = kind;
-	for (uint32_t v = 0; v < WORLD_VOLUMES; v++)
+	for (uint32_t v = 0; v < WORLD_VOLUMES; v++) {
 		g->v[v] = units_dup(h->w, v, h->disk[v].now);
+		g->given_up[v] = h->seen->volumes[v].flags & VOLUME_STALE;
+	}
 	g->next = h->ghosts;
 	h->ghosts = g;
 }
@@ -1618,6 +1620,11 @@ static void ckpt_look(struct host *h, uint32_t vol, struct ghost *g, uint32_t fi
 	if (err)
 		world_fail(h->w, "host %u: checkpoint %" PRIu64 " can't be read after a crash: %s", h->id, g->number,
 			   err_name(err));
+	for (uint32_t i = 0; i < n && g->given_up[vol]; i++) {
+		ver c = unit_read(h->w, buf + (size_t)i * WORLD_UNIT, vol, first + i);
+		if (c != model_shows(h->w, g->v[vol][first + i]) && c == model_shows(h->w, h->disk[vol].now[first + i]))
+			g->v[vol][first + i] = h->disk[vol].now[first + i];
+	}
 	look_check(&l, buf, NULL, UINT64_MAX);
 	simfree(buf);
 }

@@ -59,6 +59,9 @@ struct ghost { /* what a checkpoint must read as */
 	uint64_t number;
 	enum ckpt_kind kind;
 	ver *v[WORLD_VOLUMES];
+	/* Taken of a disk that was given up: it is not synced, so what a crash leaves on that disk is what the
+	 * checkpoint shows of it from then on. */
+	bool given_up[WORLD_VOLUMES];
 	struct ghost *next;
 };
 
