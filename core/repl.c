@@ -381,11 +381,7 @@ static bool tx_prepare(struct repl *r, struct tx *t, struct repl_meta *m)
 	case TX_ROOM:
 		return room_prepare(t, m);
 	case TX_DROP:
-		if (hold_held(r, m, t->number)) /* since it was asked for */
-			return false;
-		t->dropped = t->number;
-		history_remove(m, t->dropped);
-		return true;
+		return history_prepare_drop(r, t, m);
 	case TX_HOLD:
 		return hold_prepare(r, t, m);
 	case TX_DETACH:
@@ -1071,7 +1067,7 @@ static void ev_tick(struct repl *r, const struct repl_event *ev)
 	session_tick(r);
 	primary_tick(r);
 	detach_tick(r);
-	secondary_tick(r);
+	secondary_tick(r, ev->usage);
 	repl_gate_run(r);
 }
 

@@ -174,8 +174,16 @@ struct repl_command {
 	struct repl_command *next;
 };
 
+/* What the undo overlays hold, of all volumes of the group together, and the room for more. */
+struct repl_usage {
+	uint64_t free_bytes; /* under the store; UINT64_MAX: not known */
+	uint32_t n;	     /* checkpoints in the chain, ascending; the last is the live epoch's */
+	uint64_t numbers[GROUP_CKPTS_MAX], bytes[GROUP_CKPTS_MAX];
+};
+
 enum repl_event_type {
-	EV_TICK, /* every 50 to 200 ms (later: this host was held up); heard_ns: when the link last heard, 0: no link */
+	EV_TICK, /* every 50 to 200 ms (later: this host was held up); heard_ns: when the link last heard, 0: no link;
+		  * usage: as it is now, or NULL: not known yet, retention waits for it */
 	EV_IO,	 /* io: a guest's WRITE, ZERO, DISCARD, FLUSH */
 	EV_IO_DONE,    /* io, error: an ACT_SUBMIT is done */
 	EV_META_SAVED, /* error: 0, or the record on disk is the old one, or perhaps the new one: see ACT_SAVE_META */
@@ -201,6 +209,7 @@ struct repl_event {
 	const struct wire_frame *frame;
 	const void *payload;
 	uint64_t bytes, heard_ns;
+	const struct repl_usage *usage;
 	struct repl_command *command;
 };
 

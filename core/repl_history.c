@@ -4,12 +4,16 @@
  * go into the older neighbour first (REPL_MERGE), the oldest one's go with it. One merge is under way at a time,
  * whoever asked for it: retention, the command, or want of room (repl_room.c), which gives up more than retention does.
  * Those that a clone or a job holds (repl_hold.c) go for want of room only.
+ *
+ * Retention looks at each tick that brings the usage, and begins one thing: what no rule keeps goes first
+ * (core/retention.h); with that done, and too little room left, so does what only a rule keeps (docs/adr/0010).
  */
 #include "core/repl_internal.h"
 
 #include <string.h>
 
 #include "core/check.h"
+#include "core/retention.h"
 
 bool history_protected(const struct repl_meta *m, uint64_t n)
 {
@@ -104,35 +108,174 @@ static uint32_t let_go(const struct repl *r)
 	return UINT32_MAX;
 }
 
-/* keep_last: the oldest unpinned one above the count goes. Merging into an older neighbour is I/O and comes first. */
-void history_retention(struct repl *r)
+/* ---- retention ---- */
+
+/* A primary's are from when it followed: they go once the new secondary has one of its own. */
+static bool all_go(const struct repl_meta *m)
+{
+	return m->role == ROLE_PRIMARY && m->last_stream;
+}
+
+/* Neither counted nor dropped by retention. A job's own goes when that lets go of it, whatever is kept. */
+static bool is_apart(const struct repl *r, const struct repl_meta *m, uint32_t i)
+{
+	return (m->ckpts[i].flags & (CKPT_PINNED | CKPT_JOB)) || hold_held(r, m, m->ckpts[i].number);
+}
+
+/* Whether nothing but a retention rule keeps checkpoint i. */
+static bool may_go(const struct repl *r, const struct repl_meta *m, uint32_t i)
+{
+	return !is_apart(r, m, i) && !history_needed(m, i);
+}
+
+/* What each checkpoint of the record holds. False: the usage was looked at before it was in the chain. */
+static bool take_usage(struct repl *r, const struct repl_usage *u, uint64_t *ret_used, uint64_t *ret_live)
 {
 	const struct repl_meta *m = r->meta;
+	uint32_t k = 0;
+	*ret_used = *ret_live = 0;
+	for (uint32_t i = 0; i < m->n_ckpts; i++) {
+		while (k < u->n && u->numbers[k] < m->ckpts[i].number)
+			k++;
+		if (k == u->n || u->numbers[k] != m->ckpts[i].number)
+			return false;
+		r->epoch_bytes[i] = *ret_live = u->bytes[k];
+		*ret_used += u->bytes[k];
+	}
+	return true;
+}
+
+/* Whether `used` bytes are 80 % of `room` or more. */
+static bool fills(uint64_t used, uint64_t room)
+{
+	return used && used >= room - room / 5;
+}
+
+/* Room for the overlays is history_max_bytes, and what is free under the store beside what they hold. */
+static bool room_is_short(const struct repl *r, const struct repl_usage *u, uint64_t used)
+{
+	uint64_t most = r->meta->settings.history_max_bytes;
+	return (most && fills(used, most)) || (u->free_bytes < UINT64_MAX - used && fills(used, used + u->free_bytes));
+}
+
+/* The live epoch can't be thinned; a checkpoint makes history of it. One that is refused is not asked for again at
+ * once. */
+static void early_checkpoint(struct repl *r, uint64_t used, uint64_t live)
+{
+	if (live < used - live || r->now_ns < r->early_ns || !r->is_target || r->closing || r->link != LINK_SYNCED ||
+	    r->meta->state != STATE_RUNNING)
+		return;
+	r->early_ns = r->now_ns + RETENTION_REST_NS;
+	session_send(r, WIRE_CHECKPOINT_WANT, 0, 0, 0, 0, NULL, 0);
+}
+
+/* The oldest ones, up to `number`: their blocks go with them. */
+static void drop_through(struct repl *r, uint64_t number)
+{
+	struct tx *t = repl_tx(r, TX_DROP);
+	t->number = number;
+	t->arg = 1;
+	r->merge_busy = true; /* to its end, as a merge is to that of its drop */
+}
+
+/* Checkpoint i, with the merge that it needs. */
+static void drop_one(struct repl *r, uint32_t i)
+{
+	const struct repl_meta *m = r->meta;
+	if (m->n_ckpts > 1) {
+		history_merge(r, m->ckpts[i].number, 0);
+		return;
+	}
+	repl_tx(r, TX_DROP)->number = m->ckpts[0].number; /* the live epoch's goes as the last one */
+	r->merge_busy = true;
+}
+
+/* Of those that no rule keeps the oldest goes; all of them that are the oldest of the chain at once. False: there is
+ * none. */
+static bool drop_unkept(struct repl *r)
+{
+	const struct repl_meta *m = r->meta;
+	bool all = all_go(m);
+	uint32_t i, end;
+	if (all && m->n_ckpts == 1 && !is_apart(r, m, 0)) {
+		drop_one(r, 0);
+		return true;
+	}
+	if (!all) {
+		for (i = 0; i < m->n_ckpts; i++)
+			r->apart[i] = is_apart(r, m, i);
+		retention_rules(&m->settings, m->ckpts, m->n_ckpts, r->apart, r->epoch_bytes, r->rules);
+	}
+	for (i = 0; i < m->n_ckpts && !(may_go(r, m, i) && (all || !r->rules[i])); i++)
+		;
+	if (i == m->n_ckpts)
+		return false;
+	if (i > 0) {
+		drop_one(r, i);
+		return true;
+	}
+	for (end = 1; may_go(r, m, end) && (all || !r->rules[end]); end++) /* the newest may not */
+		;
+	drop_through(r, m->ckpts[end - 1].number);
+	return true;
+}
+
+/* Old history goes whatever the rules say, oldest first; in the middle only where that frees something. */
+static void thin(struct repl *r)
+{
+	const struct repl_meta *m = r->meta;
+	uint32_t i = 0;
+	if (r->now_ns >= r->thin_rest_ns)
+		r->thin_passed = 0;
+	while (i < m->n_ckpts && !(may_go(r, m, i) && m->ckpts[i].number > r->thin_passed))
+		i++;
+	if (i == m->n_ckpts)
+		return;
+	if (!r->thinning)
+		repl_log(r, 1,
+			 "%s: history has filled 80 %% of its room (history_max_bytes, or the free space): the oldest "
+			 "checkpoints that are not pinned go",
+			 m->group);
+	r->thinning = true;
+	if (i == 0)
+		drop_through(r, m->ckpts[0].number);
+	else
+		history_merge(r, m->ckpts[i].number, REPL_MERGE_FOR_ROOM);
+}
+
+void history_retention(struct repl *r, const struct repl_usage *u)
+{
+	const struct repl_meta *m = r->meta;
+	uint64_t used, live;
+	bool known = u && take_usage(r, u, &used, &live), is_short = known && room_is_short(r, u, used);
+	r->thinning = r->thinning && (is_short || !known);
+	if (is_short)
+		early_checkpoint(r, used, live);
 	if (r->merge_busy || r->dropping || r->saving || r->failing_over || m->state == STATE_FAILOVER ||
 	    m->state == STATE_FAILOVER_FAILED || r->now_ns < r->retention_ns)
 		return;
-	/* A primary's are from when it followed: they go once the new secondary has one of its own. */
-	bool now_primary = m->role == ROLE_PRIMARY && m->last_stream;
-	uint64_t unpinned = 0;
-	uint32_t oldest = UINT32_MAX, gone = let_go(r);
-	for (uint32_t i = 0; i < m->n_ckpts; i++) {
-		if ((m->ckpts[i].flags & CKPT_PINNED) || hold_held(r, m, m->ckpts[i].number))
-			continue;
-		unpinned++;
-		bool alone = now_primary && m->n_ckpts == 1; /* the live epoch's goes as the last one of the chain */
-		if (oldest == UINT32_MAX && (alone || !history_needed(m, i)))
-			oldest = i;
-	}
+	uint32_t gone = let_go(r);
 	if (gone != UINT32_MAX)
-		oldest = gone;
-	else if (unpinned <= (now_primary ? 0 : m->settings.keep_last) || oldest == UINT32_MAX)
-		return;
-	if (m->n_ckpts == 1) {
-		if (!repl_tx_pending(r, TX_DROP))
-			repl_tx(r, TX_DROP)->number = m->ckpts[0].number;
-		return;
+		drop_one(r, gone);
+	else if (known && m->n_ckpts && !drop_unkept(r) && is_short)
+		thin(r);
+}
+
+/* Between the choice and this save one of them may have come into use. */
+bool history_prepare_drop(struct repl *r, struct tx *t, struct repl_meta *m)
+{
+	if (!t->arg) {
+		if (hold_held(r, m, t->number))
+			return false;
+		t->dropped = t->number;
+		history_remove(m, t->dropped);
+		return true;
 	}
-	history_merge(r, m->ckpts[oldest].number, 0);
+	while (m->n_ckpts && m->ckpts[0].number <= t->number && may_go(r, m, 0)) {
+		t->dropped_through = m->ckpts[0].number;
+		history_remove(m, t->dropped_through);
+	}
+	return t->dropped_through != 0;
 }
 
 static void refuse_held(struct repl *r, struct repl_command *c, uint64_t number)
@@ -185,15 +328,22 @@ void history_merged(struct repl *r, int error)
 		room_merge_done(r, error);
 		return;
 	}
-	if (!error && hold_held(r, r->meta, r->merge_io.arg)) { /* since the merge began; the image stays what it is */
+	uint64_t n = r->merge_io.arg;
+	if (error == -ERR_NOSPC && r->merge_io.flags & REPL_MERGE_FOR_ROOM) { /* of thin() */
 		r->merge_busy = false;
-		refuse_held(r, r->dropping, r->merge_io.arg);
+		r->thin_passed = n;
+		r->thin_rest_ns = r->now_ns + RETENTION_REST_NS;
+		room_merge_done(r, error);
+		return;
+	}
+	if (!error && hold_held(r, r->meta, n)) { /* since the merge began; the image stays what it is */
+		r->merge_busy = false;
+		refuse_held(r, r->dropping, n);
 		r->dropping = NULL;
 		room_merge_done(r, -ERR_BUSY);
 		return;
 	}
 	if (error) {
-		uint64_t n = r->merge_io.arg;
 		if (r->dropping == NULL)
 			repl_log(r, 0, "checkpoint %llu could not be merged into the older one: %s; it stays for now",
 				 (unsigned long long)n, err_short(error));
@@ -209,7 +359,7 @@ void history_merged(struct repl *r, int error)
 		return;
 	}
 	struct tx *t = repl_tx(r, TX_DROP);
-	t->number = r->merge_io.arg;
+	t->number = n;
 	t->command = r->dropping;
 }
 
@@ -218,6 +368,8 @@ void history_dropped(struct repl *r, struct tx *t, int error)
 	if (t->command == r->dropping)
 		r->dropping = NULL;
 	r->merge_busy = false;
+	if (error && error != -ERR_CANCELED)
+		r->retention_ns = r->now_ns + RETENTION_REST_NS;
 	if (error == -ERR_CANCELED)
 		refuse_held(r, t->command, t->number);
 	else

@@ -146,7 +146,7 @@ void hold_release(struct repl *r, struct repl_command *c)
 			continue;
 		*h = r->holds[--r->n_holds];
 		repl_command_done(r, c, 0, " ");
-		history_retention(r);
+		history_retention(r, NULL);
 		return;
 	}
 	repl_command_done(r, c, -ERR_NOENT, "%.*s does not hold checkpoint %llu", HOLDER_SIZE - 1, c->text,

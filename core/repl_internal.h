@@ -25,6 +25,7 @@
 #define CYCLE_REST 9		      /* and so many times as long as the last one's flushes took */
 #define INTENT_LOOK_NS UINT64_C(10000000000)
 #define RETENTION_REST_NS UINT64_C(10000000000)
+#define EARLY_MIN_NS UINT64_C(1000000000) /* from a checkpoint to an early one */
 #define RESAVE_NS UINT64_C(1000000000)
 /* First writes to clean intent units (docs/adr/0007): up to MARKS_LIGHT of them, drained by one each
  * MARKS_DRAIN_NS, set one unit each; then the run that one sets doubles with each further MARKS_STEP, to MARK_RUN_MAX.
@@ -96,8 +97,8 @@ enum tx_kind {
 	TX_COMMIT_RETRY,
 	TX_DISCARD,
 	TX_SETTINGS,
-	TX_IDS, /* the volumes' ids are the command's */
-	TX_DROP,
+	TX_IDS,		/* the volumes' ids are the command's */
+	TX_DROP,	/* number; arg 1: it and all older ones, which nothing needs */
 	TX_HOLD,	/* an epoch for a job on this host's own disk; command: a list of those that share it */
 	TX_PEER_BROKEN, /* primary: the peer's checkpoints are given up */
 	TX_ROOM,	/* arg: enum room_policy; number: what goes, 0: all */
@@ -277,7 +278,13 @@ struct repl {
 	uint64_t failover_outcome;
 	struct repl_io mark_io, sync_io, merge_io;
 	bool mark_busy, marked, sync_busy, merge_busy;
-	uint64_t retention_ns; /* not before: a merge failed */
+	uint64_t retention_ns;		       /* not before: a merge failed */
+	uint64_t epoch_bytes[GROUP_CKPTS_MAX]; /* of the record's checkpoints, in bytes, as of this tick */
+	bool apart[GROUP_CKPTS_MAX];	       /* left out of retention */
+	uint8_t rules[GROUP_CKPTS_MAX];	       /* which keep them */
+	bool thinning;			       /* history has filled its room, and that was said */
+	uint64_t thin_passed, thin_rest_ns;    /* dropping those up to it would free nothing; looked at again then */
+	uint64_t early_ns;		       /* no early checkpoint is asked for before */
 	struct repl_io commit[COMMITS_MAX];
 	bool commit_busy[COMMITS_MAX];
 	uint32_t commit_vol;
@@ -430,7 +437,7 @@ void secondary_apply_done(struct repl *r, struct repl_io *io, int error);
 void secondary_run(struct repl *r);
 bool secondary_quiet(const struct repl *r);
 void secondary_ack(struct repl *r, bool now);
-void secondary_tick(struct repl *r);
+void secondary_tick(struct repl *r, const struct repl_usage *u);
 void secondary_tx_done(struct repl *r, struct tx *tx, int error);
 void secondary_internal_done(struct repl *r, struct repl_io *io, int error);
 void secondary_behind(struct repl *r, const struct wire_frame *f);
@@ -464,8 +471,10 @@ void history_add(struct repl *r, struct repl_meta *m, uint64_t number, enum ckpt
 void history_remove(struct repl_meta *m, uint64_t number);
 void history_make_room(struct tx *t, struct repl_meta *m); /* for one more in the record */
 void history_release_kept(struct repl_meta *m);
-void history_retention(struct repl *r);
-void history_merge(struct repl *r, uint64_t number, uint32_t flags); /* no other is under way */
+void history_retention(struct repl *r,
+		       const struct repl_usage *u); /* each tick; without usage only what jobs let go of */
+void history_merge(struct repl *r, uint64_t number, uint32_t flags);	      /* no other is under way */
+bool history_prepare_drop(struct repl *r, struct tx *t, struct repl_meta *m); /* false: no longer */
 void history_drop(struct repl *r, struct repl_command *c);
 void history_settle(struct repl *r); /* a drop that waited has its turn */
 void history_merged(struct repl *r, int error);

@@ -446,7 +446,7 @@ void secondary_session_lost(struct repl *r)
 	secondary_run(r);
 }
 
-void secondary_tick(struct repl *r)
+void secondary_tick(struct repl *r, const struct repl_usage *u)
 {
 	if (r->is_target)
 		secondary_ack(r, false);
@@ -454,7 +454,7 @@ void secondary_tick(struct repl *r)
 		failover_commit_pump(r);
 	else if (r->meta->state == STATE_FAILOVER && !r->mark_busy && !r->commit_stopped)
 		failover_commit_start(r);
-	history_retention(r);
+	history_retention(r, u);
 }
 
 /* ---- resync as target ---- */
@@ -647,6 +647,7 @@ static void switched(struct repl *r, struct tx *t, int error)
 	r->counters.checkpoints++;
 	r->error.code = 0;
 	r->ckpt_owed = false;
+	r->early_ns = r->now_ns + EARLY_MIN_NS;
 	if (current(r, io))
 		session_send(r, WIRE_CHECKPOINT_ACK, t->arg, t->number, WIRE_VOID_NONE, 0, NULL, 0);
 	if (r->want_ckpt && (t->flags & WIRE_CKPT_COMMAND)) {

@@ -39,6 +39,7 @@ int repl_exec_open(struct repl_exec *x, struct store *st, const struct repl_meta
 {
 	int err = 0;
 	x->store = st;
+	x->usage_version = 0;
 	for (uint32_t i = 0; i < m->n_volumes && !err; i++) {
 		x->n_vols = i + 1;
 		err = open_volume(x, m, i, e);
@@ -286,6 +287,69 @@ uint64_t repl_exec_active_bytes(struct repl_exec *x)
 	for (uint32_t i = 0; i < x->n_vols; i++)
 		n += volume_active_blocks(x->vols[i]) * BLOCK_SIZE;
 	return n;
+}
+
+/* ---- usage ---- */
+
+/* 0: what left the chains is still on the disk, and what is free says little. */
+static uint64_t usage_version(struct repl_exec *x)
+{
+	uint64_t sum = 0;
+	for (uint32_t i = 0; i < x->n_vols; i++) {
+		uint64_t v = volume_history_version(x->vols[i]);
+		if (v == 0)
+			return 0;
+		sum += v;
+	}
+	return sum;
+}
+
+struct usage_arg {
+	struct repl_usage *u;
+	uint32_t at;
+};
+
+static void add_usage(void *arg, uint64_t ckpt, uint64_t bytes)
+{
+	struct usage_arg *a = arg;
+	struct repl_usage *u = a->u;
+	while (a->at < u->n && u->numbers[a->at] < ckpt)
+		a->at++;
+	if (a->at < u->n && u->numbers[a->at] == ckpt) {
+		u->bytes[a->at] += bytes;
+	} else if (a->at == u->n && u->n < GROUP_CKPTS_MAX) {
+		u->numbers[u->n] = ckpt;
+		u->bytes[u->n++] = bytes;
+	} /* else: this volume's chain has one more by now; the version tells */
+}
+
+void repl_exec_look_usage(struct repl_exec *x)
+{
+	_cleanup_free_ struct repl_usage *u = malloc(sizeof(*u));
+	uint64_t version = usage_version(x), total;
+	if (u == NULL || version == 0)
+		return;
+	u->n = 0;
+	for (uint32_t i = 0; i < x->n_vols; i++) {
+		struct usage_arg a = {u, 0};
+		volume_history(x->vols[i], add_usage, &a);
+	}
+	if (storage_free_bytes(store_storage(x->store), &u->free_bytes, &total) != 0)
+		u->free_bytes = UINT64_MAX;
+	mutex_lock(x->lock);
+	if (version == usage_version(x)) {
+		x->usage.n = u->n;
+		x->usage.free_bytes = u->free_bytes;
+		memcpy(x->usage.numbers, u->numbers, u->n * sizeof(u->numbers[0]));
+		memcpy(x->usage.bytes, u->bytes, u->n * sizeof(u->bytes[0]));
+		x->usage_version = version;
+	}
+	mutex_unlock(x->lock);
+}
+
+bool repl_exec_usage_known(struct repl_exec *x)
+{
+	return x->usage_version && x->usage_version == usage_version(x);
 }
 
 static int sync_for_checkpoint(struct repl_exec *x, struct repl_io *io)

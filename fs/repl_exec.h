@@ -21,6 +21,8 @@ struct repl_exec {
 	struct intent *intents[GROUP_VOLUMES_MAX];
 	void *maps[GROUP_VOLUMES_MAX]; /* the core's bitmaps */
 	bool unsure;		       /* the last save failed, and may be found all the same */
+	struct repl_usage usage;       /* of usage_version, which is 0 before the first; under the core's exclusion */
+	uint64_t usage_version;
 };
 
 /* Opens the volumes that m names and their intent maps. What was opened is repl_exec_close's, after a failure too. */
@@ -52,6 +54,12 @@ void repl_exec_set_intents(struct repl_exec *x, const struct repl_io *first, int
 int repl_exec_sync_disks(struct repl_exec *x, uint64_t *ret_failed); /* NULL, or a bit for each that failed */
 int repl_exec_sync_actives(struct repl_exec *x);
 uint64_t repl_exec_active_bytes(struct repl_exec *x);
+
+/* For EV_TICK's usage: what it is now, in a worker, since it waits for the volumes and the store's filesystem; into
+ * x's, under the core's exclusion. */
+void repl_exec_look_usage(struct repl_exec *x);
+/* Under the core's exclusion: whether closed epochs are as that saw them. Else it is to be looked at again first. */
+bool repl_exec_usage_known(struct repl_exec *x);
 
 /* A frame of the stream as a request. NULL, or what is wrong with it: the peer's word is never trusted (I19). A WRITE's
  * io->payload is the frame's. Under the core's exclusion. */

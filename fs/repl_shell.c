@@ -878,13 +878,38 @@ void group_conn_down(struct conn *c, int code, const char *text)
 	group_unref(g);
 }
 
+static void usage_job_run(struct pool_job *job)
+{
+	struct group *g = CONTAINER_OF(job, struct group, usage_job);
+	repl_exec_look_usage(&g->exec);
+	mutex_lock(&g->lock);
+	g->usage_busy = false;
+	mutex_unlock(&g->lock);
+	job_ended(g);
+}
+
+/* For the tick: NULL where it is to be looked at first, which this begins. */
+static const struct repl_usage *usage_now(struct group *g) REQUIRES(g->lock)
+{
+	uint64_t now = clock_mono_ns();
+	bool known = repl_exec_usage_known(&g->exec);
+	if (repl_meta(g->core)->n_ckpts && !g->usage_busy && !g->closing && (!known || now - g->usage_ns >= USAGE_NS)) {
+		g->usage_busy = true;
+		g->usage_ns = now;
+		g->jobs++;
+		g->usage_job.fn = usage_job_run;
+		pool_submit(g->d->pool, &g->usage_job);
+	}
+	return known ? &g->exec.usage : NULL;
+}
+
 void group_tick(struct group *g)
 {
 	struct outbox o;
 	outbox_init(&o);
 	lock_with(g, &o);
 	/* A receiver that waits for room does not listen: that is this host's slowness, not the peer's silence. */
-	struct repl_event ev = {.type = EV_TICK};
+	struct repl_event ev = {.type = EV_TICK, .usage = usage_now(g)};
 	if (g->conn)
 		ev.heard_ns = g->conn->waiting ? clock_mono_ns() : link_heard_ns(g->conn->link);
 	step(g, &ev);

@@ -24,6 +24,7 @@
 #define APPLY_WORKERS_MAX 2
 #define CLOSE_DRAIN_MS 500
 #define TICK_NS UINT64_C(100000000)
+#define USAGE_NS UINT64_C(1000000000)
 
 struct group;
 
@@ -106,6 +107,11 @@ struct group {
 	struct sync_round flush, active_flush, marks;
 	bool closing;
 	unsigned jobs; /* pool jobs of this group under way */
+
+	/* what the overlays hold is looked at by a pool job: not often, or when checkpoints came or went */
+	struct pool_job usage_job;
+	bool usage_busy;
+	uint64_t usage_ns;
 
 	/* the save under way */
 	struct repl_save save;

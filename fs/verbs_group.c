@@ -51,12 +51,6 @@ static int change_settings(const struct call *c, struct group *g, const json_t *
 			if (strcmp(settings_key(i), key) == 0)
 				sc->c.number |= UINT64_C(1) << i;
 	}
-	/* Policies that come in a later release are refused, not accepted without effect. */
-	const struct settings *n = &sc->c.settings;
-	if (!err && (n->keep_minutely || n->keep_hourly || n->keep_daily || n->history_max_bytes))
-		err = err_set(c->e, ERR_NOTSUP,
-			      "keep_minutely, keep_hourly, keep_daily and history_max_bytes come in a later release; "
-			      "keep_last is what there is");
 	if (!err)
 		err = group_command(g, sc, c->ctl, verb_deadline(c), c->e);
 	shell_command_unref(sc);

@@ -187,6 +187,21 @@ uint64_t volume_undo_blocks(struct volume *v, uint64_t ckpt)
 	return n;
 }
 
+void volume_history(struct volume *v, void (*fn)(void *arg, uint64_t ckpt, uint64_t bytes), void *arg)
+{
+	volume_lock_shared(v);
+	for (uint32_t i = 0; i < v->n_chain; i++)
+		fn(arg, v->chain[i]->id, overlay_count(v->chain[i]->o) << BLOCK_SHIFT);
+	volume_unlock(v);
+}
+
+uint64_t volume_history_version(struct volume *v)
+{
+	return __atomic_load_n(&v->retired, __ATOMIC_ACQUIRE)
+		   ? 0
+		   : 1 + __atomic_load_n(&v->history_version, __ATOMIC_ACQUIRE);
+}
+
 uint64_t volume_live(struct volume *v)
 {
 	uint64_t id;

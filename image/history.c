@@ -140,6 +140,7 @@ void volume_switch(struct volume *v, uint64_t ckpt, uint64_t active_id)
 	if (v->prepared_undo) {
 		INVARIANT(v->n_chain < VOLUME_CKPTS_MAX);
 		v->chain[v->n_chain++] = TAKE_PTR(v->prepared_undo);
+		history_changed(v);
 	}
 	if (active_id != (v->active ? v->active->id : 0)) {
 		PRE(active_id == (v->prepared_active ? v->prepared_active->id : 0));
@@ -160,8 +161,9 @@ void volume_retire(struct volume *v, struct layer *l)
 {
 	mutex_lock(&v->retired_lock);
 	l->next = v->retired;
-	v->retired = l;
+	__atomic_store_n(&v->retired, l, __ATOMIC_RELEASE); /* volume_history_version looks without the lock */
 	mutex_unlock(&v->retired_lock);
+	history_changed(v);
 }
 
 void volume_reap(struct volume *v)
@@ -182,9 +184,10 @@ void volume_reap(struct volume *v)
 		mutex_lock(&v->retired_lock);
 		for (at = &v->retired; *at != l; at = &(*at)->next)
 			;
-		*at = l->next;
+		__atomic_store_n(at, l->next, __ATOMIC_RELEASE);
 		mutex_unlock(&v->retired_lock);
 		layer_unref(l);
+		history_changed(v);
 	}
 	mutex_unlock(&v->reap_lock);
 }
@@ -316,6 +319,7 @@ int volume_merge_into_older(struct volume *v, uint64_t ckpt)
 		scratch_put(v, s);
 		if (rc == 0)
 			__atomic_store_n(&from->merged, true, __ATOMIC_RELEASE);
+		history_changed(v);
 	}
 	layer_unref(from);
 	layer_unref(to);

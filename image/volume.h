@@ -132,6 +132,11 @@ int volume_read_overlay(struct volume *v, enum volume_layer layer, uint64_t ckpt
 uint64_t volume_active_blocks(struct volume *v);	      /* blocks held */
 uint64_t volume_undo_blocks(struct volume *v, uint64_t ckpt); /* 0: live; blocks held, 0 if not kept */
 uint64_t volume_live(struct volume *v);			      /* number of the live epoch's checkpoint, 0: no chain */
+/* Calls fn(arg, k, bytes) with the bytes that undo(k) holds, oldest first, the live one last. */
+void volume_history(struct volume *v, void (*fn)(void *arg, uint64_t ckpt, uint64_t bytes), void *arg);
+/* Changes whenever what volume_history says of closed epochs may have changed, or files were removed; 0: files that
+ * left the chain are still there. Takes no lock. */
+uint64_t volume_history_version(struct volume *v);
 /* Calls fn(arg, off, len) for every run of blocks in any of undo(from) ... undo(to), to inclusive (0: live, in either),
  * and, with active, in active. For the dirty bits of a failover and for changed-block lists. Without a chain 0 means no
  * overlay. fn is called with no lock held. -ERR_NOENT: from or to is not kept. */

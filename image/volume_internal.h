@@ -95,7 +95,8 @@ struct volume {
 	struct scratch *scratch;
 	unsigned n_scratch;
 
-	uint64_t cow_bytes; /* atomic */
+	uint64_t cow_bytes;	  /* atomic */
+	uint64_t history_version; /* atomic */
 };
 
 /* What a read looks at, top down; borrowed, valid while chain_lock is held. */
@@ -164,6 +165,11 @@ void scratch_free_all(struct volume *v);
 /* Copies the blocks of s->runs into `to`: from the overlay `from`, or the disk if it is NULL. Data, map, bits, with the
  * syncs of `power`. A failure publishes nothing. Empties s. */
 int save_round(struct volume *v, struct layer *to, struct layer *from, struct scratch *s);
+
+static inline void history_changed(struct volume *v)
+{
+	(void)__atomic_fetch_add(&v->history_version, 1, __ATOMIC_RELEASE);
+}
 
 /* history.c */
 void volume_retire(struct volume *v, struct layer *l);

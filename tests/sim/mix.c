@@ -96,7 +96,7 @@ static void replace(struct sim *s)
 static void settings_draw(struct world *w, struct settings *s)
 {
 	static const uint64_t rates[] = {0, 256 << 10, 1 << 20, 4 << 20, 32 << 20};
-	switch (world_more(w, 6)) {
+	switch (world_more(w, 8)) {
 	case 0:
 		s->on_cow_error = world_more(w, 3);
 		break;
@@ -111,6 +111,14 @@ static void settings_draw(struct world *w, struct settings *s)
 		break;
 	case 4:
 		s->keep_last = 1 + world_more(w, world_more(w, 2) ? 3 : 40);
+		break;
+	case 5:
+		s->keep_minutely = world_more(w, 2) ? world_more(w, 5) : 0;
+		s->keep_hourly = world_more(w, 2) ? world_more(w, 4) : 0;
+		s->keep_daily = world_more(w, 2) ? world_more(w, 3) : 0;
+		break;
+	case 6:
+		s->history_max_bytes = world_more(w, 2) ? world_more(w, 2 << 20) : 0;
 		break;
 	default:
 		s->peer_timeout_ms = 500 + world_more(w, 3000);

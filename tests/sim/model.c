@@ -894,6 +894,95 @@ static void room_check(struct host *h, const struct repl_meta *old, const struct
 	}
 }
 
+static bool drop_asked(const struct host *h, uint64_t number)
+{
+	for (const struct sim_command *c = h->commands; c; c = c->next)
+		if (c->c.cmd == CMD_DROP && c->c.number == number)
+			return true;
+	return false;
+}
+
+static bool is_apart(const struct host *h, const struct repl_ckpt *c)
+{
+	char buf[HOLDER_SIZE];
+	return (c->flags & (CKPT_PINNED | CKPT_JOB)) || repl_holder(h->core, c->number, 0, buf);
+}
+
+/* How many stretches of one period `of` begin among the unpinned checkpoints above index i, and whether i goes on with
+ * the last of them. */
+static uint64_t periods_above(const struct host *h, const struct repl_meta *m, uint32_t i, uint64_t of,
+			      bool *ret_goes_on)
+{
+	uint64_t n = 0, last = 0;
+	for (uint32_t k = m->n_ckpts; k-- > i + 1;) {
+		if (is_apart(h, &m->ckpts[k]))
+			continue;
+		n += n == 0 || m->ckpts[k].time_ns / of != last;
+		last = m->ckpts[k].time_ns / of;
+	}
+	*ret_goes_on = n && m->ckpts[i].time_ns / of == last;
+	return n;
+}
+
+/* What the overlay of a checkpoint held when the core last heard of it, or -1. */
+static int64_t epoch_bytes(const struct host *h, uint64_t number)
+{
+	const struct repl_usage *u = &h->x.usage;
+	for (uint32_t i = 0; i < u->n; i++)
+		if (u->numbers[i] == number)
+			return (int64_t)u->bytes[i];
+	return -1;
+}
+
+static bool same_disks(struct host *h, uint64_t a, uint64_t b)
+{
+	const struct ghost *x = ghost_find(h, a), *y = ghost_find(h, b);
+	for (uint32_t v = 0; v < WORLD_VOLUMES && x && y; v++)
+		for (uint32_t u = 0; u < h->w->units[v]; u++)
+			if (model_shows(h->w, x->v[v][u]) != model_shows(h->w, y->v[v][u]))
+				return false;
+	return x && y;
+}
+
+/* Retention may drop what no setting keeps (docs/adr/0010). Where there was no room, or little is allowed, more goes.
+ */
+static void retention_check(struct host *h, const struct repl_meta *old, const struct repl_meta *m)
+{
+	const struct settings *s = &old->settings;
+	bool room = h->had_errors || h->had_full || h->errors_one_in || h->path_errors.path || h->faulty ||
+		    s->history_max_bytes || m->settings.history_max_bytes;
+	if (room || m->n_ckpts == 0 || old->role == ROLE_PRIMARY || m->role == ROLE_PRIMARY)
+		return;
+	uint64_t above = 0, differ = 0;
+	for (uint32_t i = old->n_ckpts; i-- > 0;) {
+		const struct repl_ckpt *c = &old->ckpts[i];
+		bool is_pinned = is_apart(h, c), gone = repl_meta_find_ckpt(m, c->number) < 0;
+		/* An overlay may hold blocks that were written with what they held, but not lack one that changed. */
+		int64_t epoch = i ? epoch_bytes(h, old->ckpts[i - 1].number) : -1;
+		bool same = gone && i && same_disks(h, old->ckpts[i - 1].number, c->number);
+		bool differs = i == 0 || (epoch != 0 && !same); /* by now the merge may have brought some */
+		if (gone && epoch == 0 && !same && !drop_asked(h, c->number))
+			world_fail(
+			    h->w, "host %u: checkpoint %" PRIu64 " counts for nothing, and differs from the one before",
+			    h->id, c->number);
+		if (gone && !drop_asked(h, c->number) && !(c->flags & CKPT_JOB)) {
+			static const uint64_t of[] = {60 * SEC, 3600 * SEC, 86400 * SEC};
+			const uint64_t keep[] = {s->keep_minutely, s->keep_hourly, s->keep_daily};
+			bool kept = is_pinned || above < s->keep_last || (differs && differ < s->keep_last);
+			for (unsigned k = 0; k < 3; k++) {
+				bool goes_on;
+				kept |= periods_above(h, old, i, of[k], &goes_on) < keep[k] && !goes_on;
+			}
+			if (kept)
+				world_fail(h->w, "host %u: checkpoint %" PRIu64 " is gone, and retention keeps it",
+					   h->id, c->number);
+			h->w->count.retained++;
+		}
+		above += !is_pinned;
+		differ += !is_pinned && differs;
+	}
+}
+
 /* The record is on the disk and the switch is made in memory: what the next start finds if nothing else happens. */
 void model_publish(struct host *h, const struct repl_meta *m, const struct repl_save *s)
 {
@@ -918,6 +1007,7 @@ void model_publish(struct host *h, const struct repl_meta *m, const struct repl_
 	if (failover)
 		failed_over(h, old, m);
 	room_check(h, old, m);
+	retention_check(h, old, m);
 	bool is_committed = old->state == STATE_FAILOVER && m->state == STATE_DONE;
 	if (is_committed)
 		committed(h, old);

@@ -528,6 +528,7 @@ static void emit(void *arg, const struct repl_action *a)
 		return;
 	case ACT_LOG:
 		world_note(h->w, "host %u: log %d: %s", h->id, a->level, a->text);
+		h->w->count.thinned += strstr(a->text, "has filled 80 %") != NULL;
 		h->w->count.room_drops += strstr(a->text, ": no room: checkpoint ") != NULL;
 		if (strncmp(a->text, GROUP_NAME ": ", strlen(GROUP_NAME) + 2) == 0 &&
 		    strstr(a->text, "; applying stopped, the last checkpoint stays good"))
@@ -542,12 +543,26 @@ static void emit(void *arg, const struct repl_action *a)
 
 /* ---- a host's life ---- */
 
+/* What it sees may be of before anything that comes between: it is known for what it is by its version. */
+static void usage_job(void *arg)
+{
+	struct host *h = arg;
+	(void)WATCHED((repl_exec_look_usage(&h->x), 0));
+	h->usage_busy = false;
+}
+
 void host_tick(struct world *w, void *arg, uint64_t life)
 {
 	struct host *h = arg;
 	if (!h->up || h->life != life)
 		return;
-	struct repl_event ev = {.type = EV_TICK};
+	bool known = repl_exec_usage_known(&h->x);
+	if (!h->usage_busy && !h->closing && (!known || w->now - h->usage_ns >= SEC)) {
+		h->usage_busy = true;
+		h->usage_ns = w->now;
+		host_spawn(h, usage_job, h, start_delay(h));
+	}
+	struct repl_event ev = {.type = EV_TICK, .usage = known ? &h->x.usage : NULL};
 	if (h->conn)
 		ev.heard_ns = h->conn->waiting ? (h->conn->waited_ns = w->now) : h->conn->heard_ns;
 	host_step(h, &ev);
@@ -596,7 +611,7 @@ int host_open(struct host *h)
 	h->base = m->base;
 	h->stream_bytes = 0;
 	h->stream_max = (64U << 10) << world_below(w, 6);
-	h->saving = false;
+	h->saving = h->usage_busy = false;
 	h->in_step = 1; /* it may emit */
 	repl_init(h->core, &a);
 	h->in_step = 0;

@@ -552,11 +552,12 @@ static void run_range(unsigned job)
 	printf("sim: job %u: mix: clock jumps %" PRIu64 " settings %" PRIu64 " ahead %" PRIu64 " queue full %" PRIu64
 	       " error windows %" PRIu64 " no room %" PRIu64 " applying stopped %" PRIu64 " cow errors %" PRIu64
 	       "/%" PRIu64 "/%" PRIu64 " (stop/drop-history/break) broken %" PRIu64 " dropped %" PRIu64
-	       " hashed %" PRIu64 ", %" PRIu64 " of them different, replaced %" PRIu64 ", made %" PRIu64
-	       " holds %" PRIu64 "\n",
+	       " retained %" PRIu64 " thinned %" PRIu64 " hashed %" PRIu64 ", %" PRIu64
+	       " of them different, replaced %" PRIu64 ", made %" PRIu64 " holds %" PRIu64 "\n",
 	       job, total.clock_jumps, total.settings, total.aheads, total.queue_full, total.path_errors, total.no_room,
 	       total.apply_stops, total.cow_errors[0], total.cow_errors[1], total.cow_errors[2], total.broken,
-	       total.room_drops, total.hashes, total.hashes_differ, total.replaced, total.made, total.holds);
+	       total.room_drops, total.retained, total.thinned, total.hashes, total.hashes_differ, total.replaced,
+	       total.made, total.holds);
 	fflush(stdout);
 }
 

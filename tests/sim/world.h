@@ -108,7 +108,8 @@ struct world_counters {
 	uint64_t disk_errors;
 	/* of mix.c */
 	uint64_t clock_jumps, settings, aheads, queue_full, path_errors, no_room, apply_stops;
-	uint64_t cow_errors[3]; /* by on_cow_error */
+	uint64_t cow_errors[3];	    /* by on_cow_error */
+	uint64_t retained, thinned; /* dropped by retention; times that history had filled its room */
 	uint64_t broken, room_drops, hashes, hashes_differ, replaced, made, holds;
 };
 const struct world_counters *world_counters(const struct world *w);

@@ -177,7 +177,8 @@ struct host {
 	struct repl *core;
 	struct repl_meta *metas[2];
 	struct repl_save save;
-	bool saving;
+	bool saving, usage_busy;
+	uint64_t usage_ns;
 	bool bare, making; /* its store has no group; one is being made for a JOIN */
 	bool up, dying, closing, wanted, crash_point;
 	unsigned tries;

@@ -167,10 +167,24 @@ static void save_fails(struct host *h, int error)
 	step(h, (struct repl_event){.type = EV_META_SAVED, .error = error});
 }
 
+/* A block in each epoch, and all the room there is. */
+static const struct repl_usage *usage_of(struct host *h)
+{
+	static struct repl_usage u;
+	const struct repl_meta *m = repl_meta(h->r);
+	u.free_bytes = UINT64_MAX;
+	u.n = m->n_ckpts;
+	for (uint32_t i = 0; i < m->n_ckpts; i++) {
+		u.numbers[i] = m->ckpts[i].number;
+		u.bytes[i] = 4096;
+	}
+	return &u;
+}
+
 static void tick(struct host *h, uint64_t after_ns)
 {
 	h->now += after_ns;
-	step(h, (struct repl_event){.type = EV_TICK, .heard_ns = h->now});
+	step(h, (struct repl_event){.type = EV_TICK, .heard_ns = h->now, .usage = usage_of(h)});
 }
 
 /* Time goes by, with a tick as often as there is one; nothing is heard but what `heard_ns` says. */
@@ -2552,9 +2566,7 @@ Test(lineage_core, a_new_primary_lets_its_old_checkpoints_go)
 	m.last_stream = 9;
 	h = host_new(&m);
 	tick(h, 0);
-	EXPECT(h, "dial do:merge/own");
-	fin(h, "merge");
-	EXPECT(h, "save:primary/RUNNING -7");
+	EXPECT(h, "dial save:primary/RUNNING <8");
 	saved(h);
 	tick(h, SEC);
 	EXPECT(h, "");
@@ -2791,6 +2803,212 @@ Test(repl, a_merge_that_fails_keeps_its_checkpoint_and_is_not_tried_all_the_time
 	host_free(h);
 }
 
+/* A tick with this usage: checkpoint i + 1 holds bytes[i]. */
+static void tick_used(struct host *h, const uint64_t *bytes, uint64_t free_bytes)
+{
+	static struct repl_usage u;
+	const struct repl_meta *m = repl_meta(h->r);
+	u.free_bytes = free_bytes;
+	u.n = m->n_ckpts;
+	for (uint32_t i = 0; i < m->n_ckpts; i++) {
+		u.numbers[i] = m->ckpts[i].number;
+		u.bytes[i] = bytes[u.numbers[i] - 1];
+	}
+	h->now += SEC / 10;
+	step(h, (struct repl_event){.type = EV_TICK, .heard_ns = h->now, .usage = &u});
+}
+
+/* In sync, with checkpoints 1 to n, those of the mask `pinned`; the last is the base. */
+static struct host *secondary_keeping(unsigned n, unsigned pinned, uint64_t keep_last, uint64_t history_max)
+{
+	static struct repl_meta m;
+	meta_of(&m, ROLE_SECONDARY, STATE_RUNNING);
+	m.n_ckpts = n;
+	m.ckpt_max = m.base = m.last_stream = n;
+	for (unsigned i = 0; i < n; i++) {
+		m.ckpts[i] = (struct repl_ckpt){.number = i + 1, .generation = 100, .time_ns = (i + 1) * 60 * SEC};
+		if (pinned >> (i + 1) & 1)
+			m.ckpts[i].flags = CKPT_PINNED;
+	}
+	m.settings.keep_last = keep_last;
+	m.settings.history_max_bytes = history_max;
+	return secondary_of(&m);
+}
+
+static const uint64_t each_block[] = {4096, 4096, 4096, 4096, 4096, 4096, 4096, 4096};
+
+Test(repl, retention_drops_the_oldest_at_once_and_merges_one_at_a_time)
+{
+	struct host *h = secondary_keeping(8, 1U << 4, 2, 0);		   /* 7 and 8 stay, and 4 */
+	step(h, (struct repl_event){.type = EV_TICK, .heard_ns = h->now}); /* nothing is known yet */
+	EXPECT(h, "");
+	tick_used(h, each_block, UINT64_MAX);
+	EXPECT(h, "save:secondary/RUNNING <4"); /* 1, 2, 3: no merge */
+	tick_used(h, each_block, UINT64_MAX);
+	EXPECT(h, "");
+	saved(h);
+	EXPECT(h, "");
+	tick_used(h, each_block, UINT64_MAX);
+	EXPECT(h, "do:merge/own");
+	tick_used(h, each_block, UINT64_MAX);
+	EXPECT(h, "");
+	fin(h, "merge");
+	EXPECT(h, "save:secondary/RUNNING -5");
+	saved(h);
+	tick_used(h, each_block, UINT64_MAX);
+	EXPECT(h, "do:merge/own");
+	fin(h, "merge");
+	EXPECT(h, "save:secondary/RUNNING -6");
+	saved(h);
+	tick_used(h, each_block, UINT64_MAX);
+	EXPECT(h, "");
+	host_free(h);
+}
+
+Test(repl, retention_keeps_what_its_settings_say_over_periods)
+{
+	static struct repl_meta m;
+	meta_of(&m, ROLE_STANDALONE, STATE_DONE);
+	m.ckpt_max = m.n_ckpts = 8;
+	m.last_stream = 0;
+	for (unsigned i = 0; i < 8; i++)
+		m.ckpts[i] = (struct repl_ckpt){.number = i + 1, .time_ns = (i + 1) * 30 * SEC, .generation = 100};
+	m.settings.keep_last = 1;
+	m.settings.keep_minutely = 3;
+	m.settings.keep_hourly = 1;
+	struct host *h = host_new(&m);
+	tick_used(h, each_block, UINT64_MAX); /* 8 (04:00), 7 (03:30) and 5 (02:30) are the newest of their minutes */
+	EXPECT(h, "save:standalone/DONE <5");
+	saved(h);
+	tick_used(h, each_block, UINT64_MAX);
+	EXPECT(h, "do:merge/own");
+	fin(h, "merge");
+	EXPECT(h, "save:standalone/DONE -6");
+	saved(h);
+	tick_used(h, each_block, UINT64_MAX);
+	EXPECT(h, "");
+	host_free(h);
+}
+
+Test(repl, retention_waits_for_a_usage_that_knows_all_checkpoints)
+{
+	static const struct repl_usage old = {UINT64_MAX, 3, {1, 2, 3}, {4096, 4096, 4096}};
+	struct host *h = secondary_keeping(4, 0, 2, 0);
+	step(h, (struct repl_event){.type = EV_TICK, .heard_ns = h->now, .usage = &old});
+	EXPECT(h, "");
+	static const uint64_t empty_since_2[] = {4096, 4096, 0, 0};
+	tick_used(h, empty_since_2, UINT64_MAX); /* 3 and 4 are the newest; 2 and 3 differ from the one before */
+	EXPECT(h, "save:secondary/RUNNING <2");
+	host_free(h);
+}
+
+Test(repl, retention_waits_for_a_save_and_a_drop_for_retention)
+{
+	struct host *h = secondary_keeping(4, 0, 1, 0);
+	stream(h, 'c', WIRE_CHECKPOINT, REPL_CHECKPOINT, 2, 5, 0);
+	fin(h, "c"); /* its save is under way: retention waits */
+	EXPECT(h, "do:c/ckpt save:secondary/RUNNING +5");
+	tick_used(h, each_block, UINT64_MAX);
+	EXPECT(h, "send:ACK");
+	saved(h);
+	forget(h);
+	tick_used(h, each_block, UINT64_MAX);
+	EXPECT(h, "send:ACK save:secondary/RUNNING <5");
+	command(h, CMD_DROP, 3); /* waits for it, and finds it gone */
+	EXPECT(h, "");
+	saved(h);
+	EXPECT(h, "cmd=ERR_NOENT");
+	host_free(h);
+}
+
+#define MIB4 (UINT64_C(4) << 20)
+
+Test(repl, history_max_bytes_thins_the_oldest_down_to_80_percent)
+{
+	static const uint64_t used[] = {MIB4, MIB4, MIB4, MIB4, MIB4, 0};
+	struct host *h = secondary_keeping(6, 1U << 2, 100, 20 << 20); /* 16 MiB are 80 % */
+	tick_used(h, used, UINT64_MAX);
+	EXPECT(h, "save:secondary/RUNNING <2");
+	cr_assert_eq(h->warnings, 1);
+	saved(h);
+	tick_used(h, used, UINT64_MAX); /* 16 MiB left; 3 is above the pinned one */
+	EXPECT(h, "do:merge/own");
+	fin_full(h, "merge", -ERR_NOSPC, false, 0, false); /* frees nothing: it stays, for now */
+	EXPECT(h, "");
+	tick_used(h, used, UINT64_MAX);
+	EXPECT(h, "do:merge/own"); /* 4 */
+	fin(h, "merge");
+	EXPECT(h, "save:secondary/RUNNING -4");
+	saved(h);
+	tick_used(h, used, UINT64_MAX); /* 12 MiB */
+	EXPECT(h, "");
+	cr_assert_eq(h->warnings, 1, "said once");
+	host_free(h);
+}
+
+Test(repl, the_free_space_thins_history_too)
+{
+	static const uint64_t used[] = {MIB4, MIB4, MIB4, 0};
+	struct host *h = secondary_keeping(4, 0, 100, 0);
+	tick_used(h, used, (3 << 20) + 1); /* of 15 MiB and a byte 12 are not 80 % */
+	EXPECT(h, "");
+	tick_used(h, used, 3 << 20);
+	EXPECT(h, "save:secondary/RUNNING <2");
+	saved(h);
+	tick_used(h, used, 1 << 20);
+	EXPECT(h, "save:secondary/RUNNING <3");
+	saved(h);
+	tick_used(h, used, 0);
+	EXPECT(h, "save:secondary/RUNNING <4");
+	saved(h);
+	tick_used(h, used, 0); /* nothing of ours is in the way */
+	EXPECT(h, "");
+	host_free(h);
+}
+
+Test(repl, a_live_epoch_that_fills_the_room_becomes_history)
+{
+	uint64_t used[] = {MIB4, 3 * MIB4, 0};
+	struct host *h = secondary_keeping(2, 1U << 1, 100, 20 << 20);
+	tick_used(h, used, UINT64_MAX); /* 1 is pinned: nothing to thin */
+	EXPECT(h, "send:CHECKPOINT_WANT");
+	for (unsigned i = 0; i < 99; i++) /* it is not taken: not asked for again at once */
+		tick_used(h, used, UINT64_MAX);
+	EXPECT(h, "");
+	tick_used(h, used, UINT64_MAX);
+	EXPECT(h, "send:CHECKPOINT_WANT");
+	stream(h, 'c', WIRE_CHECKPOINT, REPL_CHECKPOINT, 2, 3, 0);
+	fin(h, "c");
+	saved(h);
+	forget(h);
+	tick_used(h, used, UINT64_MAX); /* what it made history of goes */
+	EXPECT(h, "send:ACK do:merge/own");
+	fin(h, "merge");
+	EXPECT(h, "save:secondary/RUNNING -2");
+	saved(h);
+	used[2] = 3 * MIB4; /* and again, not within a second */
+	for (unsigned i = 0; i < 8; i++)
+		tick_used(h, used, UINT64_MAX);
+	EXPECT(h, "");
+	tick_used(h, used, UINT64_MAX);
+	tick_used(h, used, UINT64_MAX);
+	EXPECT(h, "send:CHECKPOINT_WANT");
+	host_free(h);
+}
+
+/* A large live epoch beside more history: the history goes first. */
+Test(repl, an_early_checkpoint_waits_until_the_live_epoch_is_half_of_all)
+{
+	static const uint64_t used[] = {MIB4, MIB4, MIB4};
+	struct host *h = secondary_keeping(3, 0, 100, 15 << 20);
+	tick_used(h, used, UINT64_MAX);
+	EXPECT(h, "save:secondary/RUNNING <2");
+	saved(h);
+	tick_used(h, used, UINT64_MAX);
+	EXPECT(h, "");
+	host_free(h);
+}
+
 /* A survivor with checkpoints 1 (pinned), 2, 3 and 4, of which retention is merging 2. */
 static struct host *survivor_merging(void)
 {
@@ -2934,9 +3152,9 @@ Test(repl, retention_leaves_what_a_clone_or_a_job_holds)
 	tick(h, SEC);
 	EXPECT(h, "");
 	hold(h, CMD_UNHOLD, 1, "job 8");
-	EXPECT(h, "cmd do:merge/own");
-	fin(h, "merge");
-	EXPECT(h, "save:standalone/DONE -1");
+	EXPECT(h, "cmd");
+	tick(h, SEC);
+	EXPECT(h, "save:standalone/DONE <2");
 	saved(h);
 	hold(h, CMD_HOLD, 1, "job 9");
 	EXPECT(h, "cmd=ERR_NOENT");
@@ -2970,8 +3188,8 @@ Test(repl, a_hold_beside_a_drop)
 	EXPECT(h, "cmd=ERR_BUSY");
 	cr_assert(strstr(drop.err.text, "job 7 holds it"), "%s", drop.err.text);
 	hold(h, CMD_UNHOLD, 3, "job 7");
-	fin(h, "merge"); /* retention's, of 1 */
-	saved(h);
+	tick(h, SEC);
+	saved(h); /* retention's, of 1 */
 	forget(h);
 	drop = (struct repl_command){.cmd = CMD_DROP, .number = 3};
 	step(h, (struct repl_event){.type = EV_COMMAND, .command = &drop});
