@@ -350,6 +350,8 @@ static bool tx_prepare(struct repl *r, struct tx *t, struct repl_meta *m)
 		if (m->split_brain)
 			return false;
 		m->split_brain = true;
+		if (r->protect) /* who was given an address dials: a `resolve` on either has to reach the other */
+			(void)snprintf(m->peer, sizeof(m->peer), "%s", r->dial_addr);
 		return true;
 	case TX_PEER_BROKEN:
 		if (t->session != r->session)

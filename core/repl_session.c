@@ -352,7 +352,8 @@ static void listener_answer(struct repl *r)
 		session_refuse(r, ERR_SPLIT, "that group is halted by a split brain; `resolve` it first");
 		return;
 	}
-	if (!protect && m->role == ROLE_STANDALONE && !m->has_peer) {
+	/* A split brain that its own `protect` has found is that peer's business. */
+	if (!protect && m->role == ROLE_STANDALONE && !m->has_peer && !m->split_brain) {
 		session_refuse(r, ERR_STATE,
 			       "that group is not protected there any more; `unprotect` it here too, or `protect "
 			       "--adopt` it afresh");

@@ -2094,6 +2094,50 @@ Test(lineage_core, the_winner_answers_when_the_loser_has_it_durably)
 	host_free(h);
 }
 
+/* Unprotected, it finds that its former secondary has written too: what that says of a `resolve` it can do. */
+Test(lineage_core, a_split_brain_that_a_protect_finds_can_be_resolved)
+{
+	for (int dials = 0; dials < 2; dials++) { /* the peer, too */
+		static struct repl_meta m;
+		meta_of(&m, ROLE_STANDALONE, STATE_DONE);
+		m.has_peer = false;
+		m.alone = true;
+		m.lineage = (struct lineage){.current = 300, .history = {100}};
+		m.last_stream = 0;
+		struct host *h = host_new(&m);
+		h->cmd = (struct repl_command){.cmd = CMD_PROTECT, .text = "old:1"};
+		step(h, (struct repl_event){.type = EV_COMMAND, .command = &h->cmd});
+		link_up(h, true);
+		meta_of(&peer_meta, ROLE_SECONDARY, STATE_DONE);
+		peer_meta.lineage = (struct lineage){.current = 200, .bitmap = 100};
+		join_frame(h, &peer_meta, 0);
+		EXPECT(h, "dial send:JOIN save:standalone/DONE");
+		cr_assert(h->saved.split_brain);
+		cr_assert_str_eq(h->saved.peer, "old:1"); /* who was given an address dials */
+		saved(h);
+		EXPECT(h, "cmd=ERR_SPLIT send:DIRTY_END");
+		frame(h, WIRE_DIRTY_END, 0, 0, 0, NULL, 0);
+		EXPECT(h, "close");
+		link_down(h);
+		tick(h, 2 * SEC);
+		EXPECT(h, "dial");
+		command(h, CMD_RESOLVE, DISCARD_PEER);
+		link_up(h, !dials);
+		join_frame(h, &peer_meta, WIRE_JOIN_SPLIT);
+		EXPECT(h, "send:JOIN");
+		frame(h, WIRE_DIRTY_END, 0, 0, 0, NULL, 0);
+		fin(h, "intents");
+		EXPECT(h, "do:intents/own save:primary/RUNNING");
+		cr_assert(dirty(h, 0) && dirty(h, SIZE - 1), "nothing was tracked");
+		cr_assert(h->saved.has_peer && !h->saved.split_brain);
+		saved(h);
+		EXPECT(h, "send:RESYNC_BEGIN#1");
+		frame(h, WIRE_RESYNC_READY, 1, 2, 0, NULL, 0);
+		cr_assert(strncmp(h->trace, "cmd do:scan", 11) == 0, "%s", h->trace);
+		host_free(h);
+	}
+}
+
 Test(lineage_core, a_resolve_gives_up_when_the_peer_does_not_come)
 {
 	struct host *h = halted(false);
