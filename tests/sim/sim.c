@@ -305,9 +305,13 @@ void sim_maintain(struct sim *s)
 		unsigned other = !m[1]->split_brain;
 		if (m[other]->role == ROLE_PRIMARY && m[other]->state == STATE_DONE)
 			command(s, other, (struct repl_command){.cmd = CMD_START});
-		else if (m[!other]->role == ROLE_SECONDARY && m[!other]->state == STATE_RUNNING) /* refuses that */
+		else if (m[!other]->role == ROLE_SECONDARY &&
+			 (m[!other]->state == STATE_RUNNING ||
+			  m[!other]->inconsistent)) /* refuses that, and says this */
 			command(s, !other,
-				(struct repl_command){.cmd = CMD_FAILOVER, .flags = FAILOVER_DISCARD_ACTIVE});
+				(struct repl_command){.cmd = CMD_FAILOVER,
+						      .flags = FAILOVER_DISCARD_ACTIVE |
+							       (m[!other]->inconsistent ? FAILOVER_FORCE : 0U)});
 		else
 			sim_unprotect(s, !other);
 	} else if (world_split(w)) {
