@@ -63,14 +63,25 @@ static int fail_call(const struct cli *c, const char *verb, int rc, int exit_cod
 	return cli_fail_text(c, exit_code ? exit_code : err_exit(rc), local ? text + n + 2 : text);
 }
 
+struct listener {
+	struct cli *c;
+	struct progress p;
+};
+
 static void on_progress(void *arg, const json_t *p)
 {
-	progress_object(arg, p);
+	struct listener *l = arg;
+	char text[2 * ERR_TEXT_MAX];
+	if (l->c->told && l->c->told(l->c, p, text, sizeof(text)) && !l->c->json) {
+		progress_end(&l->p); /* the bar makes room, and is drawn again */
+		cli_note(l->c, "%s", text);
+	}
+	progress_object(&l->p, p);
 }
 
 static int request(struct cli *c, const char *verb, json_t *args, uint64_t limit_ms, json_t **ret)
 {
-	struct progress p;
+	struct listener l = {.c = c};
 	struct err e = {0};
 	char label[128];
 	json_t *result = NULL;
@@ -78,9 +89,9 @@ static int request(struct cli *c, const char *verb, json_t *args, uint64_t limit
 
 	(void)snprintf(label, sizeof(label), "%s%s%.70s", c->verb->name, c->n_args ? " " : "",
 		       c->n_args ? c->args[0] : "");
-	progress_init(&p, c->out.progress, stderr, label);
-	int rc = ctl_call(c->socket_path, verb, args, (unsigned)limit_ms, on_progress, &p, &result, &exit_code, &e);
-	progress_end(&p);
+	progress_init(&l.p, c->out.progress, stderr, label);
+	int rc = ctl_call(c->socket_path, verb, args, (unsigned)limit_ms, on_progress, &l, &result, &exit_code, &e);
+	progress_end(&l.p);
 	if (rc == 0 && !result && !(result = json_object()))
 		rc = -ERR_NOMEM;
 	if (rc == 0) {

@@ -73,6 +73,10 @@ struct cli {
 	char store_path[CLI_PATH_MAX];
 	bool may_work_offline; /* the store is known, not a socket alone */
 	struct output out;
+
+	/* Asked of each progress object of the daemon: whether buf is to be said. NULL: nobody. */
+	bool (*told)(struct cli *c, const json_t *p, char *buf, size_t size);
+	bool job_view, job_paused; /* of the job that is waited for: what was said */
 };
 
 /* ---- options.c ---- */
@@ -172,6 +176,9 @@ int cmd_get(struct cli *c);
 int cmd_read(struct cli *c);
 int cmd_write(struct cli *c);
 int cmd_report(struct cli *c);
+int cmd_backup(struct cli *c);
+int cmd_jobs(struct cli *c);
+int cmd_job(struct cli *c);
 int cmd_ping(struct cli *c);
 int cmd_version(struct cli *c);
 int cmd_shutdown(struct cli *c);

@@ -69,10 +69,11 @@ void cli_help(FILE *f)
 		(void)fprintf(f, " %s", v->name);
 		width += n;
 	}
-	(void)fputs("\n\nExit code: 0 ok, 1 failed, 2 usage, 3 daemon unreachable, 4 no such volume, group or\n"
-		    "checkpoint, 5 wrong state or role, 6 peer unreachable, 7 degraded, 8 split brain, 124 timed\n"
-		    "out, 130 interrupted. More: repctl VERB --help, man repctl.\n",
-		    f);
+	(void)fputs(
+	    "\n\nExit code: 0 ok, 1 failed, 2 usage, 3 daemon unreachable, 4 no such volume, group,\n"
+	    "checkpoint or job, 5 wrong state or role, 6 peer unreachable, 7 degraded, 8 split brain, 124 timed\n"
+	    "out, 130 interrupted. More: repctl VERB --help, man repctl.\n",
+	    f);
 }
 
 void cli_help_verb(FILE *f, const struct cli_verb *v)
@@ -128,7 +129,7 @@ static bool takes_name(const struct cli_verb *v)
 
 static bool takes_file(const struct cli_verb *v)
 {
-	return strstr(v->args, " FILE") != NULL;
+	return strstr(v->args, " FILE") != NULL || strstr(v->args, " TARGET") != NULL;
 }
 
 static bool opt_is_path(const struct cli_opt *o)

@@ -15,6 +15,7 @@
 #include "core/check.h"
 #include "core/os/clock.h"
 #include "core/os/log.h"
+#include "fs/jobs.h"
 #include "fs/repl_shell.h"
 
 #ifndef REPFS_VERSION
@@ -518,6 +519,7 @@ static void *tick_main(void *arg)
 			group_unref(all[i]);
 		}
 		hub_tick(d);
+		jobs_tick(d->jobs);
 		mutex_lock(&d->lock);
 		for (struct conn *c = d->conns; c; c = c->next)
 			if (c->since_ns && clock_mono_ns() - c->since_ns > JOIN_WAIT_NS)
@@ -549,6 +551,7 @@ static int load_group(void *arg, const char *name)
 
 static void daemon_free(struct daemon *d)
 {
+	jobs_close(d->jobs);
 	while (d->groups) {
 		struct group *g = d->groups;
 		d->groups = g->next;
@@ -595,6 +598,8 @@ int daemon_open(const struct daemon_config *cfg, struct daemon **ret, struct err
 		err = store_set_durability(d->store, (enum volume_durability)cfg->durability, e);
 	if (!err && (err = pool_create(pick_threads(cfg->threads), "worker", &d->pool)) < 0)
 		(void)err_set(e, -err, "the worker threads could not be started: %s", err_short(err));
+	if (!err && (err = jobs_open(d, &d->jobs)) < 0)
+		(void)err_set(e, -err, "out of memory");
 	if (!err) {
 		memcpy(d->self.store, store_info(d->store)->uuid, sizeof(d->self.store));
 		(void)snprintf(d->self.program, sizeof(d->self.program), "repfs %s", REPFS_VERSION);
@@ -662,6 +667,8 @@ void daemon_shutdown(struct daemon *d)
 	/* A JOIN that makes a group ends first; no other is made: from here on the list stands. */
 	mutex_lock(&d->admin);
 	mutex_unlock(&d->admin);
+	if (d->jobs)
+		jobs_shutdown(d->jobs);
 	for (struct group *g = d->groups; g; g = g->next)
 		group_shutdown(g);
 	hub_shutdown(d);
@@ -679,7 +686,7 @@ void daemon_close(struct daemon *d)
 	if (d->server)
 		link_server_stop(d->server);
 	uint64_t deadline = clock_mono_ns() + 8 * NS_PER_SEC;
-	bool quiet = true;
+	bool quiet = d->jobs == NULL || jobs_wait_quiet(d->jobs, deadline);
 	for (struct group *g = d->groups; g; g = g->next)
 		quiet = group_wait_quiet(g, deadline) && quiet;
 	quiet = conns_wait(d, deadline) && quiet;

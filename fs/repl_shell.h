@@ -159,6 +159,7 @@ struct daemon {
 	struct daemon_config cfg;
 	struct store *store;
 	struct pool *pool;
+	struct jobs *jobs;
 	struct link_server *server;
 	struct link_self self;
 	struct ctl_server *ctl;

@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "core/os/clock.h"
+#include "fs/jobs.h"
 #include "fs/repl_shell.h"
 
 static json_t *error_json(const struct repl_error *x)
@@ -91,6 +92,7 @@ json_t *group_status_json(struct group *g)
 	struct overlays overlays[GROUP_VOLUMES_MAX];
 	char gen[20];
 	overlays_look(g, overlays);
+	json_t *jobs = jobs_json(g->d->jobs, g->name);
 	mutex_lock(&g->lock);
 	const struct repl_meta *m = repl_meta(g->core);
 	repl_status(g->core, clock_mono_ns(), &s);
@@ -121,7 +123,7 @@ json_t *group_status_json(struct group *g)
 	    s.commit ? json_pack("{s:I, s:I}", "done", (json_int_t)s.commit_done, "total", (json_int_t)s.commit_total)
 		     : json_null(),
 	    "error", error_json(&s.error), "counters", counters_json(g, &s.counters, overlays), "volumes", volumes,
-	    "jobs", json_array());
+	    "jobs", jobs);
 	mutex_unlock(&g->lock);
 	json_object_update(j, rest);
 	json_decref(rest);

@@ -90,6 +90,11 @@ int verb_do_read(const struct call *c);
 int verb_do_write(const struct call *c);
 int verb_do_report(const struct call *c);
 
+/* verbs_jobs.c */
+int verb_do_backup(const struct call *c);
+int verb_do_jobs(const struct call *c);
+int verb_do_job(const struct call *c);
+
 /* verbs_history.c */
 int verb_do_checkpoints(const struct call *c);
 int verb_do_extents(const struct call *c);

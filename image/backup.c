@@ -13,6 +13,7 @@
 #include "image/backup.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <inttypes.h>
 #include <stdlib.h>
 #include <string.h>
@@ -421,6 +422,19 @@ static void list_range(struct backup *b, uint64_t off, uint64_t len)
 	}
 }
 
+/* A hole reads as zeroes too, and costs nothing. */
+static int zero_target(struct backup *b, uint64_t off, uint64_t len)
+{
+	int rc = 0;
+
+	if (fallocate(b->target.fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)off, (off_t)len) == 0)
+		return 0;
+	memset(b->buf, 0, (size_t)min_u64(len, b->unit));
+	for (uint64_t at = 0; rc == 0 && at < len; at += b->unit)
+		rc = io_pwrite(b->target.fd, b->buf, (size_t)min_u64(len - at, b->unit), off + at);
+	return rc;
+}
+
 int backup_write(struct backup *b, uint64_t off, uint64_t len, const void *buf)
 {
 	int rc;
@@ -429,13 +443,7 @@ int backup_write(struct backup *b, uint64_t off, uint64_t len, const void *buf)
 	rc = odd_reserve(b);
 	if (rc < 0)
 		return rc;
-	for (uint64_t at = 0; rc == 0 && at < len; at += b->unit) {
-		size_t n = (size_t)min_u64(len - at, b->unit);
-
-		if (!buf && at == 0)
-			memset(b->buf, 0, n);
-		rc = io_pwrite(b->target.fd, buf ? (const uint8_t *)buf + at : b->buf, n, off + at);
-	}
+	rc = buf ? io_pwrite(b->target.fd, buf, len, off) : zero_target(b, off, len);
 	if (rc < 0)
 		return rc;
 	list_range(b, off, len);

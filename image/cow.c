@@ -376,6 +376,32 @@ static void write_large_zero(struct volume *v, struct volume_req *r)
 	}
 }
 
+static void tell_tap(struct volume *v, const struct volume_req *reqs, unsigned n)
+{
+	if (!__atomic_load_n(&v->tap, __ATOMIC_RELAXED))
+		return;
+	INVARIANT(pthread_rwlock_rdlock(&v->tap_lock) == 0);
+	for (unsigned i = 0; v->tap && i < n; i++)
+		if (reqs[i].error == 0 && reqs[i].len)
+			v->tap(v->tap_arg, &reqs[i]);
+	INVARIANT(pthread_rwlock_unlock(&v->tap_lock) == 0);
+}
+
+int volume_set_tap(struct volume *v, volume_tap_fn fn, void *arg)
+{
+	int rc = 0;
+
+	INVARIANT(pthread_rwlock_wrlock(&v->tap_lock) == 0);
+	if (fn && v->tap) {
+		rc = -ERR_BUSY;
+	} else {
+		v->tap_arg = arg;
+		__atomic_store_n(&v->tap, fn, __ATOMIC_RELAXED);
+	}
+	INVARIANT(pthread_rwlock_unlock(&v->tap_lock) == 0);
+	return rc;
+}
+
 int volume_write(struct volume *v, struct volume_req *reqs, unsigned n)
 {
 	unsigned first = 0, large = 0;
@@ -402,6 +428,7 @@ int volume_write(struct volume *v, struct volume_req *reqs, unsigned n)
 	}
 	write_batch_locked(v, reqs + first, n - first);
 	volume_unlock(v);
+	tell_tap(v, reqs, n);
 	for (unsigned i = 0; rc == 0 && i < n; i++)
 		rc = reqs[i].error;
 	return rc;

@@ -409,6 +409,7 @@ static void free_volume(struct volume *v)
 		check_zero(pthread_rwlock_destroy(&v->stripes[i]));
 	check_zero(pthread_rwlock_destroy(&v->chain_lock));
 	check_zero(pthread_rwlock_destroy(&v->sync_lock));
+	check_zero(pthread_rwlock_destroy(&v->tap_lock));
 	mutex_destroy(&v->prepare_lock);
 	mutex_destroy(&v->merge_lock);
 	mutex_destroy(&v->reap_lock);
@@ -436,6 +437,7 @@ int volume_open(struct storage *s, const struct volume_open_args *args, struct v
 	v->power = args->durability == DURABILITY_POWER;
 	rwlock_init(&v->sync_lock);
 	rwlock_init(&v->chain_lock);
+	rwlock_init(&v->tap_lock);
 	for (unsigned i = 0; i < STRIPES; i++)
 		rwlock_init(&v->stripes[i]);
 	mutex_init(&v->prepare_lock);

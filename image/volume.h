@@ -80,6 +80,12 @@ int volume_read_ckpt(struct volume *v, uint64_t ckpt, uint64_t off, uint64_t len
  * Large zeroes and discards work through their range in bounded pieces. */
 int volume_write(struct volume *v, struct volume_req *reqs, unsigned n);
 
+/* fn is told of each request of volume_write that the disk has got, in the writing thread and so under its claims:
+ * overlapping ones in their order. buf is borrowed. One fn a volume: -ERR_BUSY. fn NULL: none any more, and none is
+ * under way when it returns. */
+typedef void (*volume_tap_fn)(void *arg, const struct volume_req *r);
+int volume_set_tap(struct volume *v, volume_tap_fn fn, void *arg);
+
 /* The secondary's own writes: into active only. Blocks written in part are completed from the view over base.
  * zero and discard are recorded as blocks of zeroes. -ERR_STATE without an active overlay. */
 int volume_write_active(struct volume *v, uint64_t base, struct volume_req *req);

@@ -15,6 +15,7 @@
  *                 ascending order, readers one: no deadlock.
  *   prepare_lock  prepared_undo, prepared_active.
  *   merge_lock    one merge or resize at a time.
+ *   tap_lock      tap; taken with no other held.
  *   reap_lock     one reaper at a time.
  */
 #ifndef REPFS_IMAGE_VOLUME_INTERNAL_H
@@ -97,6 +98,10 @@ struct volume {
 
 	uint64_t cow_bytes;	  /* atomic */
 	uint64_t history_version; /* atomic */
+
+	pthread_rwlock_t tap_lock; /* shared: the tap is told; innermost but the teller's */
+	volume_tap_fn tap;	   /* changes under tap_lock; looked at without, atomically */
+	void *tap_arg;
 };
 
 /* What a read looks at, top down; borrowed, valid while chain_lock is held. */

@@ -1,0 +1,521 @@
+/* Backup jobs (fs/jobs.h) in real daemons: what each mode's target holds, byte for byte, while a guest goes on writing;
+ * pause, resume, cancel, wait, speed; errors and their policies; what a job that did not end leaves. */
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+
+#include "fs/jobs.h"
+#include "fs/repl_shell.h"
+#include "image/backup.h"
+#include "image/zst.h"
+#include "tests/unit/fs/pairtest.h"
+
+#define SIZE (UINT64_C(4) << 20)
+#define K UINT64_C(1024)
+
+static uint8_t model[SIZE], then[SIZE], buf[SIZE];
+
+static void setup(void)
+{
+	OK(pair_open(&p));
+	OK(pair_create(&p.a, "vm", "vm", SIZE));
+}
+
+TestSuite(jobs, .init = setup, .fini = teardown, .timeout = 120);
+
+static void put(uint64_t off, uint64_t len, uint8_t byte)
+{
+	memset(model + off, byte, len);
+	for (uint64_t n; len; off += n, len -= n) { /* as FUSE hands them out */
+		n = min_u64(len, REPL_DATA_MAX);
+		OK(pair_write(&p.a, "vm", off, n, byte));
+	}
+}
+
+static const char *target(const char *name)
+{
+	static char paths[4][256];
+	static unsigned next;
+	char *s = paths[next++ % 4];
+	snprintf(s, sizeof(paths[0]), "%s/%s", p.dir, name);
+	return s;
+}
+
+static bool there(const char *name)
+{
+	struct stat st;
+	return lstat(target(name), &st) == 0;
+}
+
+static json_t *args_for(const char *file, const char *sync)
+{
+	return json_pack("{s:s, s:s, s:s}", "name", "vm", "target", target(file), "sync", sync);
+}
+
+/* Begins one and gives its id. */
+static json_int_t begin_with(struct pair_host *h, json_t *args)
+{
+	json_t *r = NULL;
+	json_object_set_new(args, "detach", json_true());
+	OK(pair_do(h, "backup", args, &r));
+	json_int_t id = json_integer_value(json_object_get(r, "id"));
+	cr_assert_gt(id, 0);
+	json_decref(r);
+	return id;
+}
+
+static json_int_t begin(struct pair_host *h, const char *file, const char *sync)
+{
+	return begin_with(h, args_for(file, sync));
+}
+
+static int job(struct pair_host *h, const char *op, json_int_t id)
+{
+	return pair_do(h, "job", json_pack("{s:s, s:I, s:i}", "op", op, "id", id, "timeout_ms", 60000), NULL);
+}
+
+/* A field of a job; new reference. */
+static json_t *field(struct pair_host *h, json_int_t id, const char *key)
+{
+	json_t *r = NULL, *j, *v = NULL;
+	size_t i;
+	OK(pair_do(h, "jobs", json_object(), &r));
+	json_array_foreach(json_object_get(r, "jobs"), i, j)
+	{
+		if (json_integer_value(json_object_get(j, "id")) == id)
+			v = json_incref(json_object_get(j, key));
+	}
+	json_decref(r);
+	return v;
+}
+
+static bool is(struct pair_host *h, json_int_t id, const char *state)
+{
+	json_t *s = field(h, id, "state");
+	bool same = s && strcmp(json_string_value(s), state) == 0;
+	json_decref(s);
+	return same;
+}
+
+static json_int_t number(struct pair_host *h, json_int_t id, const char *key)
+{
+	json_t *v = field(h, id, key);
+	json_int_t n = json_integer_value(v);
+	json_decref(v);
+	return n;
+}
+
+static void expect_file(const char *name, const uint8_t *content)
+{
+	struct disk *d, *file;
+	struct err e;
+	uint64_t size;
+	cr_assert_eq(disk_posix_open(target(name), STORAGE_RDONLY, &file), 0, "%s", name);
+	d = file;
+	if (backup_format_of(name) == BACKUP_ZST)
+		cr_assert_eq(disk_zst_open(file, name, &d, &e), 0, "%s", e.text);
+	memset(buf, 0xa5, SIZE);
+	cr_assert_eq(disk_get_size(d, &size), 0);
+	cr_assert_eq(size, SIZE);
+	cr_assert_eq(disk_read(d, 0, buf, SIZE), 0);
+	for (size_t i = 0; i < SIZE; i++)
+		cr_assert(buf[i] == content[i], "%s: byte %zu is %u, not %u", name, i, buf[i], content[i]);
+	disk_close(d);
+}
+
+/* The extents of name's list as ranges; returns how many. */
+static unsigned list_of(const char *name, struct range *ranges, unsigned max, struct extentlist_head *h)
+{
+	struct extentlist *l;
+	struct err e;
+	unsigned n = 0;
+	cr_assert_eq(extentlist_open("test", target(name), &l, &e), 0, "%s", e.text);
+	while (n < max && extentlist_next(l, &ranges[n], &e) == 1)
+		n++;
+	*h = *extentlist_head(l);
+	cr_assert_eq(h->count, n);
+	extentlist_close(l);
+	return n;
+}
+
+static uint64_t checkpoint(void)
+{
+	json_t *r = NULL;
+	OK(pair_do(&p.a, "checkpoint", named(), &r));
+	uint64_t n = (uint64_t)json_integer_value(json_object_get(r, "checkpoint"));
+	json_decref(r);
+	return n;
+}
+
+static size_t n_checkpoints(struct pair_host *h)
+{
+	json_t *r = NULL;
+	OK(pair_do(h, "checkpoints", named(), &r));
+	size_t n = json_array_size(json_object_get(r, "checkpoints"));
+	json_decref(r);
+	return n;
+}
+
+/* Nothing of a target that was given up. */
+static void nothing_of(const char *name)
+{
+	char other[200];
+	cr_assert_not(there(name));
+	snprintf(other, sizeof(other), "%s.part", name);
+	cr_assert_not(there(other));
+	snprintf(other, sizeof(other), "%s.extents", name);
+	cr_assert_not(there(other));
+}
+
+/* ---- modes ---- */
+
+Test(jobs, full_is_the_disk_as_of_the_start)
+{
+	static const char *const names[] = {"f", "f.zst"};
+	put(0, 64 * K, 1);
+	put(1024 * K, 1024 * K, 2);
+	put(SIZE - 4 * K, 4 * K, 3);
+	for (unsigned i = 0; i < 2; i++) {
+		memcpy(then, model, SIZE);
+		json_t *args = args_for(names[i], "full");
+		json_object_set_new(args, "speed", json_integer(1 << 20));
+		json_int_t id = begin_with(&p.a, args);
+		cr_assert_eq(n_checkpoints(&p.a), 1); /* its epoch, for as long as it runs */
+		put(0, SIZE, (uint8_t)(0x40 + i));
+		cr_assert_not(there(names[i]));
+		OK(job(&p.a, "wait", id));
+		expect_file(names[i], then);
+		cr_assert(is(&p.a, id, "done"));
+		cr_assert_eq(number(&p.a, id, "done"), (json_int_t)SIZE);
+		WAIT_FOR(n_checkpoints(&p.a) == 0);
+		cr_assert_eq(pair_is(&p.a, "vm", 0, SIZE, (uint8_t)(0x40 + i)), 0);
+	}
+	cr_assert_not(there("f.extents"));
+	json_t *r = NULL; /* in the foreground; `top` of a volume without a base is all of it */
+	OK(pair_do(&p.a, "backup", args_for("t", "top"), &r));
+	cr_assert_str_eq(json_string_value(json_object_get(r, "state")), "done");
+	json_decref(r);
+	expect_file("t", model);
+	json_t *all = daemon_status(p.a.d, "vm");
+	const json_t *jobs = json_object_get(json_array_get(json_object_get(all, "groups"), 0), "jobs");
+	cr_assert_eq(json_array_size(jobs), 3);
+	cr_assert_str_eq(json_string_value(json_object_get(json_array_get(jobs, 1), "mode")), "full");
+	json_decref(all);
+}
+
+Test(jobs, on_a_secondary_it_is_of_the_base_or_a_checkpoint)
+{
+	struct range r[8];
+	struct extentlist_head h;
+	put(0, 64 * K, 1);
+	protect();
+	uint64_t first = checkpoint();
+	memcpy(then, model, SIZE);
+	put(8 * K, 4 * K, 2);
+	put(2048 * K, 20 * K, 3);
+	uint64_t second = checkpoint();
+	static uint8_t at2[SIZE], changed[SIZE];
+	memcpy(at2, model, SIZE);
+	put(0, SIZE, 9);
+	OK(flush(&p.a));
+	OK(pair_do(&p.b, "backup", args_for("base", "full"), NULL));
+	expect_file("base", at2);
+	json_t *args = args_for("one.zst", "full");
+	json_object_set_new(args, "checkpoint", json_integer((json_int_t)first));
+	OK(pair_do(&p.b, "backup", args, NULL));
+	expect_file("one.zst", then);
+	memcpy(changed + 8 * K, at2 + 8 * K, 4 * K);
+	memcpy(changed + 2048 * K, at2 + 2048 * K, 20 * K);
+	for (unsigned i = 0; i < 2; i++) {
+		const char *name = i ? "inc.zst" : "inc";
+		args = args_for(name, "incremental");
+		json_object_set_new(args, "since", json_integer((json_int_t)first));
+		OK(pair_do(&p.b, "backup", args, NULL));
+		expect_file(name, changed);
+		cr_assert_eq(list_of(name, r, 8, &h), 2);
+		cr_assert(r[0].off == 8 * K && r[0].len == 4 * K && r[1].off == 2048 * K && r[1].len == 20 * K);
+		cr_assert(h.since == first && h.checkpoint == second && h.size == SIZE);
+		cr_assert_str_eq(h.volume, "vm");
+	}
+	/* Nothing between a checkpoint and itself. */
+	args = args_for("same", "incremental");
+	json_object_set_new(args, "since", json_integer((json_int_t)second));
+	OK(pair_do(&p.b, "backup", args, NULL));
+	cr_assert_eq(list_of("same", r, 8, &h), 0);
+	args = args_for("old", "incremental");
+	json_object_set_new(args, "since", json_integer(4711));
+	cr_assert_eq(pair_do(&p.b, "backup", args, NULL), -ERR_USAGE);
+	args = args_for("old", "full");
+	json_object_set_new(args, "checkpoint", json_integer(4711));
+	cr_assert_eq(pair_do(&p.b, "backup", args, NULL), -ERR_NOENT);
+	cr_assert(strstr(p.b.err.text, "no checkpoint 4711"), "%s", p.b.err.text);
+	nothing_of("old");
+}
+
+Test(jobs, none_gets_the_old_blocks)
+{
+	static const char *const names[] = {"n", "n.zst"};
+	static uint8_t old[SIZE];
+	struct range r[8];
+	struct extentlist_head h;
+	put(0, SIZE, 1);
+	put(64 * K, 4 * K, 0);
+	for (unsigned i = 0; i < 2; i++) {
+		memcpy(then, model, SIZE);
+		memset(old, 0, SIZE);
+		json_int_t id = begin(&p.a, names[i], "none");
+		json_int_t ckpt = number(&p.a, id, "checkpoint");
+		put(64 * K, 4 * K, 5);
+		put(1024 * K + 100, 5 * K, (uint8_t)(6 + i));
+		WAIT_FOR(i || number(&p.a, id, "copied") == 12 * (json_int_t)K);
+		put(64 * K, 4 * K, 7); /* the first save counts */
+		put(SIZE - 512, 512, 8);
+		cr_assert_not(there(names[i]));
+		struct gvol *v = gvol_find(p.a.d, "vm");
+		memset(buf, 0xa5, SIZE);
+		OK(gvol_read(v, NULL, GVOL_CKPT, (uint64_t)ckpt, 0, SIZE, buf));
+		cr_assert_eq(memcmp(buf, then, SIZE), 0);
+		gvol_unref(v);
+		OK(job(&p.a, "cancel", id));
+		OK(job(&p.a, "wait", id));
+		cr_assert(is(&p.a, id, "done"));
+		memcpy(old + 64 * K, then + 64 * K, 4 * K);
+		memcpy(old + 1024 * K, then + 1024 * K, 8 * K);
+		memcpy(old + SIZE - 4 * K, then + SIZE - 4 * K, 4 * K);
+		expect_file(names[i], old);
+		cr_assert_eq(list_of(names[i], r, 8, &h), 3);
+		cr_assert(r[0].off == 64 * K && r[0].len == 4 * K && r[1].off == 1024 * K && r[1].len == 8 * K);
+		cr_assert(r[2].off == SIZE - 4 * K && r[2].len == 4 * K);
+		cr_assert_str_eq(h.mode, "none");
+		WAIT_FOR(n_checkpoints(&p.a) == 0);
+	}
+}
+
+Test(jobs, stream_gets_every_write_and_nothing_else)
+{
+	static uint8_t written[SIZE];
+	struct range r[8];
+	struct extentlist_head h;
+	put(0, SIZE, 1);
+	protect();
+	json_int_t here = begin(&p.a, "here", "stream"), other = begin(&p.b, "there", "stream");
+	cr_assert_eq(pair_do(&p.a, "backup", args_for("again", "stream"), NULL), -ERR_BUSY);
+	nothing_of("again");
+	put(4 * K, 8 * K, 2);
+	put(8 * K, 4 * K, 3);
+	put(1024 * K + 7, 1000, 4);
+	OK(pair_do(&p.a, "checkpoint", named(), NULL)); /* it is applied there */
+	struct gvol *v = gvol_find(p.a.d, "vm");
+	OK(gvol_zero(v, NULL, 2048 * K, 1024 * K, true));
+	gvol_unref(v);
+	OK(pair_do(&p.a, "checkpoint", named(), NULL));
+	OK(job(&p.a, "cancel", here));
+	OK(job(&p.a, "wait", here));
+	OK(job(&p.b, "cancel", other));
+	OK(job(&p.b, "wait", other));
+	put(0, 4 * K, 9);
+	memset(written + 4 * K, 2, 4 * K);
+	memset(written + 8 * K, 3, 4 * K);
+	memset(written + 1024 * K + 7, 4, 1000);
+	for (unsigned i = 0; i < 2; i++) {
+		const char *name = i ? "there" : "here";
+		expect_file(name, written);
+		cr_assert_eq(list_of(name, r, 8, &h), 3);
+		cr_assert(r[0].off == 4 * K && r[0].len == 8 * K);
+		cr_assert(r[1].off == 1024 * K + 7 && r[1].len == 1000);
+		cr_assert(r[2].off == 2048 * K && r[2].len == 1024 * K);
+		cr_assert_eq(h.checkpoint, 0);
+	}
+	/* And another may begin. */
+	here = begin(&p.a, "again", "stream");
+	OK(job(&p.a, "cancel", here));
+	OK(job(&p.a, "wait", here));
+	cr_assert_eq(list_of("again", r, 8, &h), 0);
+}
+
+Test(jobs, a_stream_that_is_not_taken_does_not_hold_the_guest_up)
+{
+	put(0, SIZE, 1);
+	json_int_t id = begin(&p.a, "s", "stream");
+	OK(job(&p.a, "pause", id));
+	/* What is written meanwhile is kept, up to a limit. */
+	put(0, 4 * K, 2);
+	OK(job(&p.a, "resume", id));
+	WAIT_FOR(number(&p.a, id, "copied") == 4 * (json_int_t)K);
+	OK(job(&p.a, "pause", id));
+	for (unsigned i = 0; i < JOB_QUEUE_MAX / SIZE + 1; i++)
+		put(0, SIZE, (uint8_t)i);
+	cr_assert(is(&p.a, id, "paused"));
+	OK(job(&p.a, "resume", id));
+	cr_assert_eq(job(&p.a, "wait", id), -ERR_LIMIT);
+	nothing_of("s");
+	cr_assert_eq(pair_is(&p.a, "vm", 0, SIZE, JOB_QUEUE_MAX / SIZE), 0);
+}
+
+/* ---- control ---- */
+
+Test(jobs, pause_resume_cancel_wait_and_speed)
+{
+	put(0, SIZE, 1);
+	json_t *args = args_for("p", "full");
+	json_object_set_new(args, "speed", json_integer(1 << 20));
+	uint64_t start = clock_mono_ns();
+	json_int_t id = begin_with(&p.a, args);
+	WAIT_FOR(number(&p.a, id, "copied") > 0);
+	OK(job(&p.a, "pause", id));
+	OK(job(&p.a, "pause", id));
+	json_int_t before = number(&p.a, id, "copied");
+	cr_assert_lt(before, (json_int_t)SIZE);
+	cr_assert_eq(
+	    pair_do(&p.a, "job", json_pack("{s:s, s:I, s:i}", "op", "wait", "id", id, "timeout_ms", 1500), NULL),
+	    -ERR_TIMEOUT);
+	cr_assert_eq(number(&p.a, id, "copied"), before);
+	cr_assert(is(&p.a, id, "paused"));
+	OK(job(&p.a, "resume", id));
+	OK(job(&p.a, "wait", id));
+	cr_assert_geq(clock_mono_ns() - start, 3 * NS_PER_SEC); /* the first MiB at once, then 1 MiB/s, and a pause */
+	expect_file("p", model);
+	cr_assert_eq(job(&p.a, "pause", id), -ERR_STATE);
+	cr_assert(strstr(p.a.err.text, "it is done"), "%s", p.a.err.text);
+	OK(job(&p.a, "wait", id)); /* again: its end is remembered */
+	/* Cancelled, running or paused, it leaves nothing. */
+	for (unsigned i = 0; i < 2; i++) {
+		args = args_for("c", "full");
+		json_object_set_new(args, "speed", json_integer(64 * 1024));
+		id = begin_with(&p.a, args);
+		if (i)
+			OK(job(&p.a, "pause", id));
+		OK(job(&p.a, "cancel", id));
+		cr_assert_eq(job(&p.a, "wait", id), -ERR_CANCELED);
+		cr_assert(is(&p.a, id, "cancelled"));
+		nothing_of("c");
+	}
+	static const char *const ops[] = {"pause", "resume", "cancel", "wait"};
+	for (unsigned i = 0; i < 4; i++)
+		cr_assert_eq(job(&p.a, ops[i], 4711), -ERR_NOENT);
+	cr_assert_eq(job(&p.a, "dance", 1), -ERR_USAGE);
+}
+
+Test(jobs, what_cannot_be_is_refused_before_anything)
+{
+	static const struct {
+		const char *file, *sync, *key, *value;
+		int code;
+		const char *says;
+	} bad[] = {
+	    {"x", "some", NULL, NULL, ERR_USAGE, "--sync takes"},
+	    {"x.zst", "stream", NULL, NULL, ERR_USAGE, "can't go to a .zst"},
+	    {"x", "stream", "speed", "5", ERR_USAGE, "--speed does not go"},
+	    {"x", "stream", "checkpoint", "5", ERR_USAGE, "begins now"},
+	    {"x", "incremental", NULL, NULL, ERR_USAGE, "needs --since"},
+	    {"x", "full", "since", "3", ERR_USAGE, "goes with --sync incremental"},
+	    {"x", "full", "checkpoint", "3", ERR_NOENT, "no checkpoint 3"},
+	    {"x", "full", "on_target_error", "explode", ERR_USAGE, "report, ignore, stop or enospc"},
+	    {"none/x", "full", NULL, NULL, ERR_FAILED, "its folder must exist"},
+	    {"taken", "full", NULL, NULL, ERR_EXIST, "the file exists"},
+	};
+	put(0, SIZE, 1);
+	FILE *f = fopen(target("taken"), "w");
+	cr_assert(f && fclose(f) == 0);
+	for (size_t i = 0; i < sizeof(bad) / sizeof(bad[0]); i++) {
+		json_t *args = args_for(bad[i].file, bad[i].sync);
+		if (bad[i].key)
+			json_object_set_new(args, bad[i].key,
+					    bad[i].value[0] <= '9' ? json_integer(atoi(bad[i].value))
+								   : json_string(bad[i].value));
+		cr_assert_eq(pair_do(&p.a, "backup", args, NULL), -bad[i].code, "%zu: %s", i, p.a.err.text);
+		cr_assert(strstr(p.a.err.text, bad[i].says), "%zu: %s", i, p.a.err.text);
+	}
+	nothing_of("x");
+	WAIT_FOR(n_checkpoints(&p.a) == 0);
+	json_t *args = args_for("x", "full");
+	json_object_set_new(args, "name", json_string("nobody"));
+	cr_assert_eq(pair_do(&p.a, "backup", args, NULL), -ERR_NOENT);
+	/* A volume that is read is not deleted. */
+	args = args_for("x", "full");
+	json_object_set_new(args, "speed", json_integer(1));
+	json_int_t id = begin_with(&p.a, args);
+	cr_assert_eq(pair_do(&p.a, "delete", named(), NULL), -ERR_BUSY);
+	OK(job(&p.a, "cancel", id));
+	(void)job(&p.a, "wait", id);
+	OK(pair_do(&p.a, "delete", named(), NULL));
+}
+
+/* Files of this process can't grow past `size` for a while. The store's are as large as they get. */
+static void limit(rlim_t size)
+{
+	struct rlimit r;
+	signal(SIGXFSZ, SIG_IGN);
+	cr_assert_eq(getrlimit(RLIMIT_FSIZE, &r), 0);
+	r.rlim_cur = size;
+	cr_assert_eq(setrlimit(RLIMIT_FSIZE, &r), 0);
+}
+
+Test(jobs, an_error_of_the_target_by_its_policy)
+{
+	static const char *const policies[] = {"report.zst", "enospc.zst", "stop.zst", "ignore.zst"};
+	/* Frames that are as large as what is in them: the target outgrows the limit, the store's files do not. */
+	for (size_t i = 0; i < SIZE; i++)
+		model[i] = (uint8_t)rand();
+	OK(pair_write_buf(&p.a, "vm", 0, SIZE / 4, model));
+	for (unsigned i = 1; i < 4; i++)
+		OK(pair_write_buf(&p.a, "vm", i * SIZE / 4, SIZE / 4, model + i * SIZE / 4));
+	for (unsigned i = 0; i < 4; i++) {
+		json_t *args = args_for(policies[i], "full");
+		json_object_set_new(args, "on_target_error", json_stringn(policies[i], strlen(policies[i]) - 4));
+		limit(SIZE / 2);
+		json_int_t id = begin_with(&p.a, args);
+		if (i < 2) { /* EFBIG is not ENOSPC */
+			cr_assert_eq(job(&p.a, "wait", id), -ERR_IO);
+			cr_assert(strstr(p.a.err.text, "writing "), "%s", p.a.err.text);
+			cr_assert(is(&p.a, id, "failed"));
+			nothing_of(policies[i]);
+			limit(RLIM_INFINITY);
+			continue;
+		}
+		if (i == 2) {
+			WAIT_FOR(is(&p.a, id, "paused"));
+			json_t *e = field(&p.a, id, "error");
+			cr_assert_str_eq(json_string_value(json_object_get(e, "side")), "target");
+			json_decref(e);
+			OK(job(&p.a, "resume", id));
+			WAIT_FOR(is(&p.a, id, "paused"));
+		} else {
+			WAIT_FOR(number(&p.a, id, "errors") > 0);
+			cr_assert(is(&p.a, id, "running"));
+		}
+		limit(RLIM_INFINITY);
+		if (i == 2)
+			OK(job(&p.a, "resume", id));
+		OK(job(&p.a, "wait", id));
+		expect_file(policies[i], model);
+		json_t *e = field(&p.a, id, "error");
+		cr_assert(json_is_null(e));
+		json_decref(e);
+	}
+}
+
+/* ---- the end of the daemon ---- */
+
+Test(jobs, a_daemon_that_ends_takes_its_jobs_along)
+{
+	put(0, SIZE, 1);
+	json_t *args = args_for("full", "full");
+	json_object_set_new(args, "speed", json_integer(1));
+	begin_with(&p.a, args);
+	begin(&p.a, "none", "none");
+	json_int_t paused = begin(&p.a, "stream", "stream");
+	OK(job(&p.a, "pause", paused));
+	put(0, 64 * K, 2);
+	pair_host_stop(&p.a);
+	nothing_of("full");
+	nothing_of("none");
+	nothing_of("stream");
+	OK(pair_host_start(&p, &p.a));
+	cr_assert_eq(job(&p.a, "wait", 1), -ERR_NOENT);
+	WAIT_FOR(n_checkpoints(&p.a) == 0);
+	cr_assert_eq(pair_is(&p.a, "vm", 64 * K, SIZE - 64 * K, 1), 0);
+	cr_assert_eq(pair_is(&p.a, "vm", 0, 64 * K, 2), 0);
+}
