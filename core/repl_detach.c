@@ -645,6 +645,8 @@ void detach_tx_done(struct repl *r, struct tx *t, int error)
 	switch (t->kind) {
 	case TX_DETACH:
 		r->detach_saving = false;
+		if (error)
+			r->detach_retry_ns = r->now_ns + RESAVE_NS;
 		detach_resume(r);
 		return;
 	case TX_REBUILD:
@@ -723,8 +725,23 @@ void detach_read_reply(struct repl *r, const struct repl_event *ev)
 	repl_emit(r, &a);
 }
 
+/* A store that could not be written may be written again, and then this host should know of the detach though it
+ * restarts without its peer: its guests would read what was there before, and be a split brain with their first write.
+ */
+static void record_late(struct repl *r)
+{
+	uint64_t recorded = 0;
+	for (uint32_t i = 0; i < r->meta->n_volumes; i++)
+		recorded |= r->meta->volumes[i].flags & VOLUME_STALE ? mask_of(i) : 0;
+	if ((r->stale & ~recorded) == 0 || r->detaching || r->detach_saving || r->now_ns < r->detach_retry_ns ||
+	    r->unsure || repl_tx_pending(r, TX_DETACH) || repl_tx_pending(r, TX_ATTACH))
+		return;
+	repl_tx(r, TX_DETACH);
+}
+
 void detach_tick(struct repl *r)
 {
+	record_late(r);
 	if (!worth_waiting(r))
 		fail_parked(r, UINT64_MAX);
 	else if (!primary_live(r) && r->parked.head) {

@@ -4433,6 +4433,28 @@ Test(repl, a_detach_that_cannot_be_recorded_here_goes_on)
 	EXPECT(h, "save:primary/RUNNING send:WRITE#5");
 	ack(h, 5, 5, 4);
 	EXPECT(h, "done:a");
+	/* Until it can: a restart without the peer must not serve a disk that is not current. */
+	tick(h, SEC);
+	EXPECT(h, "save:primary/RUNNING"); /* as it was */
+	saved(h);
+	tick(h, SEC);
+	EXPECT(h, "save:primary/RUNNING");
+	cr_assert_eq(h->saved.volumes[0].flags, VOLUME_STALE);
+	cr_assert(h->saved.lineage.current != 100 && lineage_has(&h->saved.lineage, 100));
+	save_fails(h, -ERR_IO);
+	saved(h); /* as it was */
+	link_down(h);
+	forget(h);
+	command(h, CMD_STOP, 0);
+	EXPECT(h, "save:primary/DONE");
+	saved(h);
+	forget(h);
+	tick(h, SEC);
+	EXPECT(h, "save:primary/DONE");
+	cr_assert_eq(h->saved.volumes[0].flags, VOLUME_STALE);
+	saved(h);
+	tick(h, SEC);
+	EXPECT(h, "");
 	host_free(h);
 }
 
