@@ -348,8 +348,6 @@ static struct group *group_for(struct conn *c, const struct wire_join *j)
 		char text[WIRE_TEXT_MAX];
 		(void)snprintf(text, sizeof(text), "there is no group %s here; protect it afresh", j->group);
 		refuse(c, ERR_NOENT, text);
-	} else if (g == NULL && !daemon_peer_may(c, j->group)) {
-		refuse(c, ERR_PERM, "this host does not accept that peer for that group");
 	} else if (g == NULL && groups_count(d) >= STORE_GROUPS_MAX) {
 		refuse(c, ERR_LIMIT, "this host has as many groups as it may");
 	} else if (g == NULL) {
@@ -409,6 +407,12 @@ static int first_frame(struct conn *c, const struct wire_frame *f, void *payload
 	struct wire_join *j = f->type == WIRE_JOIN ? malloc(sizeof(*j)) : NULL;
 	if (j == NULL || wire_join_decode(j, payload, f->length_payload, &e) < 0) {
 		refuse(c, ERR_PROTO, j ? e.text : "the first frame has to be JOIN");
+		free(j);
+		free(payload);
+		return 0;
+	}
+	if (!daemon_peer_may(c, j->group)) {
+		refuse(c, ERR_PERM, "this host does not accept that peer for that group");
 		free(j);
 		free(payload);
 		return 0;

@@ -30,12 +30,14 @@
 #include "fs/repl_shell.h"
 #include "fs/verbs_internal.h"
 
+#define ERROR_SIZE (WIRE_TEXT_MAX + 64U)
+
 struct hub_request {
 	struct gio gio;
 	struct pool_job job;
 	struct daemon *d;
 	struct conn *c;	     /* who asked, a reference; NULL: a verb */
-	enum wire_type type; /* START_PROTECT, VOLUME_READ, VOLUME_WRITE */
+	enum wire_type type; /* START_PROTECT, VOLUME_READ, VOLUME_WRITE; REPORT_WANT, for its answer alone */
 	uint64_t token;
 	uint16_t flags;
 	char name[NAME_SIZE];
@@ -45,9 +47,10 @@ struct hub_request {
 	struct wire_start *start;
 	struct gvol *v;
 	struct group *g;
-	bool flushing;
+	bool listed; /* in hub.requests, and counted there */
 	int error;
 	struct err e;
+	uint8_t why[ERROR_SIZE]; /* the answer's, of an error */
 	uint64_t begun_ns, answer_ns;
 	/* under hub.lock */
 	bool answered, waited, done; /* waited: a verb's thread looks at it still */
@@ -62,6 +65,7 @@ struct hub_call {
 	void *data; /* of a READ, owned; NULL: zeroes */
 	json_t *volumes;
 	unsigned n_volumes;
+	uint64_t limit_ns;
 	struct wire_refuse why;
 	/* under hub.lock */
 	bool done, abandoned;
@@ -91,7 +95,7 @@ static struct conn *conn_ref(struct conn *c)
 
 /* ---- sending ---- */
 
-static void send_payload(struct conn *c, const struct wire_frame *f, const void *data, uint32_t len)
+static void send_copy(struct conn *c, const struct wire_frame *f, const void *data, uint32_t len)
 {
 	void *payload = len ? malloc(len) : NULL;
 	if (len && payload == NULL) {
@@ -105,25 +109,23 @@ static void send_payload(struct conn *c, const struct wire_frame *f, const void 
 	(void)link_send(c->link, &out, payload, NULL, NULL);
 }
 
-static void send_error(struct conn *c, enum wire_type asked, uint64_t token, uint64_t off, uint64_t len, int code,
-		       const char *text)
+/* The answer that something did not work. Its payload, into buf. */
+static struct wire_frame error_frame(enum wire_type asked, uint64_t token, uint64_t off, uint64_t len, int code,
+				     const char *text, uint8_t buf[ERROR_SIZE])
 {
 	struct wire_refuse x = {.code = (uint16_t)(code < 0 ? -code : code)};
-	uint8_t buf[WIRE_TEXT_MAX + 64];
-	struct wire_frame f = {.seq = token};
+	struct wire_frame f = {.type = WIRE_DONE, .flags = WIRE_DONE_ERROR, .seq = token};
 	if (asked == WIRE_VOLUME_READ) {
 		f.type = WIRE_VOLUME_DATA;
 		f.flags = WIRE_READ_ERROR;
 		f.offset = off;
 		f.length = len;
-	} else {
-		f.type = WIRE_DONE;
-		f.flags = WIRE_DONE_ERROR;
 	}
 	(void)snprintf(x.text, sizeof(x.text), "%s", text);
-	int n = wire_refuse_encode(&x, buf, sizeof(buf));
+	int n = wire_refuse_encode(&x, buf, ERROR_SIZE);
 	INVARIANT(n > 0);
-	send_payload(c, &f, buf, (uint32_t)n);
+	f.length_payload = (uint32_t)n;
+	return f;
 }
 
 /* ---- the report ---- */
@@ -176,44 +178,54 @@ static int report_make(struct daemon *d, struct report *ret)
 	return v ? 0 : -ERR_NOMEM;
 }
 
+static void request_sent(void *arg);
+
 /* In frames of at most WIRE_REPORT_MAX, the last one marked; under daemon.lock, so that no other report's frames come
- * between. */
-static void report_send_locked(struct conn *c, const struct report *r, uint64_t token)
+ * between. q: what asked for it, over when it has left; NULL: nothing. */
+static void report_send_locked(struct conn *c, const struct report *r, struct hub_request *q)
 {
-	uint8_t *buf = malloc(WIRE_REPORT_ENCODED_MAX);
 	uint32_t at = 0;
+	bool last;
 	do {
 		uint32_t n = r->n - at < WIRE_REPORT_MAX ? r->n - at : WIRE_REPORT_MAX;
-		int len = buf ? wire_report_encode(r->v + at, n, buf, WIRE_REPORT_ENCODED_MAX) : -ERR_NOMEM;
-		if (len < 0) {
-			link_close(c->link, 0);
-			break;
-		}
+		size_t room = 4 + n * (size_t)(WIRE_REPORT_ENCODED_MAX / WIRE_REPORT_MAX + 1);
+		uint8_t *buf = malloc(room);
+		int len = buf ? wire_report_encode(r->v + at, n, buf, room) : -ERR_NOMEM;
 		at += n;
-		struct wire_frame f = {.type = WIRE_REPORT, .seq = token};
-		f.flags = (uint16_t)(at == r->n ? WIRE_REPORT_LAST : 0U);
-		send_payload(c, &f, buf, (uint32_t)len);
-	} while (at < r->n);
-	free(buf);
+		last = len < 0 || at == r->n;
+		struct wire_frame f = {.type = WIRE_REPORT, .seq = q ? q->token : 0};
+		f.flags = (uint16_t)(last ? WIRE_REPORT_LAST : 0U);
+		f.length_payload = len < 0 ? 0 : (uint32_t)len;
+		if (len < 0)
+			link_close(c->link, 0);
+		if (last && q) {
+			q->payload = buf;
+			(void)link_send(c->link, &f, buf, request_sent, q);
+		} else if (len < 0) {
+			free(buf);
+		} else {
+			(void)link_send(c->link, &f, buf, NULL, NULL);
+		}
+	} while (!last);
 }
 
-static void report_to(struct conn *c, uint64_t token)
+static void report_to(struct conn *c, struct hub_request *q)
 {
 	struct report r;
 	if (report_make(c->d, &r) < 0) {
 		link_close(c->link, 0);
-		return;
+		r = (struct report){0};
 	}
 	mutex_lock(&c->d->lock);
 	c->up = true;
-	report_send_locked(c, &r, token);
+	report_send_locked(c, &r, q);
 	mutex_unlock(&c->d->lock);
 	free(r.v);
 }
 
 void hub_conn_up(struct conn *c)
 {
-	report_to(c, 0);
+	report_to(c, NULL);
 }
 
 void hub_volumes_changed(struct daemon *d)
@@ -237,7 +249,7 @@ static void report_again(struct daemon *d)
 		mutex_lock(&d->lock);
 		for (struct conn *c = d->conns; c; c = c->next)
 			if (c->up)
-				report_send_locked(c, &r, 0);
+				report_send_locked(c, &r, NULL);
 		mutex_unlock(&d->lock);
 	}
 	free(r.v);
@@ -260,6 +272,7 @@ static void request_free(struct hub_request *q)
 static void request_over(struct hub_request *q)
 {
 	struct hub *h = &q->d->hub;
+	bool listed = q->listed;
 	mutex_lock(&h->lock);
 	q->done = true;
 	bool waited = q->waited;
@@ -274,6 +287,8 @@ static void request_over(struct hub_request *q)
 	/* Its references go before the count says that it is gone: the daemon may end after that. */
 	if (!waited)
 		request_free(q);
+	if (!listed)
+		return;
 	mutex_lock(&h->lock);
 	h->n_requests--;
 	cond_broadcast(&h->cond);
@@ -285,24 +300,24 @@ static void request_sent(void *arg)
 	request_over(arg);
 }
 
-static void answer_frame(struct hub_request *q)
+/* The bytes, and the request's place, stay until they have left. */
+static void request_answer(struct hub_request *q)
 {
-	if (q->error) {
-		send_error(q->c, q->type, q->token, q->off, q->len, q->error, q->e.text);
-		request_over(q);
-		return;
-	}
 	struct wire_frame f = {.type = WIRE_DONE, .seq = q->token};
-	if (q->type == WIRE_VOLUME_READ) {
+	void *bytes = NULL;
+	if (q->error) {
+		f = error_frame(q->type, q->token, q->off, q->len, q->error, q->e.text, q->why);
+		bytes = q->why;
+	} else if (q->type == WIRE_VOLUME_READ) {
 		f.type = WIRE_VOLUME_DATA;
 		f.offset = q->off;
 		f.length = q->len;
 		bool zero = q->data[0] == 0 && memcmp(q->data, q->data + 1, q->len - 1) == 0;
 		f.flags = (uint16_t)(zero ? WIRE_READ_ZERO : 0U);
 		f.length_payload = zero ? 0 : (uint32_t)q->len;
+		bytes = zero ? NULL : q->data;
 	}
-	/* The bytes, and the request's place, until they have left. */
-	(void)link_send(q->c->link, &f, f.length_payload ? q->data : NULL, request_sent, q);
+	(void)link_send(q->c->link, &f, bytes, request_sent, q);
 }
 
 /* Why a request on this volume failed, for a person. */
@@ -339,7 +354,7 @@ static void request_finish(struct pool_job *job)
 	if (late || q->c == NULL)
 		request_over(q);
 	else
-		answer_frame(q);
+		request_answer(q);
 }
 
 static void request_end(struct hub_request *q, int error)
@@ -354,7 +369,6 @@ static void request_io_done(struct gio *gio, int error)
 	struct hub_request *q = gio->user;
 	if (error == 0 && gio->kind == REPL_WRITE && (q->flags & WIRE_VOLUME_FLUSH)) {
 		gio->kind = REPL_FLUSH;
-		q->flushing = true;
 		gvol_submit(gio);
 		return;
 	}
@@ -395,9 +409,9 @@ static void request_io(struct hub_request *q)
 			request_end(q, -ERR_NOMEM);
 			return;
 		}
-		/* A disk's goes the way of a read that may have to wait, and holds no thread meanwhile. A view's goes
-		 * to files alone. */
-		if (atomic_load(&q->g->serving) != SERVING_DISK && !atomic_load(&q->g->holding)) {
+		/* As a guest's: past the core, but where that has to wait, for the peer or for who this host is. Then
+		 * it holds no thread meanwhile. */
+		if (!atomic_load(&q->g->holding) && !gvol_detached(q->v)) {
 			request_end(q, gvol_read(q->v, NULL, GVOL_VOLUME, 0, q->off, q->len, q->data));
 			return;
 		}
@@ -463,7 +477,7 @@ static int request_begin(struct hub_request *q, struct err *e)
 		starts += x->type == WIRE_START_PROTECT;
 	if (atomic_load(&d->ending))
 		err = err_set(e, ERR_CANCELED, "repfs is ending on that host");
-	else if (h->n_requests >= HUB_REQUESTS_ALL_MAX || (q->c && atomic_load(&q->c->asked) >= HUB_REQUESTS_MAX))
+	else if (h->n_requests >= HUB_REQUESTS_ALL_MAX || (q->c && atomic_load(&q->c->asked) > HUB_REQUESTS_MAX))
 		err = err_set(e, ERR_BUSY,
 			      "more requests at once than %u on a connection, or %u of all; wait for an answer first",
 			      HUB_REQUESTS_MAX, HUB_REQUESTS_ALL_MAX);
@@ -476,8 +490,7 @@ static int request_begin(struct hub_request *q, struct err *e)
 		q->next = h->requests;
 		h->requests = q;
 		h->n_requests++;
-		if (q->c)
-			atomic_fetch_add(&q->c->asked, 1);
+		q->listed = true;
 	}
 	mutex_unlock(&h->lock);
 	if (!err) {
@@ -510,20 +523,38 @@ static int broken(const struct conn *c, const char *what)
 	return -ERR_PROTO;
 }
 
-/* A request of the peer's. Takes payload. */
-static int asked(struct conn *c, const struct wire_frame *f, void *payload)
+/* A request of the peer's: what it holds counts until its answer has left, whatever that is. NULL: too many. */
+static struct hub_request *asked_for(struct conn *c, const struct wire_frame *f)
 {
-	struct err e = {0};
 	struct hub_request *q = request_new(c->d, (enum wire_type)f->type);
-	if (q == NULL) {
-		free(payload);
-		return -ERR_NOMEM;
+	if (q == NULL)
+		return NULL;
+	if (atomic_load(&c->asked) >= HUB_ASKED_MAX) {
+		free(q);
+		return NULL;
 	}
+	atomic_fetch_add(&c->asked, 1);
 	q->token = f->seq;
 	q->flags = f->flags;
 	q->off = f->offset;
 	q->len = f->length;
 	q->c = conn_ref(c);
+	return q;
+}
+
+/* Takes payload. */
+static int asked(struct conn *c, const struct wire_frame *f, void *payload)
+{
+	struct err e = {0};
+	struct hub_request *q = asked_for(c, f);
+	if (q == NULL) {
+		free(payload);
+		return broken(c, "it asks on and does not read the answers");
+	}
+	if (f->type == WIRE_REPORT_WANT) {
+		report_to(c, q);
+		return 0;
+	}
 	int err = 0;
 	if (f->type == WIRE_START_PROTECT) {
 		q->start = malloc(sizeof(*q->start));
@@ -540,13 +571,14 @@ static int asked(struct conn *c, const struct wire_frame *f, void *payload)
 	}
 	free(payload);
 	if (err) {
-		request_free(q);
+		request_over(q);
 		return broken(c, e.text);
 	}
 	err = request_begin(q, &e);
-	if (err) {
-		send_error(c, q->type, q->token, q->off, q->len, err, e.text);
-		request_free(q);
+	if (err) { /* else it is the pool's, and perhaps gone already */
+		q->error = err;
+		q->e = e;
+		request_answer(q);
 	}
 	return 0;
 }
@@ -628,15 +660,13 @@ int hub_frame(struct conn *c, const struct wire_frame *f, void *payload)
 		log_debug("", "%s (%s) asks as a hub", link_peer_name(c->link), link_peer(c->link)->program);
 	}
 	switch (f->type) {
-	case WIRE_REPORT_WANT:
-		report_to(c, f->seq);
-		return 0;
 	case WIRE_START_PROTECT:
 		if (!atomic_load(&c->host)) {
 			free(payload);
 			return broken(c, "START_PROTECT on a connection that carries a group");
 		}
 		/* fall through */
+	case WIRE_REPORT_WANT:
 	case WIRE_VOLUME_READ:
 	case WIRE_VOLUME_WRITE:
 		return asked(c, f, payload);
@@ -649,6 +679,8 @@ int hub_frame(struct conn *c, const struct wire_frame *f, void *payload)
 int hub_host_frame(struct conn *c, const struct wire_frame *f, void *payload)
 {
 	free(payload);
+	if (link_queued(c->link) > HUB_QUEUED_MAX)
+		return broken(c, "it sends on and does not read the answers");
 	switch (f->type) {
 	case WIRE_PING: {
 		struct wire_frame pong = {.type = WIRE_PONG, .offset = f->offset};
@@ -752,8 +784,10 @@ static void requests_expire(struct daemon *d)
 		enum wire_type type = q->type;
 		uint64_t token = q->token, off = q->off, len = q->len;
 		mutex_unlock(&h->lock);
-		send_error(c, type, token, off, len, ERR_TIMEOUT,
-			   "it has not ended within twice peer_timeout; it goes on");
+		uint8_t buf[ERROR_SIZE];
+		struct wire_frame f = error_frame(type, token, off, len, ERR_TIMEOUT,
+						  "it has not ended within twice peer_timeout; it goes on", buf);
+		send_copy(c, &f, buf, f.length_payload);
 		daemon_conn_put(c);
 	}
 }
@@ -813,10 +847,19 @@ bool hub_wait_quiet(struct daemon *d, uint64_t deadline_ns)
 
 /* ---- for the verbs: this host's volumes ---- */
 
-static int give_up(const struct call *c, uint64_t deadline)
+static int no_memory(const struct call *c)
 {
-	if (deadline && clock_mono_ns() >= deadline)
+	return err_set(c->e, ERR_NOMEM, "out of memory");
+}
+
+/* deadline: the client's, 0: none; limit: that by which there is an answer, or there will be none. */
+static int give_up(const struct call *c, uint64_t deadline, uint64_t limit)
+{
+	uint64_t now = clock_mono_ns();
+	if (deadline && now >= deadline)
 		return err_set(c->e, ERR_TIMEOUT, "it has not ended in the time given; it goes on");
+	if (now >= limit)
+		return err_set(c->e, ERR_TIMEOUT, "it has not ended within twice peer_timeout; it goes on");
 	if (c->ctl && ctl_canceled(c->ctl))
 		return atomic_load(&c->d->ending) ? err_set(c->e, ERR_CANCELED, "the daemon is shutting down")
 						  : err_set(c->e, ERR_INTR, "interrupted; it goes on");
@@ -831,7 +874,7 @@ static int request_wait(const struct call *c, struct hub_request *q, void **ret)
 	mutex_lock(&h->lock);
 	while (!q->done && !err) {
 		(void)cond_wait_until(&h->cond, &h->lock, clock_mono_ns() + 200 * NS_PER_MS);
-		err = q->done ? 0 : give_up(c, deadline);
+		err = q->done ? 0 : give_up(c, deadline, q->begun_ns + q->answer_ns);
 	}
 	bool done = q->done;
 	q->waited = false;
@@ -866,8 +909,8 @@ static int request_local(const struct call *c, struct hub_request *q, const char
 
 /* ---- for the verbs: the peer's ---- */
 
-/* The connection that the volume's group has, a reference. */
-static int peer_conn(const struct call *c, const char *name, struct conn **ret)
+/* The connection that the volume's group has, a reference; and how long an answer may take. */
+static int peer_conn(const struct call *c, const char *name, struct conn **ret, uint64_t *ret_limit_ns)
 {
 	struct gvol *v = gvol_find(c->d, name);
 	struct group *g = v ? gvol_group(v) : NULL;
@@ -876,6 +919,7 @@ static int peer_conn(const struct call *c, const char *name, struct conn **ret)
 		return err_set(c->e, ERR_NOENT, "no such volume; `list` shows them");
 	mutex_lock(&g->lock);
 	bool alone = repl_meta(g->core)->role == ROLE_STANDALONE && !repl_meta(g->core)->has_peer;
+	*ret_limit_ns = 2 * repl_meta(g->core)->settings.peer_timeout_ms * NS_PER_MS + HUB_CALL_NS;
 	struct conn *conn = g->conn && g->conn->session && !g->conn->closed ? conn_ref(g->conn) : NULL;
 	mutex_unlock(&g->lock);
 	group_unref(g);
@@ -888,24 +932,34 @@ static int peer_conn(const struct call *c, const char *name, struct conn **ret)
 }
 
 /* Takes conn's reference. */
-static struct hub_call *call_new(struct daemon *d, struct conn *conn, enum wire_type type, uint64_t off, uint64_t len)
+static int call_new(const struct call *c, struct conn *conn, const struct hub_call *like, struct hub_call **ret)
 {
-	struct hub_call *x = calloc(1, sizeof(*x));
+	struct hub *h = &c->d->hub;
+	struct hub_call *x = malloc(sizeof(*x));
+	unsigned n = 0;
 	if (x == NULL) {
 		daemon_conn_put(conn);
-		return NULL;
+		return no_memory(c);
 	}
+	*x = *like;
 	x->c = conn;
-	x->type = type;
-	x->off = off;
-	x->len = len;
-	x->volumes = type == WIRE_REPORT_WANT ? json_array() : NULL;
-	mutex_lock(&d->hub.lock);
-	x->token = ++d->hub.tokens;
-	x->next = d->hub.calls;
-	d->hub.calls = x;
-	mutex_unlock(&d->hub.lock);
-	return x;
+	x->limit_ns += clock_mono_ns();
+	x->volumes = x->type == WIRE_REPORT_WANT ? json_array() : NULL;
+	mutex_lock(&h->lock);
+	for (const struct hub_call *o = h->calls; o; o = o->next)
+		n++;
+	if (n < HUB_CALLS_MAX) {
+		x->token = ++h->tokens;
+		x->next = h->calls;
+		h->calls = x;
+	}
+	mutex_unlock(&h->lock);
+	if (n >= HUB_CALLS_MAX) {
+		call_free(x);
+		return err_set(c->e, ERR_BUSY, "%u questions to peers have no answer yet", HUB_CALLS_MAX);
+	}
+	*ret = x;
+	return 0;
 }
 
 /* Until the answer has come, the connection has ended, or the caller has waited for long enough. Frees the call, or
@@ -918,7 +972,7 @@ static int call_wait(const struct call *c, struct hub_call *x, void **ret_data, 
 	mutex_lock(&h->lock);
 	while (!x->done && !err) {
 		(void)cond_wait_until(&h->cond, &h->lock, clock_mono_ns() + 200 * NS_PER_MS);
-		err = x->done ? 0 : give_up(c, deadline);
+		err = x->done ? 0 : give_up(c, deadline, x->limit_ns);
 	}
 	x->abandoned = !x->done;
 	bool done = x->done;
@@ -938,32 +992,20 @@ static int call_wait(const struct call *c, struct hub_call *x, void **ret_data, 
 	return err;
 }
 
-static int no_memory(const struct call *c)
-{
-	return err_set(c->e, ERR_NOMEM, "out of memory");
-}
-
 /* VOLUME_READ, VOLUME_WRITE on the peer. */
 static int remote_io(const struct call *c, enum wire_type type, const char *name, uint64_t off, uint64_t len,
 		     const void *data, uint16_t flags, void **ret)
 {
+	struct hub_call like = {.type = type, .off = off, .len = len}, *x = NULL;
 	struct conn *conn = NULL;
-	int err = peer_conn(c, name, &conn);
-	if (err)
-		return err;
 	size_t more = type == WIRE_VOLUME_WRITE ? len : 0;
 	uint8_t *payload = malloc(WIRE_VOLUME_NAME_MAX + more);
-	int n = payload ? wire_volume_encode(name, payload, WIRE_VOLUME_NAME_MAX) : -ERR_NOMEM;
-	struct hub_call *x = call_new(c->d, conn, type, off, len);
-	if (x == NULL || n < 0) {
+	int n = payload ? wire_volume_encode(name, payload, WIRE_VOLUME_NAME_MAX) : no_memory(c);
+	int err = n < 0 ? n : peer_conn(c, name, &conn, &like.limit_ns);
+	err = err ? err : call_new(c, conn, &like, &x);
+	if (err) {
 		free(payload);
-		if (x) {
-			mutex_lock(&c->d->hub.lock);
-			call_unlink_locked(&c->d->hub, x);
-			mutex_unlock(&c->d->hub.lock);
-			call_free(x);
-		}
-		return no_memory(c);
+		return err;
 	}
 	if (more)
 		memcpy(payload + n, data, more);
@@ -974,8 +1016,8 @@ static int remote_io(const struct call *c, enum wire_type type, const char *name
 			       .length = len,
 			       .length_payload = (uint32_t)n + (uint32_t)more};
 	/* Its `down` may have come before the call was in the list. */
-	if (link_send(x->c->link, &f, payload, NULL, NULL) < 0)
-		hub_conn_down(x->c);
+	if (link_send(conn->link, &f, payload, NULL, NULL) < 0)
+		hub_conn_down(conn);
 	return call_wait(c, x, ret, NULL);
 }
 
@@ -1052,16 +1094,17 @@ static int report_peer(const struct call *c, struct conn *conn, json_t *all)
 	uuid_text(link_peer(conn->link)->store, store);
 	json_t *one = json_pack("{s:s, s:s, s:s}", "address", link_peer_name(conn->link), "store", store, "program",
 				link_peer(conn->link)->program);
-	struct hub_call *x = call_new(c->d, conn, WIRE_REPORT_WANT, 0, 0);
+	struct hub_call like = {.type = WIRE_REPORT_WANT, .limit_ns = HUB_CALL_NS}, *x = NULL;
 	json_t *volumes = NULL;
-	if (x == NULL) {
+	int err = call_new(c, conn, &like, &x);
+	if (err) {
 		json_decref(one);
-		return no_memory(c);
+		return err;
 	}
 	struct wire_frame f = {.type = WIRE_REPORT_WANT, .seq = x->token};
 	if (link_send(conn->link, &f, NULL, NULL, NULL) < 0)
 		hub_conn_down(conn);
-	int err = call_wait(c, x, NULL, &volumes);
+	err = call_wait(c, x, NULL, &volumes);
 	if (err) {
 		json_decref(one);
 		return err;

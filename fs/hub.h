@@ -16,15 +16,19 @@
 #include "core/os/thread.h"
 #include "core/wire.h"
 
-#define HUB_THREADS 4		/* of their own: what they wait for is done by the workers */
-#define HUB_STARTS_MAX 2	/* START_PROTECTs under way: each holds a thread */
-#define HUB_REQUESTS_MAX 16	/* of one connection, under way or with the answer not sent yet */
-#define HUB_REQUESTS_ALL_MAX 64 /* of all connections and verbs */
-#define HUB_VOLUMES_MAX 16384	/* in a peer's report */
-#define HUB_SILENT_MS 10000U	/* a host-wide connection from which nothing came for so long is closed */
+#define HUB_THREADS 4		   /* of their own: what they wait for is done by the workers */
+#define HUB_STARTS_MAX 2	   /* START_PROTECTs under way: each holds a thread */
+#define HUB_REQUESTS_MAX 16	   /* of one connection, under way or with the answer not sent yet */
+#define HUB_REQUESTS_ALL_MAX 64	   /* of all connections and verbs */
+#define HUB_ASKED_MAX 256	   /* with those refused, of one connection: beyond it is closed */
+#define HUB_QUEUED_MAX (17U << 20) /* bytes of answers on a host-wide connection: it does not read them */
+#define HUB_CALLS_MAX 256	   /* of verbs, waiting for peers' answers or given up */
+#define HUB_VOLUMES_MAX 16384	   /* in a peer's report */
+#define HUB_SILENT_MS 10000U	   /* a host-wide connection from which nothing came for so long is closed */
 #define HUB_PING_MS 2000U
 #define HUB_START_NS (60 * NS_PER_SEC)	/* for a START_PROTECT to be answered */
 #define HUB_ANSWER_NS (15 * NS_PER_SEC) /* for another, until its group is known: then twice its peer_timeout */
+#define HUB_CALL_NS (30 * NS_PER_SEC)	/* for the peer's answer, beyond twice peer_timeout */
 
 struct call;
 struct conn;

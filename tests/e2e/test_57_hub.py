@@ -365,6 +365,27 @@ def test_beside_role_changes():
     check(worst[0] < 10 * e2e.SLOW, "the slowest took %.1f s" % worst[0])
 
 
+def test_a_frozen_group_answers_in_time():
+    """on_disconnect=freeze: a guest's write waits for the peer; a hub's is answered with a time-out, and goes on."""
+    p = Pair()
+    (vol,) = p.protect(size=MIB, on_disconnect="freeze", peer_timeout="0.5s")
+    c = Client(p.a)
+    c.write("vm1", 0, b"before")
+    p.b.kill9()
+    p.a.wait_status("vm1", link="DOWN")
+    t = time.monotonic()
+    refused(23, "it goes on", c.write, "vm1", 0, b"frozen")
+    check(time.monotonic() - t < 5 * e2e.SLOW, "the answer took %.1f s" % (time.monotonic() - t))
+    p.a.repctl("write", "vm1", "6", input="!", code=124).says("it goes on")
+    check_eq(c.read("vm1", 4096, 1), b"\0", "reads go on")
+    p.b.start()
+    p.a.wait_synced("vm1")
+    wait_for(lambda: c.read("vm1", 0, 7) == b"frozen!", "the writes to have been done")
+    c.write("vm1", 0, b"after")
+    p.checkpoint()
+    p.same()
+
+
 # ---- bad peers -----------------------------------------------------------------------------------------------------------
 
 
@@ -451,7 +472,13 @@ def test_bad_hubs():
     check(good.read("vm1", 0, MIB) == b"\x11" * MIB, "the other hub is served")
     a.repctl("delete", "vm1", "-y", timeout=20)
     good.wait_report(lambda r: r == [])
-    deaf.sock.close()
+    flood = b"".join(frame(deaf, hub.VOLUME_READ, name, seq=i + 17, offset=0, length=1) for i in range(300))
+    try:
+        deaf.raw(flood)
+    except OSError:
+        pass
+    wait_for(lambda: "does not read the answers" in a.log_text(), "the one that only asks to be closed")
+    check_eq(good.report(), [], "the other hub's report")
 
 
 def test_bad_secondaries():
