@@ -161,6 +161,7 @@ int cmd_resume(struct cli *c);
 int cmd_checkpoint(struct cli *c);
 int cmd_failover(struct cli *c);
 int cmd_failback(struct cli *c);
+int cmd_switchover(struct cli *c);
 int cmd_unprotect(struct cli *c);
 int cmd_diverged(struct cli *c);
 int cmd_resolve(struct cli *c);

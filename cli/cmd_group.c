@@ -1,5 +1,6 @@
-/* The manager's operations, roles and settings of a group: protect, start, stop, checkpoint, failover, failback,
- * unprotect, diverged, resolve, discard, resync, wait, set, get. Each is one request; the daemon decides, this prints.
+/* The manager's operations, roles and settings of a group: protect, start, stop, checkpoint, failover, switchover,
+ * failback, unprotect, diverged, resolve, discard, resync, wait, set, get. Each is one request; the daemon decides,
+ * this prints.
  */
 #include "cli/cli.h"
 
@@ -214,6 +215,18 @@ int cmd_failover(struct cli *c)
 		failover_sentence(r, text, sizeof(text));
 		(void)printf("%s\n", text);
 	}
+	json_decref(r);
+	return rc;
+}
+
+int cmd_switchover(struct cli *c)
+{
+	json_t *r;
+	int rc = cli_call_print(c, "switchover", cli_name_args(c->args[0]), true, &r);
+	uint64_t number;
+	if (r && js_u64(r, "checkpoint", &number))
+		cli_note(c, "%s: the peer is primary now, this host its secondary; handed over at checkpoint %llu",
+			 c->args[0], (unsigned long long)number);
 	json_decref(r);
 	return rc;
 }

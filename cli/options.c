@@ -153,6 +153,8 @@ const struct cli_verb cli_verbs[] = {
     {"resume", "GROUP", 1, 1, "go on shipping after pause; wait --for=in-sync waits for the rest", NULL, cmd_resume},
     {"checkpoint", "GROUP", 1, 1, "take a checkpoint; prints its number", checkpoint_opts, cmd_checkpoint},
     {"failover", "GROUP", 1, 1, "on the secondary: make its copy the live disk", failover_opts, cmd_failover},
+    {"switchover", "GROUP", 1, 1, "on the primary: swap the roles with the peer; nothing is lost", NULL,
+     cmd_switchover},
     {"failback", "GROUP", 1, 1, "after a failover: make this host primary and the old primary its secondary",
      failback_opts, cmd_failback},
     {"unprotect", "GROUP", 1, 1, "end the protection on this host for good; its disk and checkpoints stay",
@@ -183,7 +185,6 @@ const struct cli_verb cli_verbs[] = {
     {"completion", "bash|zsh|fish", 1, 1, "a completion script for the shell", NULL, cmd_completion},
     {"help", "[VERB]", 0, 1, "this text, or that of a verb", NULL, cmd_help},
 
-    {"switchover", "GROUP", 0, 0, "swap the roles, nothing lost", NULL, NULL},
     {"verify", "GROUP", 0, 0, "compare both disks", NULL, NULL},
     {"resize", "NAME SIZE", 0, 0, "grow a volume", NULL, NULL},
     {"clone", "NAME@N CLONE", 0, 0, "a writable scratch over a checkpoint", NULL, NULL},

@@ -130,6 +130,15 @@ bool lineage_adopted_since(const struct lineage *x, const struct lineage *y)
 	return y->bitmap == 0 && y->history[0] == x->bitmap && lineage_has(x, y->current);
 }
 
+/* t was the primary, and has handed over to o, which holds all that it had at the same checkpoint. */
+static bool hands_over(const struct wire_join *t, const struct wire_join *o)
+{
+	return (t->flags & WIRE_JOIN_HANDED) != 0 && (o->flags & (WIRE_JOIN_HANDED | WIRE_JOIN_BROKEN)) == 0 &&
+	       t->role == ROLE_SECONDARY && t->state == STATE_RUNNING && o->role == ROLE_SECONDARY &&
+	       o->state == STATE_RUNNING && !unfinished(t) && !unfinished(o) &&
+	       t->lineage.current == o->lineage.current && t->last_stream == o->last_stream && t->last_stream != 0;
+}
+
 /* The generations alone, roles aside. */
 static enum lineage_decision by_generations(const struct wire_join *const j[2], int *ret_source)
 {
@@ -167,6 +176,12 @@ enum lineage_decision lineage_decide(const struct wire_join *a, const struct wir
 	/* A halted pair stays halted until `resolve`. */
 	if ((a->flags | b->flags) & WIRE_JOIN_SPLIT)
 		return split(j, ret_source);
+	for (int i = 0; i < 2; i++) {
+		if (!hands_over(j[i], j[!i]))
+			continue;
+		*ret_source = !i;
+		return LINEAGE_TAKE_OVER;
+	}
 	for (int i = 0; i < 2; i++) {
 		const struct wire_join *t = j[i], *o = j[!i];
 		if (t->role != ROLE_SECONDARY || o->role != ROLE_PRIMARY || unfinished(o))
@@ -245,6 +260,8 @@ const char *lineage_decision_name(enum lineage_decision d)
 		return "shut out";
 	case LINEAGE_NO_SOURCE:
 		return "no source";
+	case LINEAGE_TAKE_OVER:
+		return "take over";
 	}
 	return "?";
 }

@@ -15,9 +15,11 @@ enum lineage_decision {
 	LINEAGE_UNRELATED, /* nothing in common: refuse */
 	LINEAGE_SHUT_OUT,  /* the primary's peer has failed over and is ahead; the primary wrote nothing alone */
 	LINEAGE_NO_SOURCE, /* neither side may be the source (both inconsistent, or the source is not a primary) */
+	LINEAGE_TAKE_OVER, /* two secondaries: one has handed over in a switchover, `source` becomes primary first */
 };
 
-/* a is the dialer, b the listener. *ret_source: 0 = a, 1 = b; set for EQUAL, PARTIAL, FULL, SHUT_OUT (the survivor). */
+/* a is the dialer, b the listener. *ret_source: 0 = a, 1 = b; set for EQUAL, PARTIAL, FULL, SHUT_OUT (the survivor),
+ * TAKE_OVER. */
 enum lineage_decision lineage_decide(const struct wire_join *a, const struct wire_join *b, int *ret_source);
 const char *lineage_decision_name(enum lineage_decision d);
 

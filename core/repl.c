@@ -30,7 +30,7 @@
 
 #define BIT(n) (1U << (n))
 
-/* SPEC 5's moves. RUNNING→RUNNING (switchover) and same-state saves do not go through it. */
+/* SPEC 5's moves. RUNNING→RUNNING (switchover: the role changes) and same-state saves do not go through it. */
 const struct sm_table repl_states = {
     .name = "group",
     .n = 5,
@@ -243,6 +243,7 @@ static void prepare_activate(struct repl *r, struct repl_meta *m)
 		m->role = ROLE_PRIMARY;
 		m->base = m->last_stream = 0;
 		m->target = m->received = m->received_bytes = m->failover_generation = 0;
+		m->switched = m->handed = false;
 	}
 	if (m->state == STATE_DONE)
 		repl_state_move(m, STATE_NONE);
@@ -285,7 +286,7 @@ static void prepare_unprotect(struct repl *r, struct tx *t, struct repl_meta *m)
 		lineage_part(&m->lineage, repl_random(r));
 	}
 	m->alone = m->lineage.current != 0;
-	m->has_peer = m->split_brain = m->shut_out = m->broken = false;
+	m->has_peer = m->split_brain = m->shut_out = m->broken = m->switched = m->handed = false;
 	history_release_kept(m);
 	m->base = m->last_stream = 0;
 	m->target = m->received = m->received_bytes = m->failover_generation = m->diverged_ns = 0;
@@ -303,7 +304,7 @@ static bool tx_prepare(struct repl *r, struct tx *t, struct repl_meta *m)
 	case TX_BUMP:
 		/* A resync that began meanwhile takes what waits here along; a host that stepped down meanwhile writes
 		 * no more. */
-		if (m->alone || primary_forwarding(r) || repl_serving(m, false) == SERVING_EIO)
+		if (m->alone || primary_forwarding(r) || repl_serving(m, false) != SERVING_DISK)
 			return false;
 		repl_begin_generation(r, m);
 		return true;
@@ -391,6 +392,9 @@ static bool tx_prepare(struct repl *r, struct tx *t, struct repl_meta *m)
 	case TX_ATTACH:
 		detach_prepare(r, t, m);
 		return true;
+	case TX_HAND_OVER:
+	case TX_TAKE_OVER:
+		return switchover_prepare(r, t, m);
 	default:
 		secondary_prepare(r, t, m);
 		return true;
@@ -425,7 +429,7 @@ void repl_tx_run(struct repl *r)
 		if (!applies) {
 			struct tx t = r->tx;
 			int error = t.kind == TX_BUMP || t.kind == TX_SPLIT ? 0 : -ERR_CANCELED;
-			if (t.kind == TX_BUMP && repl_serving(r->meta, false) == SERVING_EIO)
+			if (t.kind == TX_BUMP && repl_serving(r->meta, false) != SERVING_DISK)
 				error = -ERR_IO;
 			tx_done(r, &t, error);
 			continue;
@@ -468,6 +472,10 @@ static void tx_done(struct repl *r, struct tx *t, int error)
 	case TX_REBUILD:
 	case TX_ATTACH:
 		detach_tx_done(r, t, error);
+		break;
+	case TX_HAND_OVER:
+	case TX_TAKE_OVER:
+		switchover_tx_done(r, t, error);
 		break;
 	case TX_SETTINGS:
 		if (t->command && error)
@@ -515,6 +523,8 @@ static bool tx_holds(enum tx_kind kind)
 	case TX_DISCARD:
 	case TX_ATTACH: /* what went to the peer only is not on this disk */
 	case TX_PEER_DETACH:
+	case TX_HAND_OVER: /* the next start would not know what was written after it */
+	case TX_TAKE_OVER:
 		return true;
 	default:
 		return false;
@@ -603,7 +613,7 @@ static bool gate_open(const struct repl *r, const struct repl_io *io)
 		return false;
 	if (r->unsure_holds && r->saving)
 		return false;
-	if (repl_frozen(r) || (!is_flush(io) && secondary_switching(r)))
+	if (repl_frozen(r) || (!is_flush(io) && (secondary_switching(r) || r->armed || r->taking)))
 		return false;
 	if (!is_flush(io) && io->kind != REPL_READ && r->throttled && r->admit < 2)
 		return false;
@@ -1010,6 +1020,8 @@ static void ev_io_done(struct repl *r, struct repl_io *io, int error)
 		}
 	} else if (io == &r->union_io)
 		session_union_done(r, error);
+	else if (io == &r->take_io)
+		switchover_synced(r, error);
 	else if (io->kind == REPL_RESYNC_SCAN || io->kind == REPL_RESYNC_READ || io->kind == REPL_RESYNC_HASH)
 		resync_io_done(r, io, error);
 	else if (io->kind == REPL_REBUILD || io == &r->reopen_io || io == &r->attach_io)
@@ -1025,7 +1037,7 @@ static void ev_io_done(struct repl *r, struct repl_io *io, int error)
 
 /* ---- events ---- */
 
-static void fail_list(struct repl *r, struct repl_list *l, int error)
+void repl_fail_list(struct repl *r, struct repl_list *l, int error)
 {
 	struct repl_io *io;
 	while ((io = list_pop(l)) != NULL) {
@@ -1037,8 +1049,8 @@ static void fail_list(struct repl *r, struct repl_list *l, int error)
 static void ev_shutdown(struct repl *r)
 {
 	r->shutdown = true;
-	fail_list(r, &r->gated, -ERR_IO);
-	fail_list(r, &r->frozen, -ERR_IO);
+	repl_fail_list(r, &r->gated, -ERR_IO);
+	repl_fail_list(r, &r->frozen, -ERR_IO);
 	detach_shutdown(r);
 	if (r->link != LINK_DOWN) {
 		session_send(r, WIRE_GOODBYE, 0, WIRE_BYE_SHUTDOWN, 0, 0, NULL, 0);
@@ -1070,6 +1082,7 @@ static void ev_tick(struct repl *r, const struct repl_event *ev)
 	primary_tick(r);
 	detach_tick(r);
 	secondary_tick(r, ev->usage);
+	switchover_tick(r);
 	repl_gate_run(r);
 }
 
@@ -1127,6 +1140,7 @@ void repl_step(struct repl *r, const struct repl_event *ev)
 	}
 	history_settle(r);
 	secondary_settle(r);
+	switchover_settle(r);
 	session_yielded(r);
 	repl_tx_run(r);
 }
@@ -1135,7 +1149,7 @@ void repl_stepped_down(struct repl *r)
 {
 	r->holding = false;
 	detach_role_lost(r);
-	fail_list(r, &r->frozen, -ERR_IO);
+	repl_fail_list(r, &r->frozen, -ERR_IO);
 	repl_emit(r, &(struct repl_action){.type = ACT_SERVING, .meta = r->meta});
 }
 
@@ -1178,7 +1192,8 @@ void repl_init(struct repl *r, const struct repl_init_args *a)
 	reqset_init(&r->claims);
 	for (uint32_t i = 0; i < r->meta->n_volumes; i++)
 		volume_maps_init(&r->vol[i], r->meta->volumes[i].size, a->volume_memory[i]);
-	struct repl_io *own[] = {&r->cycle_io, &r->clear_io, &r->union_io, &r->mark_io, &r->sync_io, &r->merge_io};
+	struct repl_io *own[] = {&r->cycle_io, &r->clear_io, &r->union_io, &r->mark_io,
+				 &r->sync_io,  &r->merge_io, &r->take_io};
 	for (unsigned i = 0; i < ARRAY_LEN(own); i++)
 		own[i]->internal = true;
 	for (unsigned i = 0; i < RESYNC_READS_MAX; i++)
@@ -1270,6 +1285,7 @@ void repl_check(const struct repl *r)
 	INVARIANT(!primary_forwarding(r) || !r->meta->alone);
 	INVARIANT(!r->behind || r->link != LINK_SYNCED);
 	INVARIANT(r->link == LINK_DOWN || r->session != 0);
+	INVARIANT(r->handing == HAND_NONE || r->stopping);
 	for (uint32_t i = 0; i < r->meta->n_volumes; i++) {
 		const struct repl_volume_state *v = &r->vol[i];
 		bitmap_check(&v->dirty);

@@ -146,7 +146,8 @@ enum repl_cmd {
 	 * writes, on a host that serves its disk. text: who, as a refusal names it ("job 3"), shorter than HOLDER_SIZE.
 	 * result: the number; result_time_ns: when it was taken. Several may hold one. Forgotten with the daemon. */
 	CMD_HOLD,
-	CMD_UNHOLD, /* number, text: as held. What was taken for it is dropped in the background */
+	CMD_UNHOLD,	/* number, text: as held. What was taken for it is dropped in the background */
+	CMD_SWITCHOVER, /* planned: the roles are swapped; result: the checkpoint at which */
 };
 #define HOLDER_SIZE 80		/* who holds a checkpoint, terminated */
 #define PROTECT_HASH (1U << 31) /* compare hashes before anything is sent, until the first time in sync */

@@ -17,7 +17,7 @@ static bool is_primary(const struct repl *r)
 #define SPLIT_TEXT "split brain: both hosts wrote alone; see `diverged`, then `resolve`"
 
 /* A command that the peer has to connect for, or that gets several tries, gives up then. */
-static uint64_t wait_until(const struct repl *r)
+uint64_t repl_wait_until(const struct repl *r)
 {
 	return r->now_ns + r->meta->settings.peer_timeout_ms * UINT64_C(1000000) + DIALLED_WAIT_NS;
 }
@@ -108,7 +108,7 @@ static void cmd_resolve(struct repl *r, struct repl_command *c)
 		repl_command_done(r, c, -ERR_BUSY, "another command is changing its role");
 	} else {
 		r->resolve = c;
-		r->resolve_until_ns = wait_until(r);
+		r->resolve_until_ns = repl_wait_until(r);
 		r->redial_ns = r->now_ns;
 	}
 }
@@ -131,7 +131,7 @@ static void cmd_start(struct repl *r, struct repl_command *c)
 		if (r->link != LINK_DOWN)
 			session_drop(r, "a start came after its JOIN");
 		r->start = c;
-		r->start_until_ns = wait_until(r);
+		r->start_until_ns = repl_wait_until(r);
 	} else if (r->link != LINK_DOWN)
 		r->start_waits = c;
 	else {
@@ -157,6 +157,8 @@ static void cmd_stop(struct repl *r, struct repl_command *c)
 	}
 	if (repl_tx_pending(r, TX_STOPPED)) {
 		repl_command_done(r, c, -ERR_BUSY, "another stop is under way");
+	} else if (r->handing != HAND_NONE || r->taking) {
+		repl_command_done(r, c, -ERR_BUSY, "a switchover is under way");
 	} else if (is_primary(r) && detach_any(r) && r->link != LINK_DOWN && !m->split_brain) {
 		repl_command_done(
 		    r, c, -ERR_STATE,
@@ -247,7 +249,8 @@ static void cmd_checkpoint(struct repl *r, struct repl_command *c)
 				  m->paused ? "it is paused: `resume` it, then `wait --for=in-sync`"
 					    : "`wait --for=in-sync` first");
 	else if (r->stopping)
-		repl_command_done(r, c, -ERR_STATE, "it is being stopped");
+		repl_command_done(r, c, -ERR_STATE, "it is being %s",
+				  r->handing != HAND_NONE ? "switched over" : "stopped");
 	else if (is_primary(r))
 		primary_checkpoint(r, c, WIRE_CKPT_COMMAND | c->flags);
 	else if (r->want_ckpt)
@@ -271,7 +274,8 @@ static void cmd_pause(struct repl *r, struct repl_command *c)
 		repl_command_done(r, c, -ERR_SPLIT,
 				  "split brain: both hosts wrote alone; see `diverged`, then `resolve`");
 	else if (r->stopping || repl_tx_pending(r, TX_STOPPED))
-		repl_command_done(r, c, -ERR_BUSY, "it is being stopped");
+		repl_command_done(r, c, -ERR_BUSY, "it is being %s",
+				  r->handing != HAND_NONE ? "switched over" : "stopped");
 	else if (repl_tx_pending(r, TX_PAUSE))
 		repl_command_done(r, c, -ERR_BUSY, "another pause or resume is under way");
 	else if (m->paused == pause)
@@ -385,6 +389,9 @@ void repl_command(struct repl *r, struct repl_command *c)
 		break;
 	case CMD_RESYNC:
 		detach_resync(r, c);
+		break;
+	case CMD_SWITCHOVER:
+		switchover_command(r, c);
 		break;
 	}
 }

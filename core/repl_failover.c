@@ -97,6 +97,10 @@ void failover_begin(struct repl *r, struct repl_command *c)
 		repl_command_done(r, c, -ERR_BUSY, "another failover is under way");
 		return;
 	}
+	if (r->taking) {
+		repl_command_done(r, c, -ERR_BUSY, "a switchover to this host is under way");
+		return;
+	}
 	if (m->role == ROLE_STANDALONE) {
 		if (m->failover_generation == 0) {
 			repl_command_done(r, c, -ERR_STATE,
@@ -297,7 +301,7 @@ static void prepare_failover(struct repl *r, struct tx *t, struct repl_meta *m)
 	repl_begin_generation(r, m);
 	m->failover_generation = m->lineage.current;
 	m->has_peer = true;
-	m->inconsistent = m->fresh = m->shut_out = m->broken = m->own_dirty = false;
+	m->inconsistent = m->fresh = m->shut_out = m->broken = m->own_dirty = m->handed = m->switched = false;
 	m->sync_from = 0;
 	m->kept = 0;
 	for (uint32_t i = 0; i < m->n_volumes; i++)

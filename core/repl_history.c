@@ -113,7 +113,8 @@ static uint32_t let_go(const struct repl *r)
 /* A primary's are from when it followed: they go once the new secondary has one of its own. */
 static bool all_go(const struct repl_meta *m)
 {
-	return m->role == ROLE_PRIMARY && m->last_stream;
+	/* Up to the one at which a switchover was, the numbers are this host's. */
+	return m->role == ROLE_PRIMARY && m->last_stream && repl_meta_find_ckpt(m, m->last_stream) < 0;
 }
 
 /* Neither counted nor dropped by retention. A job's own goes when that lets go of it, whatever is kept. */

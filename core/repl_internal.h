@@ -106,6 +106,8 @@ enum tx_kind {
 	TX_REBUILD,	/* primary: a rebuild begins */
 	TX_ATTACH,	/* primary: a rebuild has ended */
 	TX_PEER_DETACH, /* secondary: DETACH or ATTACH of the stream */
+	TX_HAND_OVER,	/* primary: it becomes secondary at checkpoint `number` */
+	TX_TAKE_OVER,	/* secondary: it becomes primary, at checkpoint `number` */
 };
 
 struct tx {
@@ -155,6 +157,22 @@ struct repl {
 	bool holding;		  /* restarted primary: nothing served before the handshake */
 	uint64_t hold_until_ns;
 	bool activating, stopping, stop_cleared, failing_over, finalising, shutdown;
+	/* switchover (repl_switchover.c). The primary: `stopping` as long as it is not HAND_NONE. */
+	enum handing {
+		HAND_NONE,
+		HAND_DRAIN, /* what is under way ends */
+		HAND_CKPT,  /* the peer takes its checkpoint */
+		HAND_SAVE,  /* this host steps down */
+		HAND_TOLD,  /* and has told the peer to take over */
+	} handing;
+	struct repl_command *switchover; /* also waits when the session that it began in is over */
+	uint64_t switchover_until_ns;
+	/* The secondary. */
+	uint64_t armed; /* that checkpoint is the one to take over at: no write to the view starts; 0: none */
+	bool taking;	/* it is taking over: likewise */
+	bool take_busy;
+	uint64_t taking_session, taking_number;
+	struct repl_io take_io;
 
 	/* session */
 	enum link_state link;
@@ -338,6 +356,7 @@ void repl_release_claim(struct repl *r, struct repl_io *io);
 void repl_alone(struct repl *r, struct repl_io *io); /* complete it without the peer's word */
 void repl_ready_claims(struct repl *r, struct reqset_claim *ready);
 void repl_mark_written(struct repl *r, const struct repl_io *io);
+void repl_fail_list(struct repl *r, struct repl_list *l, int error);
 void repl_stepped_down(struct repl *r); /* nothing of this host's guests is served any more: what waits gets EIO */
 void repl_begin_generation(struct repl *r, struct repl_meta *m);
 bool repl_frozen(const struct repl *r); /* nothing may complete without the peer: on_disconnect=freeze */
@@ -355,6 +374,7 @@ void session_drop(struct repl *r, const char *why); /* at once; what still comes
 void session_refuse(struct repl *r, int code, const char *text);
 void session_yielded(struct repl *r); /* at the end of each step: what waits for the last guest's write */
 void session_resolved(struct repl *r);
+void session_answer(struct repl *r); /* a JOIN with this host's own, and decides */
 void session_frame(struct repl *r, const struct repl_event *ev);
 void session_tick(struct repl *r);
 void session_join_ready(struct repl *r);
@@ -386,6 +406,7 @@ void primary_stop_check(struct repl *r);
 void primary_checkpoint(struct repl *r, struct repl_command *c, uint32_t flags);
 void primary_tx_done(struct repl *r, struct tx *tx, int error);
 void primary_settings_changed(struct repl *r);
+uint64_t primary_barrier(struct repl *r);
 
 void primary_send_io(struct repl *r, struct repl_io *io, unsigned type);
 void primary_wait_ack(struct repl *r, struct repl_io *io);
@@ -489,7 +510,25 @@ bool hold_prepare(struct repl *r, struct tx *t, struct repl_meta *m);
 void hold_tx_done(struct repl *r, struct tx *t, int error);
 void hold_lost(struct repl *r, const struct repl_meta *old); /* says whose checkpoint a save has given up */
 
+/* repl_switchover.c */
+void switchover_command(struct repl *r, struct repl_command *c);
+bool switchover_ready(struct repl *r); /* its checkpoint may be sent */
+void switchover_checkpointed(struct repl *r, uint64_t number);
+void switchover_void(struct repl *r, unsigned why); /* enum wire_void */
+void switchover_session_lost(struct repl *r);
+void switchover_frame(struct repl *r, const struct wire_frame *f);     /* TAKE_OVER */
+void switchover_took_over(struct repl *r, const struct wire_frame *f); /* TOOK_OVER */
+void switchover_join(struct repl *r);
+void switchover_settle(struct repl *r); /* at the end of each step */
+void switchover_synced(struct repl *r, int error);
+void switchover_taken(struct repl *r);
+void switchover_refused(struct repl *r, int code, const char *text);
+void switchover_tick(struct repl *r);
+bool switchover_prepare(struct repl *r, struct tx *t, struct repl_meta *m);
+void switchover_tx_done(struct repl *r, struct tx *t, int error);
+
 /* repl_commands.c */
+uint64_t repl_wait_until(const struct repl *r); /* a command that waits for a connection gives up then */
 void repl_command(struct repl *r, struct repl_command *c);
 void repl_stopped(struct repl *r, struct repl_command *c); /* its stop is durable; an `unprotect` goes on */
 

@@ -28,10 +28,13 @@
 	X(broken, 6)                                                                                                   \
 	X(own_dirty, 7)                                                                                                \
 	X(paused, 12)                                                                                                  \
-	X(hash_sync, 13)
+	X(hash_sync, 13)                                                                                               \
+	X(switched, 14)                                                                                                \
+	X(handed, 15)
 #define META_FLAG_BIT(field, bit) | UINT32_C(1) << (bit)
 #define META_FLAGS_ALL (0 META_FLAGS(META_FLAG_BIT))
 #define META_FLAGS_VERSION_1 0xffU
+#define META_FLAGS_VERSION_2 0x30ffU
 
 /* ---- names ---- */
 
@@ -314,6 +317,10 @@ int repl_meta_validate(const struct repl_meta *m, struct err *e)
 		return field_bad(e, "peer", "not an address");
 	if (!settings_valid(&m->settings))
 		return field_bad(e, "settings", "a value is out of bounds");
+	if (m->switched && m->role != ROLE_SECONDARY)
+		return field_bad(e, "flags", "switched, and not a secondary");
+	if (m->handed && (m->role != ROLE_SECONDARY || m->state != STATE_RUNNING || m->inconsistent))
+		return field_bad(e, "flags", "handed, and not a whole secondary in RUNNING");
 	if ((rc = validate_volumes(m, e)) < 0 || (rc = validate_ckpts(m, e)) < 0 || (rc = validate_clones(m, e)) < 0)
 		return rc;
 	return validate_references(m, e);
@@ -443,7 +450,8 @@ static void parse_head(struct field_reader *f, struct repl_meta *m, uint32_t ver
 	m->state = rbuf_u8(&f->r);
 	field_end(f, "state");
 	uint32_t flags = rbuf_u32(&f->r);
-	if ((flags & ~(version == 1 ? META_FLAGS_VERSION_1 : META_FLAGS_ALL)) != 0)
+	uint32_t known = version == 1 ? META_FLAGS_VERSION_1 : version == 2 ? META_FLAGS_VERSION_2 : META_FLAGS_ALL;
+	if ((flags & ~known) != 0)
 		f->r.failed = true;
 	flags_unpack(m, flags);
 	field_end(f, "flags");

@@ -83,6 +83,8 @@ struct repl_meta {
 	bool own_dirty; /* an inconsistent target that had dirty regions of its own: `kept` stays pinned for good */
 	bool paused;	/* a primary that forwards nothing until `resume` */
 	bool hash_sync; /* a primary whose first sync compares hashes, and has not ended */
+	bool switched;	/* a secondary that was the primary, and handed over in a switchover */
+	bool handed;	/* with switched: it has not followed the peer yet, which may still have to take over */
 	struct lineage lineage;
 	uint64_t sync_from;   /* with inconsistent: the source's generation */
 	uint64_t ckpt_max;    /* the highest number ever used or heard of; only grows */

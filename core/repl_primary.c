@@ -49,7 +49,7 @@ void primary_send_io(struct repl *r, struct repl_io *io, unsigned type)
 }
 
 /* A barrier after all that was sent; two in a row are one. Returns its number. */
-static uint64_t send_barrier(struct repl *r)
+uint64_t primary_barrier(struct repl *r)
 {
 	if (!r->last_was_flush) {
 		session_send(r, WIRE_FLUSH, ++r->seq, 0, 0, 0, NULL, 0);
@@ -178,7 +178,7 @@ void primary_flush_start(struct repl *r, struct repl_io *io)
 	io->failed = 0;
 	io->session = 0;
 	if (primary_forwarding(r)) {
-		io->seq = send_barrier(r);
+		io->seq = primary_barrier(r);
 		io->session = r->session;
 	}
 	repl_submit(r, io, TARGET_DISK);
@@ -196,6 +196,10 @@ void primary_flush_done(struct repl *r, struct repl_io *io)
 	if (io->error) {
 		repl_set_error(r, io->error, "flush", -1, 0, 0, "a local flush failed: %s", err_short(io->error));
 		repl_complete(r, io, io->error);
+		return;
+	}
+	if (io->target == TARGET_DISK && repl_serving(r->meta, false) != SERVING_DISK) { /* stepped down meanwhile */
+		repl_complete(r, io, -ERR_IO);
 		return;
 	}
 	if (io->target == TARGET_ACTIVE) {
@@ -270,7 +274,7 @@ static void on_checkpoint_ack(struct repl *r, const struct wire_frame *f)
 {
 	uint64_t number = f->offset;
 	r->progress_ns = r->now_ns;
-	bool stopping = r->stopping && number == r->stop_number;
+	bool stopping = r->stopping && number == r->stop_number && r->handing < HAND_SAVE;
 	bool asked = stopping || number == r->auto_ckpt;
 	if (number == r->auto_ckpt)
 		r->auto_ckpt = 0;
@@ -287,6 +291,10 @@ static void on_checkpoint_ack(struct repl *r, const struct wire_frame *f)
 		return;
 	}
 	if (f->length != WIRE_VOID_NONE) {
+		if (stopping && r->handing != HAND_NONE) {
+			switchover_void(r, (unsigned)f->length);
+			return;
+		}
 		if (f->length == WIRE_VOID_ACTIVE)
 			repl_log(r, 2, "checkpoint %llu not taken: the secondary's active overlay is not empty",
 				 (unsigned long long)number);
@@ -303,6 +311,10 @@ static void on_checkpoint_ack(struct repl *r, const struct wire_frame *f)
 	r->counters.checkpoints++;
 	if (r->meta->broken) /* the next one is valid again */
 		r->error.code = 0;
+	if (stopping && r->handing != HAND_NONE) {
+		switchover_checkpointed(r, number);
+		return;
+	}
 	if (stopping) {
 		r->stop_number = 0; /* its answer is here: another would be one too many */
 		struct tx *t = repl_tx(r, TX_STOPPED);
@@ -408,6 +420,9 @@ void primary_frame(struct repl *r, const struct repl_event *ev)
 			repl_command_done(r, c, 0, " ");
 		}
 		break;
+	case WIRE_TOOK_OVER:
+		switchover_took_over(r, f);
+		break;
 	case WIRE_STOP_WANT:
 		if (r->link == LINK_SYNCED && !r->stopping && !detach_any(r)) {
 			r->stopping = true;
@@ -458,7 +473,8 @@ void primary_checkpoint(struct repl *r, struct repl_command *c, uint32_t flags)
 	send_checkpoint(r, number, flags);
 }
 
-/* A clean stop: requests are held, those under way end, the last checkpoint goes out, its answer ends replication. */
+/* A clean stop: requests are held, those under way end, the last checkpoint goes out, its answer ends replication. A
+ * switchover (repl_switchover.c) begins in the same way. */
 void primary_stop_check(struct repl *r)
 {
 	if (!r->stopping || r->writes_in_flight || r->link != LINK_SYNCED || !primary_forwarding(r))
@@ -471,8 +487,11 @@ void primary_stop_check(struct repl *r)
 		if (cycle_start(r))
 			return;
 	}
+	if (r->handing != HAND_NONE && !switchover_ready(r))
+		return;
 	r->stop_number = ++r->ckpt_used;
-	send_checkpoint(r, r->stop_number, WIRE_CKPT_COMMAND | WIRE_CKPT_STOP);
+	send_checkpoint(r, r->stop_number,
+			r->handing != HAND_NONE ? WIRE_CKPT_HAND_OVER : WIRE_CKPT_COMMAND | WIRE_CKPT_STOP);
 }
 
 static void pause_saved(struct repl *r, struct tx *t, int error);
@@ -551,7 +570,7 @@ static bool cycle_start(struct repl *r)
 	r->cycle_local = false;
 	r->cycle_session = r->session;
 	r->cycle_started_ns = r->now_ns;
-	r->cycle_seq = send_barrier(r);
+	r->cycle_seq = primary_barrier(r);
 	r->cycle_again = r->cycle_io_busy;
 	if (!r->cycle_io_busy)
 		cycle_flush(r);
@@ -778,7 +797,9 @@ void primary_session_lost(struct repl *r)
 	memset(r->rs_hash, 0, sizeof(r->rs_hash));
 	r->auto_ckpt = 0;
 	r->ckpt_wanted = false;
-	if (!repl_tx_pending(r, TX_STOPPED)) {
+	if (r->handing != HAND_NONE) {
+		switchover_session_lost(r);
+	} else if (!repl_tx_pending(r, TX_STOPPED)) {
 		r->stopping = r->stop_cleared = false;
 		r->stop_number = 0;
 	}

@@ -110,6 +110,10 @@ void secondary_stream(struct repl *r, struct repl_io *io)
 		session_protocol_error(r, "%s", why);
 		return;
 	}
+	if (r->armed) { /* the primary goes on as such */
+		r->armed = 0;
+		repl_gate_run(r);
+	}
 	/* Numbers only grow (I17); one that was used already is never taken again. */
 	if (io->kind == REPL_CHECKPOINT) {
 		if (io->arg <= r->ckpt_used || io->arg > CKPT_PEER_MAX) {
@@ -435,6 +439,7 @@ void secondary_session_lost(struct repl *r)
 	/* What was received is still applied: protocol B promised it (I2). But not a resync that has not begun, nor
 	 * what stands behind it: the primary has promised nothing since, and this copy stays consistent. */
 	bool drop = r->barrier && r->barrier->kind == REPL_RESYNC_BEGIN && !repl_tx_pending(r, TX_KEEP);
+	r->armed = 0;
 	for (struct repl_io *io = r->held.head, *next; io; io = next) {
 		next = io->next;
 		drop = drop || io->kind == REPL_RESYNC_BEGIN;
@@ -498,7 +503,7 @@ static void prepare_keep(struct repl *r, struct tx *t, struct repl_meta *m)
 {
 	if (m->role != ROLE_SECONDARY || m->state == STATE_DONE) /* the loser of a resolve */
 		give_up_disk(m);
-	m->split_brain = false;
+	m->split_brain = m->handed = false;
 	m->settings = r->theirs.settings;
 	if (!r->dialer)
 		m->peer[0] = 0; /* one of the two dials */
@@ -556,7 +561,7 @@ static void prepare_adopt(struct repl *r, struct tx *t, struct repl_meta *m)
 		m->last_stream = 0;
 	}
 	m->diverged_ns = 0;
-	m->inconsistent = m->alone = m->shut_out = m->split_brain = false;
+	m->inconsistent = m->alone = m->shut_out = m->split_brain = m->handed = false;
 	m->sync_from = 0;
 	m->has_peer = true;
 }
@@ -665,6 +670,8 @@ static void switched(struct repl *r, struct tx *t, int error)
 		if (current(r, io))
 			session_close(r, true);
 	}
+	if (current(r, io) && (t->flags & WIRE_CKPT_HAND_OVER))
+		r->armed = t->number;
 	barrier_end(r, io);
 }
 

@@ -141,7 +141,8 @@ void repl_join(const struct repl *r, struct wire_join *j)
 		detach_flags(r, j->volumes, j->n_volumes);
 	j->flags = (m->alone ? WIRE_JOIN_ALONE : 0U) | (m->inconsistent ? WIRE_JOIN_INCONSISTENT : 0U) |
 		   (m->split_brain ? WIRE_JOIN_SPLIT : 0U) | (r->holding ? WIRE_JOIN_HOLDING : 0U) |
-		   (m->broken && m->role == ROLE_SECONDARY ? WIRE_JOIN_BROKEN : 0U) | (r->start ? WIRE_JOIN_START : 0U);
+		   (m->broken && m->role == ROLE_SECONDARY ? WIRE_JOIN_BROKEN : 0U) |
+		   (r->start ? WIRE_JOIN_START : 0U) | (m->handed ? WIRE_JOIN_HANDED : 0U);
 	if (r->protect)
 		j->flags |= r->protect->cmd == CMD_FAILBACK ? WIRE_JOIN_FAILBACK : WIRE_JOIN_PROTECT;
 	if (r->resolve)
@@ -152,6 +153,8 @@ void repl_join(const struct repl *r, struct wire_join *j)
 		j->flags |= WIRE_JOIN_FRESH;
 }
 
+static void decide(struct repl *r);
+
 static void send_join(struct repl *r)
 {
 	repl_join(r, &r->mine);
@@ -159,6 +162,12 @@ static void send_join(struct repl *r)
 	INVARIANT(n > 0);
 	r->join_sent = true;
 	session_send(r, WIRE_JOIN, 0, 0, 0, 0, r->scratch, (uint32_t)n);
+}
+
+void session_answer(struct repl *r)
+{
+	send_join(r);
+	decide(r);
 }
 
 static void session_reset(struct repl *r)
@@ -310,7 +319,6 @@ static bool volumes_match(struct repl *r, const struct wire_join *j, char *why, 
 	return true;
 }
 
-static void decide(struct repl *r);
 static void union_start(struct repl *r);
 
 /* A clean stop whose answer was lost: the secondary is in DONE, the primary still in RUNNING. In a halted pair it makes
@@ -327,6 +335,13 @@ static bool has_to_step_down(const struct repl *r, const struct wire_join *mine)
 {
 	int source = 0;
 	return mine->role == ROLE_PRIMARY && lineage_decide(&r->theirs, mine, &source) == LINEAGE_SHUT_OUT;
+}
+
+/* The JOIN of a primary that has handed over to this host, which answers as the primary that it becomes. */
+static bool has_to_take_over(const struct repl *r, const struct wire_join *mine)
+{
+	int source = 0;
+	return lineage_decide(&r->theirs, mine, &source) == LINEAGE_TAKE_OVER && source == 1;
 }
 
 static void complete_stop(struct repl *r)
@@ -379,6 +394,10 @@ static void listener_answer(struct repl *r)
 		struct tx *t = repl_tx(r, TX_SHUT_OUT);
 		t->lineage = m->lineage;
 		t->arg = 1;
+		return;
+	}
+	if (has_to_take_over(r, &mine)) {
+		switchover_join(r);
 		return;
 	}
 	if (protect && m->role == ROLE_PRIMARY) {
@@ -574,6 +593,7 @@ static void decide(struct repl *r)
 			union_start(r); /* if DIRTY_END is here; else that goes on */
 			return;
 		}
+		switchover_taken(r);
 		r->is_target = true;
 		r->link = LINK_RESYNC;
 		r->in_seq = r->in_applied = r->in_flushed = r->in_done_seq = 0;
@@ -598,6 +618,10 @@ static void decide(struct repl *r)
 		return;
 	case LINEAGE_SPLIT:
 		repl_tx(r, TX_SPLIT);
+		return;
+	case LINEAGE_TAKE_OVER: /* the other one waits for its end */
+		if (me)
+			switchover_join(r);
 		return;
 	case LINEAGE_UNRELATED:
 		repl_set_error(r, ERR_STATE, "handshake", -1, 0, 0, "the two copies of %s have nothing in common",
@@ -810,6 +834,7 @@ static void on_refuse(struct repl *r, const struct repl_event *ev)
 		repl_set_error(r, code, "handshake", -1, 0, 0, "%s", text);
 	fail_pending(r, &r->protect, code, text);
 	fail_pending(r, &r->start, code, text);
+	switchover_refused(r, code, text);
 	if (code != -ERR_BUSY)
 		fail_pending(r, &r->resolve, code, text);
 	r->redial_wait_ns = REDIAL_MAX_NS;
@@ -884,6 +909,8 @@ void session_frame(struct repl *r, const struct repl_event *ev)
 		t->session = r->session;
 	} else if (r->is_target && f->type == WIRE_WRITE_FAILED) {
 		secondary_write_failed(r, ev);
+	} else if (r->is_target && f->type == WIRE_TAKE_OVER) {
+		switchover_frame(r, f);
 	} else {
 		session_protocol_error(r, "%s out of order", wire_type_name(f->type));
 		if (ev->io)

@@ -138,6 +138,10 @@ void repl_status(const struct repl *r, uint64_t now_ns, struct repl_status *s)
 		reason(s, "the group's record cannot be saved: nothing is applied or answered until it can");
 	if (m->shut_out)
 		reason(s, "the peer has failed over; this copy waits for a failback");
+	if (m->handed)
+		reason(s,
+		       "this host has handed over; the peer has not been heard to have taken over yet. If it is lost, "
+		       "`failover` here");
 	if (m->state == STATE_FAILOVER_FAILED)
 		reason(s, "the commit of the failover met an error; run `failover` again when it is mended");
 	if (r->error.code && !(m->split_brain && r->error.code == ERR_SPLIT)) /* that is said above */

@@ -37,8 +37,8 @@ enum header_offset {
 #define REFUSE_MAX (REFUSE_MIN + WIRE_TEXT_MAX - 1)
 #define VOLUME_NAME_MIN 3U
 #define START_MIN (2U + 3U + 4U + VOLUME_NAME_MIN + 4U)
-#define JOIN_FLAGS_ALL 0x107ffU
-#define CKPT_FLAGS_KNOWN (WIRE_CKPT_COMMAND | WIRE_CKPT_PIN | WIRE_CKPT_STOP)
+#define JOIN_FLAGS_ALL 0x307ffU
+#define CKPT_FLAGS_KNOWN (WIRE_CKPT_COMMAND | WIRE_CKPT_PIN | WIRE_CKPT_STOP | WIRE_CKPT_HAND_OVER)
 
 /* The numbers of enum err_code go over the wire and are frozen in docs/protocol.md: a new code goes to the end. */
 #define CODE_IS(name, number) _Static_assert((name) == (number), "frozen on the wire")
@@ -123,6 +123,8 @@ static const struct type_rule rules[] = {
     [WIRE_SETTINGS_ACK] = {PLAIN},
     [WIRE_STOP_WANT] = {PLAIN},
     [WIRE_HISTORY_LOST] = {PLAIN, PAYLOAD(REFUSE_MIN, REFUSE_MAX)},
+    [WIRE_TAKE_OVER] = {PLAIN, .offset_min = 1, .offset_max = WIRE_CKPT_NUMBER_MAX},
+    [WIRE_TOOK_OVER] = {PLAIN, .offset_min = 1, .offset_max = WIRE_CKPT_NUMBER_MAX},
     [WIRE_BEHIND] = {PLAIN, .offset_max = WIRE_BEHIND_FAILED},
     [WIRE_DETACH] = {SEQUENCED, PAYLOAD(LINEAGE_SIZE, LINEAGE_SIZE)},
     [WIRE_ATTACH] = {SEQUENCED},

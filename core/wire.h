@@ -70,6 +70,8 @@ enum wire_features {
 	X(READ_REPLY, 53)      /* volume offset length; seq: token; flags: enum wire_read_flags; payload: the bytes */ \
 	X(WRITE_FAILED, 54)    /* volume offset length; payload: wire_refuse: a write that failed at the source */     \
 	X(HISTORY_LOST, 56)  /* secondary → primary: no checkpoint is valid until the next; payload: wire_refuse */  \
+	X(TAKE_OVER, 57)     /* primary → secondary, which it is itself from now on; offset: the checkpoint */       \
+	X(TOOK_OVER, 58)     /* secondary → primary, which it is itself from now on; offset: the same */             \
 	X(REPORT_WANT, 70)   /* seq: token of the REPORT that answers */                                               \
 	X(START_PROTECT, 71) /* seq: token; flags: enum wire_start_flags; payload: wire_start */                       \
 	X(VOLUME_READ, 72)   /* seq: token; offset length; payload: the volume's name */                               \
@@ -86,7 +88,8 @@ enum wire_type {
 enum wire_ckpt_flags {
 	WIRE_CKPT_COMMAND = 1 << 0, /* asked for by a command: taken even when active is not empty */
 	WIRE_CKPT_PIN = 1 << 1,
-	WIRE_CKPT_STOP = 1 << 2, /* the clean stop's last one: the secondary moves to DONE with it */
+	WIRE_CKPT_STOP = 1 << 2,      /* the clean stop's last one: the secondary moves to DONE with it */
+	WIRE_CKPT_HAND_OVER = 1 << 3, /* a switchover's: TAKE_OVER follows */
 };
 enum wire_void { WIRE_VOID_NONE, WIRE_VOID_ACTIVE = 1, WIRE_VOID_ERROR = 2 };
 /* HASH: one hash for each WIRE_HASH_REGION bytes of its range, the last for what is left. */
@@ -173,6 +176,7 @@ enum wire_join_flags {
 	WIRE_JOIN_DISCARD_YOURS = 1 << 9, /* resolve: the receiver's copy is given up */
 	WIRE_JOIN_FAILBACK = 1 << 10,	  /* the sender has failed over and becomes primary of the old primary */
 	WIRE_JOIN_BROKEN = 1 << 16,	  /* meta.broken of a secondary: no checkpoint is valid until the next */
+	WIRE_JOIN_HANDED = 1 << 17,	  /* meta.handed: the receiver takes over */
 };
 
 /* What each side says of a group when a connection is made for it. */

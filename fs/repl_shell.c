@@ -730,6 +730,15 @@ void group_io(struct group *g, struct gio *gio)
 	struct repl_event ev = {.type = EV_IO, .io = &gio->io};
 	for (;;) {
 		lock_with(g, &o);
+		/* What came before this host stepped down waits in the core, or has ended; what comes later is told by
+		 * its handle, also where it was looked at before. The epoch is published before the core hears of it.
+		 */
+		if (ev.type == EV_IO && gio->h && gio->h->epoch != atomic_load(&g->handle_epoch)) {
+			unlock_with(g);
+			free(TAKE_PTR(gio->copy));
+			gio->done(gio, -ERR_IO);
+			return;
+		}
 		step(g, &ev);
 		bool mine = gio->own, completed = false;
 		for (struct repl_io *c = o.completed.head; c; c = c->next_shell)

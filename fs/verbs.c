@@ -292,7 +292,7 @@ int daemon_command(struct daemon *d, struct ctl_conn *ctl, const char *verb, con
 	    {"resolve", verb_do_resolve},   {"diverged", verb_do_diverged},
 	    {"resync", verb_do_resync},	    {"read", verb_do_read},
 	    {"write", verb_do_write},	    {"report", verb_do_report},
-	    {"resync", verb_do_resync},	    {"backup", verb_do_backup},
+	    {"backup", verb_do_backup},	    {"switchover", verb_do_switchover},
 	    {"jobs", verb_do_jobs},	    {"job", verb_do_job},
 	};
 	for (size_t i = 0; i < sizeof(table) / sizeof(table[0]); i++) {

@@ -134,6 +134,22 @@ int verb_do_failback(const struct call *c)
 	return err;
 }
 
+int verb_do_switchover(const struct call *c)
+{
+	struct group *g;
+	int err = verb_need_group(c, &g);
+	if (err)
+		return err;
+	struct shell_command *sc = shell_command_new(CMD_SWITCHOVER);
+	err = verb_command(c, g, sc);
+	if (!err)
+		verb_result(
+		    c, json_pack("{s:s, s:I}", "group", g->name, "checkpoint", (json_int_t)(sc ? sc->c.result : 0)));
+	shell_command_unref(sc);
+	group_unref(g);
+	return err;
+}
+
 int verb_do_resolve(const struct call *c)
 {
 	struct group *g;

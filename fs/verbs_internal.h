@@ -68,6 +68,7 @@ int verb_do_show(const struct call *c);
 /* verbs_group.c */
 int verb_do_protect(const struct call *c);
 int verb_do_failback(const struct call *c);
+int verb_do_switchover(const struct call *c);
 int verb_do_resolve(const struct call *c);
 int verb_do_diverged(const struct call *c);
 int verb_do_start(const struct call *c);

@@ -197,8 +197,42 @@ static void job(struct sim *s)
 	w->count.holds += j->asked;
 }
 
-static void (*const kinds[])(struct sim *s) = {clock_jump, path_errors, no_room, burst,	   replace,
-					       tune,	   idle,	blunder, takeover, job};
+/* The roles are swapped, in the midst of requests; now and then a host dies of it, or the connection does. */
+static void switchover(struct sim *s)
+{
+	struct world *w = s->w;
+	unsigned vm = s->vm;
+	const struct repl_meta *m = world_meta(w, vm);
+	if (!m || m->role != ROLE_PRIMARY || m->state != STATE_RUNNING || s->switchover_asked)
+		return;
+	if (world_more(w, 4)) { /* a manager waits for it */
+		sim_maintain(s);
+		if (!world_run_until(w, sim_in_sync, 2 * SEC) || s->vm != vm)
+			return;
+	}
+	if (world_more(w, 4)) { /* its guest has left the view */
+		(void)world_command(w, !vm, &(struct repl_command){.cmd = CMD_DISCARD}, NULL);
+		world_run(w, world_more(w, 30 * MS));
+	}
+	for (unsigned n = (unsigned)world_more(w, 8); n; n--)
+		(void)world_io(w, vm, world_more(w, 4) ? WORLD_WRITE : WORLD_FLUSH, (uint32_t)world_more(w, 2),
+			       world_more(w, 1 << 20), 1 + world_more(w, 64 << 10));
+	if (world_more(w, 2)) {
+		enum world_crash how = world_more(w, 2) ? WORLD_POWER : WORLD_KILL;
+		world_crash_at(w, world_more(w, 2) ? vm : !vm, how, 1 + world_more(w, 30));
+	}
+	if (world_command(w, vm, &(struct repl_command){.cmd = CMD_SWITCHOVER}, &s->switchover)) {
+		s->switchover_asked = true;
+		s->switchover_host = vm;
+	}
+	if (world_more(w, 4) == 0) {
+		world_run(w, world_more(w, 30 * MS));
+		world_cut(w);
+	}
+}
+
+static void (*const kinds[])(struct sim *s) = {clock_jump, path_errors, no_room,  burst, replace,   tune,
+					       idle,	   blunder,	takeover, job,	 switchover};
 
 #define KINDS (sizeof(kinds) / sizeof(kinds[0]))
 

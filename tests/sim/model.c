@@ -838,6 +838,61 @@ static void adopted(struct host *h, const struct repl_meta *m)
 		}
 }
 
+/* A switchover: the primary steps down, with nothing dirty, on a checkpoint that the peer has. */
+static void handed_over(struct host *h, const struct repl_meta *old, const struct repl_meta *m)
+{
+	struct world *w = h->w;
+	struct host *p = peer_of(h);
+	w->count.hand_overs++;
+	if (old->role != ROLE_PRIMARY || m->role != ROLE_SECONDARY || m->state != STATE_RUNNING ||
+	    m->lineage.current != old->lineage.current)
+		world_fail(w, "host %u: hands over as %s %s", h->id, role_name(m->role), state_name(m->state));
+	for (uint32_t v = 0; v < WORLD_VOLUMES; v++)
+		for (uint32_t u = 0; u < w->units[v]; u++) {
+			ver here = model_shows(w, h->disk[v].now[u]);
+			if (here != model_shows(w, h->disk[v].durable[u]))
+				world_fail(w, "host %u: hands over with unit %u of volume %u not durable: %s", h->id, u,
+					   v, text_of(w, h->disk[v].now[u]));
+			/* The peer may have failed over meanwhile, or been replaced: nobody here can know. */
+			if (p->seen->role == ROLE_SECONDARY && p->seen->last_stream == m->last_stream &&
+			    here != model_shows(w, p->disk[v].durable[u]))
+				world_fail(w, "host %u: hands over unit %u of volume %u, %s; the peer has %s", h->id, u,
+					   v, text_of(w, h->disk[v].now[u]), text_of(w, p->disk[v].durable[u]));
+		}
+	h->own = h->wrote_alone = false;
+}
+
+/* The secondary takes over: never beside a primary, never without what that had answered, durably. */
+static void took_over(struct host *h, const struct repl_meta *old, const struct repl_meta *m)
+{
+	struct world *w = h->w;
+	struct host *p = peer_of(h);
+	w->count.switchovers++;
+	world_note(w, "host %u: has taken over", h->id);
+	if (p->seen->role == ROLE_PRIMARY)
+		world_fail(w, "host %u: takes over beside a primary", h->id);
+	if (old->inconsistent || m->lineage.current != old->lineage.current || m->last_stream != old->last_stream)
+		world_fail(w, "host %u: takes over what is not the same", h->id);
+	for (uint32_t v = 0; v < WORLD_VOLUMES; v++)
+		for (uint32_t u = 0; u < w->units[v]; u++) {
+			if (h->act[v].now[u] != NOT_THERE)
+				world_fail(w, "host %u: takes over, and its view's unit %u of volume %u is lost", h->id,
+					   u, v);
+			if (!p->seen->handed) /* failed over, or replaced, since its JOIN */
+				continue;
+			ver have = h->disk[v].durable[u], told = p->told[v][u].v;
+			if (model_shows(w, have) != model_shows(w, p->disk[v].now[u]))
+				world_fail(w, "host %u: takes over unit %u of volume %u as %s; the peer had %s", h->id,
+					   u, v, text_of(w, have), text_of(w, p->disk[v].now[u]));
+			if (told > have && told > p->disk[v].now[u] && model_shows(w, told) != model_shows(w, have) &&
+			    told >= p->reign_from &&
+			    p->told[v][u].ns >= p->died_ns) /* what it had not flushed may have died with it */
+				world_fail(w, "host %u: takes over without %s, which was answered", h->id,
+					   text_of(w, told));
+		}
+	h->wrote_alone = false;
+}
+
 static void active_emptied(struct host *h, bool is_committed)
 {
 	unsigned kept = 0;
@@ -1013,6 +1068,10 @@ void model_publish(struct host *h, const struct repl_meta *m, const struct repl_
 		committed(h, old);
 	if (failover)
 		h->own = true;
+	if (m->handed && !old->handed)
+		handed_over(h, old, m);
+	if (old->role == ROLE_SECONDARY && old->state == STATE_RUNNING && m->role == ROLE_PRIMARY)
+		took_over(h, old, m);
 	bool other = old->role == ROLE_SECONDARY && m->lineage.current != old->lineage.current;
 	if (m->role == ROLE_SECONDARY && ((old->inconsistent && !m->inconsistent) || other)) {
 		/* [LASTLIN] What it had by itself is given up, and so no default target of a failover. */
@@ -1136,6 +1195,8 @@ void model_done(struct host *h, struct sim_io *s, int error)
 		flush_failed(h, s);
 	if (error)
 		return;
+	if (h->handed_ns && s->begun_ns < h->handed_ns)
+		world_fail(w, "host %u: has handed over, and goes on answering what was asked of the primary", h->id);
 	const struct repl_meta *m = repl_meta(h->core);
 	bool live = repl_forwarding(h->core);
 	/* Of a detached disk it is answered on the peer's word, behind too: the peer has it. */
@@ -1240,6 +1301,10 @@ static void synced_check(struct host *h)
 
 void model_after_step(struct host *h)
 {
+	bool handed = repl_meta(h->core)->handed;
+	if (handed && !h->handed_before)
+		h->handed_ns = h->w->now;
+	h->handed_before = handed;
 	bool in_sync = world_link(h->w, h->id) == LINK_SYNCED, synced = in_sync && repl_forwarding(h->core);
 	h->stopped = h->stopped && !in_sync;
 	if (synced && !h->synced_before) {
@@ -1646,7 +1711,7 @@ static bool by_dirty_sets(struct world *w)
 				break;
 			}
 	}
-	return d == LINEAGE_EQUAL || d == LINEAGE_PARTIAL;
+	return d == LINEAGE_EQUAL || d == LINEAGE_PARTIAL || d == LINEAGE_TAKE_OVER;
 }
 
 /* A power cut of either host would change nothing [LOCALDUR]. */

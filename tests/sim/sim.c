@@ -286,6 +286,11 @@ void sim_maintain(struct sim *s)
 		if (s->failover.error == 0)
 			s->vm = s->failover_host;
 	}
+	if (s->switchover_asked && s->switchover.done) {
+		s->switchover_asked = false;
+		if (s->switchover.error == 0)
+			s->vm = !s->switchover_host;
+	}
 	const struct repl_meta *m[2] = {world_meta(w, 0), world_meta(w, 1)};
 	if (m[0] && m[1] && m[s->vm]->role == ROLE_SECONDARY && m[!s->vm]->role != ROLE_SECONDARY)
 		s->vm = !s->vm;	  /* a failover or a resolve was under way */
@@ -339,7 +344,8 @@ void sim_maintain(struct sim *s)
 			command(s, h, (struct repl_command){.cmd = CMD_STOP});
 		else
 			sim_unprotect(s, h);
-	} else if (m[!h] && m[h]->role == ROLE_SECONDARY && m[!h]->role == ROLE_SECONDARY) {
+	} else if (m[!h] && m[h]->role == ROLE_SECONDARY && m[!h]->role == ROLE_SECONDARY &&
+		   (!(m[h]->handed || m[!h]->handed) || world_chance(w, 8))) { /* one of them is about to take over */
 		command(s, h, (struct repl_command){.cmd = CMD_FAILOVER, .flags = FAILOVER_FORCE});
 	}
 }
@@ -549,10 +555,11 @@ static void run_range(unsigned job)
 	co_free_all();
 	printf("sim: job %u: steps %" PRIu64 " events %" PRIu64 " frames %" PRIu64 " kills %" PRIu64 " power %" PRIu64
 	       " cuts %" PRIu64 " flips %" PRIu64 "/%" PRIu64 " reads %" PRIu64 " checkpoints %" PRIu64
-	       " failovers %" PRIu64 " sessions %" PRIu64 " resyncs %" PRIu64 " disk error windows %" PRIu64 "\n",
+	       " failovers %" PRIu64 " sessions %" PRIu64 " resyncs %" PRIu64 " disk error windows %" PRIu64
+	       " switchovers %" PRIu64 "/%" PRIu64 "\n",
 	       job, total.steps, total.events, total.frames, total.crashes[0], total.crashes[1], total.cuts,
 	       total.flips_seen, total.flips, total.reads, total.checkpoints, total.failovers, total.sessions,
-	       total.resyncs, total.disk_errors);
+	       total.resyncs, total.disk_errors, total.switchovers, total.hand_overs);
 	printf("sim: job %u: mix: clock jumps %" PRIu64 " settings %" PRIu64 " ahead %" PRIu64 " queue full %" PRIu64
 	       " error windows %" PRIu64 " no room %" PRIu64 " applying stopped %" PRIu64 " cow errors %" PRIu64
 	       "/%" PRIu64 "/%" PRIu64 " (stop/drop-history/break) broken %" PRIu64 " dropped %" PRIu64

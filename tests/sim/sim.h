@@ -20,6 +20,9 @@ struct sim {
 	struct world_result failover;
 	unsigned failover_host;
 	bool failover_asked;
+	struct world_result switchover;
+	unsigned switchover_host; /* that it was asked of */
+	bool switchover_asked;
 	unsigned mix_kinds;  /* mix.c: those that this seed has, */
 	uint64_t mix_one_in; /* and how often */
 	struct sim_job jobs[4];

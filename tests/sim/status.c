@@ -163,6 +163,8 @@ static bool command_did(struct host *h, const struct repl_command *c)
 	case CMD_PAUSE:
 	case CMD_RESUME:
 		return m->paused == (c->cmd == CMD_PAUSE);
+	case CMD_SWITCHOVER:
+		return m->role == ROLE_SECONDARY && m->switched && m->state == STATE_RUNNING;
 	case CMD_HOLD:
 		return repl_meta_find_ckpt(m, c->result) >= 0;
 	case CMD_UNHOLD:

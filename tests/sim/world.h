@@ -103,8 +103,8 @@ void world_check(struct world *w);
 void world_check_converged(struct world *w);
 
 struct world_counters {
-	uint64_t steps, events, crashes[2], cuts, frames, flips, flips_seen, reads, checkpoints, failovers, sessions,
-	    resyncs;
+	uint64_t steps, events, crashes[2], cuts, frames, flips, flips_seen, reads, checkpoints, failovers, switchovers,
+	    hand_overs, sessions, resyncs;
 	uint64_t disk_errors;
 	/* of mix.c */
 	uint64_t clock_jumps, settings, aheads, queue_full, path_errors, no_room, apply_stops;

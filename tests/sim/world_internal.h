@@ -250,6 +250,8 @@ struct host {
 	ver reign_from;			      /* the first write since it became primary */
 	struct told *told[WORLD_VOLUMES];
 	uint64_t died_ns;
+	bool handed_before; /* this host has handed its role over; when it knew that */
+	uint64_t handed_ns;
 	uint64_t
 	    active_failed; /* the tick of the first sync of an active overlay that failed; 0: none since its open */
 };

@@ -51,7 +51,7 @@ struct event {
 };
 
 static char trail[4096];
-static uint64_t decisions[LINEAGE_NO_SOURCE + 1], checked;
+static uint64_t decisions[LINEAGE_TAKE_OVER + 1], checked;
 
 static void bit_set(uint64_t set[2], unsigned n)
 {
@@ -804,4 +804,90 @@ Test(lineage, generations)
 	for (uint64_t g = 10; g < 40; g++)
 		lineage_part(&l, g);
 	cr_assert(l.history[0] == 38 && l.history[GENERATIONS_MAX - 1] == 23);
+}
+
+/* Of two secondaries the one that was not the primary takes over, where it has all: nothing else, and nobody else. */
+Test(lineage, hand_over_is_taken_by_who_has_it_all)
+{
+	static const struct {
+		const char *what;
+		uint32_t flags[2];
+		uint64_t last[2], current[2];
+		uint8_t role[2], state;
+		enum lineage_decision want;
+	} cases[] = {
+#define BOTH(role) {ROLE_##role, ROLE_##role}
+	    {"handed", {WIRE_JOIN_HANDED, 0}, {5, 5}, {1, 1}, BOTH(SECONDARY), STATE_RUNNING, LINEAGE_TAKE_OVER},
+	    {"nobody has", {0, 0}, {5, 5}, {1, 1}, BOTH(SECONDARY), STATE_RUNNING, LINEAGE_NO_SOURCE},
+	    {"both have",
+	     {WIRE_JOIN_HANDED, WIRE_JOIN_HANDED},
+	     {5, 5},
+	     {1, 1},
+	     BOTH(SECONDARY),
+	     STATE_RUNNING,
+	     LINEAGE_NO_SOURCE},
+	    {"another checkpoint",
+	     {WIRE_JOIN_HANDED, 0},
+	     {5, 4},
+	     {1, 1},
+	     BOTH(SECONDARY),
+	     STATE_RUNNING,
+	     LINEAGE_NO_SOURCE},
+	    {"none", {WIRE_JOIN_HANDED, 0}, {0, 0}, {1, 1}, BOTH(SECONDARY), STATE_RUNNING, LINEAGE_NO_SOURCE},
+	    {"broken",
+	     {WIRE_JOIN_HANDED, WIRE_JOIN_BROKEN},
+	     {5, 5},
+	     {1, 1},
+	     BOTH(SECONDARY),
+	     STATE_RUNNING,
+	     LINEAGE_NO_SOURCE},
+	    {"unfinished",
+	     {WIRE_JOIN_HANDED, WIRE_JOIN_INCONSISTENT},
+	     {5, 5},
+	     {1, 1},
+	     BOTH(SECONDARY),
+	     STATE_RUNNING,
+	     LINEAGE_NO_SOURCE},
+	    {"stopped", {WIRE_JOIN_HANDED, 0}, {5, 5}, {1, 1}, BOTH(SECONDARY), STATE_DONE, LINEAGE_NO_SOURCE},
+	    {"another generation",
+	     {WIRE_JOIN_HANDED, 0},
+	     {5, 5},
+	     {1, 2},
+	     BOTH(SECONDARY),
+	     STATE_RUNNING,
+	     LINEAGE_UNRELATED},
+	    {"halted",
+	     {WIRE_JOIN_HANDED, WIRE_JOIN_SPLIT},
+	     {5, 5},
+	     {1, 1},
+	     BOTH(SECONDARY),
+	     STATE_RUNNING,
+	     LINEAGE_SPLIT},
+	    {"taken over",
+	     {WIRE_JOIN_HANDED, 0},
+	     {5, 5},
+	     {1, 1},
+	     {ROLE_SECONDARY, ROLE_PRIMARY},
+	     STATE_RUNNING,
+	     LINEAGE_EQUAL},
+#undef BOTH
+	};
+	for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
+		static struct wire_join j[2];
+		int source = -1, back = -1;
+		bool told = cases[i].want == LINEAGE_TAKE_OVER || cases[i].want == LINEAGE_EQUAL;
+		memset(j, 0, sizeof(j));
+		for (int k = 0; k < 2; k++) {
+			j[k].role = cases[i].role[k];
+			j[k].state = cases[i].state;
+			j[k].flags = cases[i].flags[k];
+			j[k].last_stream = cases[i].last[k];
+			j[k].lineage.current = cases[i].current[k];
+		}
+		enum lineage_decision d = lineage_decide(&j[0], &j[1], &source);
+		cr_assert_eq(d, cases[i].want, "%s: %s", cases[i].what, lineage_decision_name(d));
+		cr_assert_eq(lineage_decide(&j[1], &j[0], &back), d, "%s, swapped", cases[i].what);
+		if (told)
+			cr_assert(source == 1 && back == 0, "%s: source %d, swapped %d", cases[i].what, source, back);
+	}
 }

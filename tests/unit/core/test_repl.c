@@ -2607,7 +2607,7 @@ Test(lineage_core, a_new_primary_lets_its_old_checkpoints_go)
 	tick(h, 10 * SEC);
 	cr_assert_null(strstr(h->trace, "merge"));
 	host_free(h);
-	m.last_stream = 9;
+	m.last_stream = m.ckpt_max = 10;
 	h = host_new(&m);
 	tick(h, 0);
 	EXPECT(h, "dial save:primary/RUNNING <8");
@@ -2615,6 +2615,480 @@ Test(lineage_core, a_new_primary_lets_its_old_checkpoints_go)
 	tick(h, SEC);
 	EXPECT(h, "");
 	host_free(h);
+}
+
+/* ---- switchover ---- */
+
+static const struct repl_meta *held_by(const struct host *h)
+{
+	return repl_meta(h->r);
+}
+
+/* In sync, with a write acknowledged; nothing more comes of the last clear cycle. Frames up to 4 were sent. */
+static struct host *clean_primary(enum protocol protocol)
+{
+	struct host *h = warm_primary(protocol);
+	tick(h, 2 * SEC);
+	EXPECT(h, "send:FLUSH#4 do:sync/disk");
+	fin(h, "sync");
+	ack(h, 4, 4, 4);
+	cr_assert_not(dirty(h, 0));
+	forget(h);
+	return h;
+}
+
+/* Up to the save that makes it secondary; the checkpoint is 3. */
+static struct host *handing_over(void)
+{
+	struct host *h = clean_primary(PROTOCOL_F);
+	command(h, CMD_SWITCHOVER, 0);
+	EXPECT(h, "send:CHECKPOINT#5");
+	frame(h, WIRE_CHECKPOINT_ACK, 0, 3, 0, NULL, 0);
+	EXPECT(h, "save:secondary/RUNNING +3");
+	return h;
+}
+
+/* Secondary, told the peer to take over. */
+static struct host *handed_over(void)
+{
+	struct host *h = handing_over();
+	saved(h);
+	EXPECT(h, "send:TAKE_OVER");
+	return h;
+}
+
+Test(switchover, drains_then_steps_down_then_tells)
+{
+	struct host *h = warm_primary(PROTOCOL_F);
+	guest(h, 'a', REPL_WRITE, 0, 4096);
+	command(h, CMD_SWITCHOVER, 0);
+	EXPECT(h, "do:a/disk");
+	guest(h, 'b', REPL_WRITE, 0, 4096); /* none starts any more */
+	guest(h, 'f', REPL_FLUSH, 0, 0);
+	EXPECT(h, "");
+	fin(h, "a"); /* one that was under way ends, and one clear cycle goes over all */
+	EXPECT(h, "send:WRITE#4 done:a send:FLUSH#5 do:sync/disk");
+	ack(h, 5, 5, 5);
+	EXPECT(h, "");
+	fin(h, "sync");
+	EXPECT(h, "send:CHECKPOINT#6");
+	cr_assert_eq(held_by(h)->role, ROLE_PRIMARY);
+	frame(h, WIRE_CHECKPOINT_ACK, 0, 3, 0, NULL, 0);
+	EXPECT(h, "save:secondary/RUNNING +3");
+	cr_assert(h->saved.handed && h->saved.switched && h->saved.base == 3 && h->saved.last_stream == 3);
+	cr_assert(h->saved.lineage.current == 100 && h->saved.lineage.bitmap == 0, "no generation begins");
+	cr_assert(h->saved.ckpts[0].number == 3 && h->saved.ckpts[0].kind == CKPT_STREAM);
+	guest(h, 'c', REPL_WRITE, 0, 4096);
+	EXPECT(h, "");
+	saved(h);
+	EXPECT(h, "done:b=ERR_IO done:f=ERR_IO done:c=ERR_IO send:TAKE_OVER");
+	frame(h, WIRE_TOOK_OVER, 0, 3, 0, NULL, 0);
+	EXPECT(h, "cmd close");
+	cr_assert_eq(h->cmd_error, 0);
+	cr_assert_eq(h->cmd.result, 3);
+	/* The next session goes the other way; it says that it has handed over until it has followed. */
+	meta_of(&peer_meta, ROLE_PRIMARY, STATE_RUNNING);
+	peer_meta.ckpt_max = peer_meta.last_stream = 3;
+	tick(h, SEC);
+	EXPECT(h, "dial");
+	link_up(h, true);
+	EXPECT(h, "send:JOIN");
+	join_frame(h, &peer_meta, 0);
+	EXPECT(h, "send:DIRTY_END");
+	stream(h, 'd', WIRE_RESYNC_DONE, REPL_RESYNC_DONE, 1, 0, 0);
+	fin(h, "d");
+	EXPECT(h, "do:d/disk save:secondary/RUNNING");
+	cr_assert(!h->saved.handed && h->saved.switched);
+	saved(h);
+	EXPECT(h, "send:RESYNC_ACK#1 send:ACK done:d");
+	command(h, CMD_SWITCHOVER, 0); /* the same again */
+	EXPECT(h, "cmd");
+	host_free(h);
+}
+
+Test(switchover, waits_for_what_the_guest_was_promised)
+{
+	struct host *h = clean_primary(PROTOCOL_C);
+	guest(h, 'a', REPL_WRITE, 0, 4096);
+	fin(h, "a");
+	EXPECT(h, "do:a/disk send:WRITE#5");
+	command(h, CMD_SWITCHOVER, 0);
+	EXPECT(h, "send:FLUSH#6 do:sync/disk");
+	fin(h, "sync");
+	EXPECT(h, "");
+	ack(h, 6, 6, 6);
+	EXPECT(h, "done:a send:CHECKPOINT#7");
+	host_free(h);
+}
+
+/* A guest's flush that is under way locally: its write is durable on both, but this host says nothing any more. */
+Test(switchover, a_flush_that_ends_after_it_is_not_answered_ok)
+{
+	struct host *h = clean_primary(PROTOCOL_F);
+	guest(h, 'f', REPL_FLUSH, 0, 0);
+	EXPECT(h, "do:f/disk");
+	command(h, CMD_SWITCHOVER, 0);
+	EXPECT(h, "send:CHECKPOINT#5");
+	frame(h, WIRE_CHECKPOINT_ACK, 0, 3, 0, NULL, 0);
+	saved(h);
+	forget(h);
+	fin(h, "f");
+	EXPECT(h, "done:f=ERR_IO");
+	host_free(h);
+}
+
+Test(switchover, is_refused_and_says_why)
+{
+	struct host *h = primary(PROTOCOL_F);
+	link_down(h);
+	forget(h);
+	command(h, CMD_SWITCHOVER, 0);
+	EXPECT(h, "cmd=ERR_STATE");
+	host_free(h);
+
+	h = warm_primary(PROTOCOL_F);
+	command(h, CMD_PAUSE, 0);
+	saved(h);
+	forget(h);
+	command(h, CMD_SWITCHOVER, 0);
+	EXPECT(h, "cmd=ERR_STATE");
+	cr_assert(strstr(h->cmd.err.text, "resume"), "%s", h->cmd.err.text);
+	host_free(h);
+
+	h = secondary();
+	command(h, CMD_SWITCHOVER, 0);
+	EXPECT(h, "cmd=ERR_STATE");
+	cr_assert(strstr(h->cmd.err.text, "run it on the primary"), "%s", h->cmd.err.text);
+	host_free(h);
+
+	/* Nor are others taken while it is under way. */
+	h = clean_primary(PROTOCOL_F);
+	command(h, CMD_SWITCHOVER, 0);
+	forget(h);
+	static const enum repl_cmd others[] = {CMD_STOP, CMD_PAUSE, CMD_UNPROTECT};
+	for (unsigned i = 0; i < sizeof(others) / sizeof(others[0]); i++) {
+		struct repl_command c = {.cmd = others[i]};
+		step(h, (struct repl_event){.type = EV_COMMAND, .command = &c});
+		EXPECT(h, "cmd=ERR_BUSY");
+	}
+	struct repl_command c = {.cmd = CMD_SWITCHOVER}; /* the same one waits with it */
+	step(h, (struct repl_event){.type = EV_COMMAND, .command = &c});
+	EXPECT(h, "");
+	frame(h, WIRE_CHECKPOINT_ACK, 0, 3, WIRE_VOID_ERROR, NULL, 0);
+	EXPECT(h, "cmd=ERR_STATE cmd=ERR_STATE");
+	host_free(h);
+}
+
+Test(switchover, an_active_overlay_that_is_not_empty_ends_it)
+{
+	struct host *h = clean_primary(PROTOCOL_F);
+	command(h, CMD_SWITCHOVER, 0);
+	guest(h, 'a', REPL_WRITE, 0, 4096);
+	EXPECT(h, "send:CHECKPOINT#5");
+	frame(h, WIRE_CHECKPOINT_ACK, 0, 3, WIRE_VOID_ACTIVE, NULL, 0);
+	EXPECT(h, "cmd=ERR_STATE do:a/disk");
+	cr_assert(strstr(h->cmd.err.text, "`discard` it there"), "%s", h->cmd.err.text);
+	cr_assert_eq(held_by(h)->role, ROLE_PRIMARY);
+	host_free(h);
+}
+
+/* A cut before the primary's save begins: it goes on as such, and the answer of the old session changes nothing. */
+Test(switchover, a_cut_before_the_first_write_changes_nothing)
+{
+	struct host *h = clean_primary(PROTOCOL_F);
+	command(h, CMD_SWITCHOVER, 0);
+	guest(h, 'a', REPL_WRITE, 0, 4096);
+	forget(h);
+	link_down(h);
+	EXPECT(h, "cmd=ERR_PEER save:primary/RUNNING");
+	saved(h);
+	EXPECT(h, "do:a/disk");
+	cr_assert_eq(held_by(h)->role, ROLE_PRIMARY);
+	host_free(h);
+}
+
+/* A cut while it is being saved: it decides. What waits is held meanwhile, and nothing completes alone. */
+Test(switchover, a_cut_while_it_is_saved_goes_on)
+{
+	struct host *h = handing_over();
+	guest(h, 'a', REPL_WRITE, 0, 4096);
+	link_down(h);
+	EXPECT(h, "");
+	saved(h);
+	EXPECT(h, "done:a=ERR_IO");
+	cr_assert(held_by(h)->handed);
+	/* The peer has not taken over: it will, of this JOIN. */
+	tick(h, SEC);
+	EXPECT(h, "dial");
+	link_up(h, true);
+	EXPECT(h, "send:JOIN");
+	meta_of(&peer_meta, ROLE_PRIMARY, STATE_RUNNING);
+	peer_meta.ckpt_max = peer_meta.last_stream = 3;
+	join_frame(h, &peer_meta, 0);
+	EXPECT(h, "cmd send:DIRTY_END");
+	cr_assert_eq(h->cmd_error, 0);
+	host_free(h);
+}
+
+/* The write of its record fails: the record as it was is saved again before a guest is served. The peer hears that the
+ * primary goes on, as the writers of its view wait. */
+Test(switchover, a_step_down_that_cannot_be_saved_is_taken_back)
+{
+	struct host *h = handing_over();
+	guest(h, 'a', REPL_WRITE, 0, 4096);
+	save_fails(h, -ERR_IO);
+	EXPECT(h, "save:primary/RUNNING");
+	saved(h);
+	EXPECT(h, "cmd=ERR_IO send:FLUSH#6 do:a/disk");
+	cr_assert_eq(held_by(h)->role, ROLE_PRIMARY);
+	host_free(h);
+}
+
+/* The peer is lost when it should have taken over: two secondaries. The command gives up, nothing is served but the
+ * view, and a failover here is what it always is. */
+Test(switchover, a_peer_that_is_lost_leaves_a_secondary_that_can_fail_over)
+{
+	struct host *h = handed_over();
+	link_down(h);
+	forget(h);
+	ticks(h, 11 * SEC);
+	cr_assert(strstr(h->trace, "cmd=ERR_PEER"), "%s", h->trace);
+	cr_assert(strstr(h->cmd.err.text, "`failover` here"), "%s", h->cmd.err.text);
+	struct repl_status st;
+	repl_status(h->r, h->now, &st);
+	cr_assert(st.degraded && strstr(st.reasons[0], "handed over"), "%s", st.reasons[0]);
+	forget(h);
+	command(h, CMD_SWITCHOVER, 0); /* waits again */
+	EXPECT(h, "");
+	struct repl_command f = {.cmd = CMD_FAILOVER};
+	step(h, (struct repl_event){.type = EV_COMMAND, .command = &f});
+	fin(h, "mark");
+	fin(h, "sync");
+	cr_assert(strstr(h->trace, "save:standalone/FAILOVER +4"), "%s", h->trace);
+	cr_assert(!h->saved.handed && !h->saved.switched && h->saved.target == 3);
+	forget(h);
+	saved(h);
+	cr_assert(strstr(h->trace, "cmd do:") && strstr(h->trace, "cmd=ERR_STATE"), "%s", h->trace);
+	host_free(h);
+}
+
+/* It hangs: its session is given up, so that the next handshake asks again. */
+Test(switchover, a_peer_that_does_not_take_over_is_asked_again)
+{
+	struct host *h = handed_over();
+	ticks(h, 11 * SEC);
+	cr_assert(strstr(h->trace, "close") && strstr(h->trace, "cmd=ERR_PEER") && strstr(h->trace, "dial"), "%s",
+		  h->trace);
+	host_free(h);
+}
+
+Test(switchover, a_restarted_host_remembers_that_it_has_handed_over)
+{
+	static struct repl_meta m;
+	meta_of(&m, ROLE_SECONDARY, STATE_RUNNING);
+	m.handed = m.switched = true;
+	(void)snprintf(m.peer, sizeof(m.peer), "peer:1");
+	struct host *h = host_new(&m);
+	cr_assert_not(repl_holding(h->r));
+	cr_assert_eq(repl_serving(held_by(h), false), SERVING_VIEW);
+	static struct wire_join j;
+	repl_join(h->r, &j);
+	cr_assert(j.flags & WIRE_JOIN_HANDED);
+	/* It listens, and the peer that dials has not taken over: it waits for that. */
+	meta_of(&peer_meta, ROLE_SECONDARY, STATE_RUNNING);
+	link_up(h, false);
+	join_frame(h, &peer_meta, 0);
+	EXPECT(h, "send:JOIN");
+	command(h, CMD_SWITCHOVER, 0);
+	link_down(h);
+	peer_meta.role = ROLE_PRIMARY;
+	link_up(h, false);
+	join_frame(h, &peer_meta, 0);
+	EXPECT(h, "send:JOIN cmd send:DIRTY_END");
+	host_free(h);
+}
+
+/* ---- the other side of it ---- */
+
+/* Checkpoint 2 is taken, and TAKE_OVER can come. */
+static struct host *armed(void)
+{
+	struct host *h = secondary();
+	stream(h, 'c', WIRE_CHECKPOINT, REPL_CHECKPOINT, 2, 2, 0);
+	h->io['c'].flags = WIRE_CKPT_HAND_OVER;
+	fin(h, "c");
+	EXPECT(h, "do:c/ckpt save:secondary/RUNNING +2");
+	cr_assert_eq(h->saved.role, ROLE_SECONDARY);
+	saved(h);
+	EXPECT(h, "send:CHECKPOINT_ACK done:c");
+	return h;
+}
+
+Test(switchover, the_secondary_takes_over_in_one_write)
+{
+	struct host *h = armed();
+	guest(h, 'a', REPL_WRITE, 0, 4096); /* to the view: it waits */
+	EXPECT(h, "");
+	frame(h, WIRE_TAKE_OVER, 0, 2, 0, NULL, 0);
+	EXPECT(h, "do:sync/ckpt");
+	fin(h, "sync");
+	EXPECT(h, "save:primary/RUNNING");
+	cr_assert(h->saved.base == 0 && h->saved.last_stream == 2 && h->saved.lineage.current == 100);
+	saved(h);
+	EXPECT(h, "send:TOOK_OVER close");
+	cr_assert(repl_holding(h->r)); /* until the handshake, so that a needs no generation */
+	meta_of(&peer_meta, ROLE_SECONDARY, STATE_RUNNING);
+	peer_meta.n_ckpts = 1;
+	peer_meta.ckpts[0].number = peer_meta.base = peer_meta.ckpt_max = peer_meta.last_stream = 2;
+	link_up(h, false);
+	join_frame(h, &peer_meta, WIRE_JOIN_HANDED);
+	EXPECT(h, "send:JOIN");
+	frame(h, WIRE_DIRTY_END, 0, 0, 0, NULL, 0);
+	fin(h, "intents");
+	saved(h);
+	EXPECT(h, "do:intents/own save:primary/RUNNING send:RESYNC_DONE#1 do:a/intent");
+	frame(h, WIRE_RESYNC_ACK, 1, 0, 0, NULL, 0);
+	EXPECT(h, "send:CHECKPOINT#2 save:primary/RUNNING");
+	cr_assert_eq(h->saved.lineage.current, 100);
+	host_free(h);
+}
+
+Test(switchover, a_peer_that_does_not_come_is_not_waited_for)
+{
+	struct host *h = armed();
+	guest(h, 'a', REPL_WRITE, 0, 4096);
+	frame(h, WIRE_TAKE_OVER, 0, 2, 0, NULL, 0);
+	fin(h, "sync");
+	saved(h);
+	forget(h);
+	ticks(h, 6 * SEC);
+	cr_assert(strstr(h->trace, "save:primary/RUNNING"), "%s", h->trace); /* the generation of writing alone */
+	cr_assert(h->saved.alone && h->saved.lineage.bitmap == 100);
+	host_free(h);
+}
+
+/* What would empty an active overlay that a guest has written: nobody decides that but its owner. */
+Test(switchover, the_secondarys_own_writes_are_never_thrown_away)
+{
+	struct host *h = secondary();
+	stream(h, 'c', WIRE_CHECKPOINT, REPL_CHECKPOINT, 2, 2, 0);
+	h->io['c'].flags = WIRE_CKPT_HAND_OVER;
+	fin_full(h, "c", 0, false, 4096, false);
+	EXPECT(h, "do:c/ckpt send:CHECKPOINT_ACK done:c");
+	cr_assert_eq(held_by(h)->last_stream, 1);
+	guest(h, 'a', REPL_WRITE, 0, 4096);
+	EXPECT(h, "do:a/active");
+	frame(h, WIRE_TAKE_OVER, 0, 2, 0, NULL, 0);
+	EXPECT(h, "send:REFUSE close");
+	host_free(h);
+
+	/* The same of one that hears of it in the handshake, by its peer's JOIN. */
+	static struct repl_meta m;
+	meta_of(&m, ROLE_SECONDARY, STATE_RUNNING);
+	meta_of(&peer_meta, ROLE_SECONDARY, STATE_RUNNING);
+	h = host_new(&m);
+	guest(h, 'a', REPL_WRITE, 0, 4096);
+	link_up(h, false);
+	join_frame(h, &peer_meta, WIRE_JOIN_HANDED);
+	EXPECT(h, "do:a/active");
+	fin(h, "a");
+	EXPECT(h, "done:a do:sync/ckpt");
+	fin_full(h, "sync", 0, false, 4096, false);
+	EXPECT(h, "send:REFUSE close");
+	cr_assert_eq(held_by(h)->role, ROLE_SECONDARY);
+	link_down(h);
+	/* After a `discard` it takes over by itself. */
+	link_up(h, false);
+	join_frame(h, &peer_meta, WIRE_JOIN_HANDED);
+	fin(h, "sync");
+	EXPECT(h, "do:sync/ckpt save:primary/RUNNING");
+	saved(h);
+	EXPECT(h, "send:JOIN");
+	host_free(h);
+}
+
+/* One that dials comes again as what it is then. */
+Test(switchover, a_dialler_that_takes_over_dials_again)
+{
+	static struct repl_meta m;
+	meta_of(&m, ROLE_SECONDARY, STATE_RUNNING);
+	(void)snprintf(m.peer, sizeof(m.peer), "peer:1");
+	meta_of(&peer_meta, ROLE_SECONDARY, STATE_RUNNING);
+	struct host *h = host_new(&m);
+	tick(h, SEC);
+	EXPECT(h, "dial");
+	link_up(h, true);
+	join_frame(h, &peer_meta, WIRE_JOIN_HANDED);
+	fin(h, "sync");
+	EXPECT(h, "send:JOIN do:sync/ckpt save:primary/RUNNING");
+	saved(h);
+	EXPECT(h, "close");
+	tick(h, SEC / 10);
+	EXPECT(h, "dial");
+	host_free(h);
+}
+
+/* The primary goes on as such, or its session ends: the view's writers wait no longer. */
+Test(switchover, the_view_is_let_go_where_it_comes_to_nothing)
+{
+	struct host *h = armed();
+	guest(h, 'a', REPL_WRITE, 0, 4096);
+	EXPECT(h, "");
+	stream(h, 'f', WIRE_FLUSH, REPL_FLUSH, 3, 0, 0);
+	EXPECT(h, "do:a/active do:f/disk");
+	frame(h, WIRE_TAKE_OVER, 0, 2, 0, NULL, 0); /* too late */
+	EXPECT(h, "send:REFUSE close");
+	host_free(h);
+
+	h = armed();
+	guest(h, 'a', REPL_WRITE, 0, 4096);
+	link_down(h);
+	EXPECT(h, "do:a/active");
+	host_free(h);
+}
+
+/* Nothing is said of a take-over that may be found by the next start and may not, but the record as it was. */
+Test(switchover, a_take_over_that_cannot_be_saved_is_tried_again_with_the_next_join)
+{
+	struct host *h = armed();
+	frame(h, WIRE_TAKE_OVER, 0, 2, 0, NULL, 0);
+	fin(h, "sync");
+	EXPECT(h, "do:sync/ckpt save:primary/RUNNING");
+	save_fails(h, -ERR_NOSPC);
+	EXPECT(h, "save:secondary/RUNNING");
+	saved(h);
+	EXPECT(h, "send:REFUSE close");
+	link_down(h);
+	meta_of(&peer_meta, ROLE_SECONDARY, STATE_RUNNING);
+	peer_meta.ckpt_max = peer_meta.last_stream = 2;
+	link_up(h, false);
+	join_frame(h, &peer_meta, WIRE_JOIN_HANDED);
+	fin(h, "sync");
+	EXPECT(h, "do:sync/ckpt save:primary/RUNNING");
+	saved(h);
+	EXPECT(h, "send:JOIN");
+	host_free(h);
+}
+
+/* It is not at the checkpoint that was handed over (restored from a backup, say), or has a copy that is not whole. */
+Test(switchover, a_copy_that_is_not_the_same_does_not_take_over)
+{
+	static struct repl_meta m;
+	for (int i = 0; i < 3; i++) {
+		meta_of(&m, ROLE_SECONDARY, STATE_RUNNING);
+		meta_of(&peer_meta, ROLE_SECONDARY, STATE_RUNNING);
+		if (i == 0)
+			peer_meta.ckpt_max = peer_meta.last_stream = 2;
+		else if (i == 1)
+			m.handed = m.switched = true;
+		else
+			m.lineage.current = 99, m.lineage.history[0] = 100;
+		struct host *h = host_new(&m);
+		link_up(h, false);
+		join_frame(h, &peer_meta, WIRE_JOIN_HANDED);
+		EXPECT(h, "send:JOIN send:REFUSE close");
+		host_free(h);
+	}
 }
 
 /* ---- checkpoints, stop, settings ---- */

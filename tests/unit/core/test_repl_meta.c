@@ -145,8 +145,8 @@ Test(repl_meta, round_trip)
 
 	assert_decodes_to(m, encode(m));
 	/* each boolean by itself: none may stand for another */
-	bool *flags[] = {&m->has_peer, &m->alone,  &m->inconsistent, &m->fresh,	 &m->split_brain,
-			 &m->shut_out, &m->broken, &m->own_dirty,    &m->paused, &m->hash_sync};
+	bool *flags[] = {&m->has_peer, &m->alone,     &m->inconsistent, &m->fresh,     &m->split_brain, &m->shut_out,
+			 &m->broken,   &m->own_dirty, &m->paused,	&m->hash_sync, &m->switched,	&m->handed};
 	const unsigned n = sizeof(flags) / sizeof(flags[0]);
 	for (unsigned i = 0; i < n; i++) {
 		for (unsigned k = 0; k < n; k++)
@@ -397,6 +397,9 @@ Test(repl_meta, single_fields)
 	BREAK("field group:", memset(m->group, 'x', sizeof(m->group)));
 	BREAK("field role:", m->role = ROLE_SECONDARY + 1);
 	BREAK("field state:", m->state = STATE_DONE + 1);
+	BREAK("field flags: switched", m->role = ROLE_STANDALONE, m->state = STATE_DONE, m->switched = true);
+	BREAK("field flags: handed", m->handed = true); /* and inconsistent */
+	BREAK("field flags: handed", m->handed = true, m->inconsistent = false, m->state = STATE_DONE);
 	BREAK("field lineage:", m->lineage.history[3] = 0);
 	BREAK("field lineage:", m->lineage.history[GENERATIONS_MAX - 1] = 1);
 	BREAK("field peer:", m->peer[3] = '\n');

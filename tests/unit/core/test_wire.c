@@ -118,6 +118,8 @@ static struct wire_frame frame_min(unsigned type)
 	case WIRE_CHECKPOINT:
 	case WIRE_CHECKPOINT_ACK:
 	case WIRE_RESYNC_BEGIN:
+	case WIRE_TAKE_OVER:
+	case WIRE_TOOK_OVER:
 		f.offset = 1;
 		break;
 	case WIRE_RESYNC_DONE:
@@ -345,7 +347,7 @@ Test(wire_header, flags_seq_and_reserved)
 {
 	for (unsigned i = 0; i < N_TYPES; i++) {
 		unsigned t = types[i];
-		uint16_t allowed = t == WIRE_CHECKPOINT				? 7
+		uint16_t allowed = t == WIRE_CHECKPOINT				? 15
 				   : t == WIRE_START_PROTECT			? 3
 				   : t == WIRE_REPORT || t == WIRE_VOLUME_WRITE ? 1
 										: 0;
@@ -475,6 +477,8 @@ Test(wire_header, values_in_offset_and_length)
 	    {WIRE_RESYNC_BEGIN, 1, UINT64_MAX, UINT64_MAX},
 	    {WIRE_BEHIND, 0, WIRE_BEHIND_FAILED, UINT64_MAX},
 	    {WIRE_RESYNC_READY, 0, WIRE_CKPT_NUMBER_MAX, UINT64_MAX},
+	    {WIRE_TAKE_OVER, 1, WIRE_CKPT_NUMBER_MAX, UINT64_MAX},
+	    {WIRE_TOOK_OVER, 1, WIRE_CKPT_NUMBER_MAX, UINT64_MAX},
 	};
 
 	for (unsigned n = 0; n < sizeof(bounds) / sizeof(bounds[0]); n++) {
