@@ -954,6 +954,9 @@ static bool drop_asked(const struct host *h, uint64_t number)
 	for (const struct sim_command *c = h->commands; c; c = c->next)
 		if (c->c.cmd == CMD_DROP && c->c.number == number)
 			return true;
+	for (unsigned i = 0; i < h->n_drops; i++)
+		if (h->drops[i] == number)
+			return true;
 	return false;
 }
 
@@ -1338,6 +1341,11 @@ void model_died(struct host *h, enum world_crash how, bool evict)
 		log_add(h, &r->x);
 		simfree(r);
 	}
+	/* What it was about to drop the next start may find dropped. */
+	h->n_drops = 0;
+	for (const struct sim_command *c = h->commands; c; c = c->next)
+		if (c->c.cmd == CMD_DROP && h->n_drops < sizeof(h->drops) / sizeof(h->drops[0]))
+			h->drops[h->n_drops++] = c->c.number;
 	done_clear(&h->done);
 	done_clear(&h->done_peer);
 	h->str_valid = false;
@@ -1514,6 +1522,7 @@ void model_opened(struct host *h, enum world_crash how, bool evict)
 	for (uint32_t v = 0; v < WORLD_VOLUMES; v++)
 		crash_look_disk(h, v, how, evict);
 	record_look(h);
+	h->n_drops = 0;
 	/* Of the active overlays only where they are shown, or will be with no more than a checkpoint to stand on (a
 	 * secondary whose checkpoints were given up); what was not served before is of no account. */
 	if (h->serving == SERVING_VIEW || (h->seen->role == ROLE_SECONDARY && h->seen->broken))

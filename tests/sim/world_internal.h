@@ -234,7 +234,9 @@ struct host {
 	uint64_t sent_n, barrier_n;	/* data sent in all, and when the last barrier was */
 	uint8_t *failed[WORLD_VOLUMES]; /* local writes of this session that failed: such a unit is anybody's guess */
 	ver *adopt[WORLD_VOLUMES];	/* source: `str` when it sent RESYNC_DONE */
-	bool stopped;			/* it applies nothing more of what it has received, until it is in sync again */
+	uint64_t drops[8];		/* that were under way as it died; until its next start */
+	unsigned n_drops;
+	bool stopped; /* it applies nothing more of what it has received, until it is in sync again */
 	bool wrote_alone;
 	bool own;	    /* its disk was written by its own guest, or by a failover, since it last followed */
 	uint64_t peer_life; /* when the session began */
