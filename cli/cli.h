@@ -169,6 +169,7 @@ int cmd_error(struct cli *c);
 int cmd_status(struct cli *c);
 int cmd_wait(struct cli *c);
 int cmd_checkpoints(struct cli *c);
+int cmd_clone(struct cli *c);
 int cmd_extents(struct cli *c);
 int cmd_discard(struct cli *c);
 int cmd_resync(struct cli *c);
@@ -192,8 +193,6 @@ int offline_import(struct cli *c, struct store *st, const struct store_import_ar
 int offline_export(struct cli *c, struct store *st, const char *name, uint64_t ckpt, const char *file, json_t **ret);
 int offline_list(struct cli *c, struct store *st, json_t **ret);
 int offline_show(struct cli *c, struct store *st, const char *name, json_t **ret);
-/* Opens volume i of the group's record as the daemon does. */
-int offline_open(struct store *st, const struct repl_meta *m, uint32_t i, struct volume **ret, struct err *e);
 
 /* The human form of a status document (cmd_status.c); true if every group is well (health ok). */
 void status_print(FILE *f, const json_t *doc, bool color);

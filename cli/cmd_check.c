@@ -115,7 +115,7 @@ static void check_volume(struct check *k, const struct repl_meta *m, uint32_t i)
 	struct err e = {0};
 	k->volume = m->volumes[i].name;
 	k->volumes++;
-	int rc = offline_open(k->st, m, i, &v, &e);
+	int rc = store_open_volume(k->st, m, i, &v, &e);
 	if (rc < 0) {
 		problem(k, "%s", e.text[0] ? e.text : err_short(rc));
 	} else {
@@ -123,6 +123,11 @@ static void check_volume(struct check *k, const struct repl_meta *m, uint32_t i)
 			check_overlay(k, v, LAYER_UNDO, m->ckpts[n].number);
 		if (m->active_id)
 			check_overlay(k, v, LAYER_ACTIVE, 0);
+		struct volume_clone clones[GROUP_CLONES_MAX];
+		uint32_t n_clones = store_clones_of(m, i, clones);
+		for (uint32_t n = 0; n < n_clones && !cli_interrupted(); n++)
+			if (repl_meta_find_ckpt(m, clones[n].ckpt) >= 0)
+				check_overlay(k, v, LAYER_CLONE, clones[n].id);
 		volume_close(v);
 	}
 	check_intent(k, &m->volumes[i]);

@@ -24,6 +24,21 @@ static void cell_number(const json_t *o, const char *key, char buf[FORMAT_SIZE])
 		(void)snprintf(buf, FORMAT_SIZE, "-");
 }
 
+/* A list of texts. */
+static void cell_words(const json_t *o, const char *key, char *buf, size_t size)
+{
+	size_t i, at = 0;
+	json_t *w;
+	buf[0] = '\0';
+	json_array_foreach(json_object_get(o, key), i, w)
+	{
+		int n = snprintf(buf + at, size - at, "%s%s", i ? ", " : "", json_string_value(w));
+		if (n < 0 || (size_t)n >= size - at)
+			return;
+		at += (size_t)n;
+	}
+}
+
 static bool is_listed(const json_t *doc, uint64_t number)
 {
 	size_t i;
@@ -79,7 +94,7 @@ int cmd_checkpoints(struct cli *c)
 {
 	static const struct table_column columns[] = {
 	    {"NUMBER", TABLE_RIGHT}, {"KIND", TABLE_LEFT},	 {"PINNED", TABLE_LEFT},
-	    {"TIME", TABLE_LEFT},    {"GENERATION", TABLE_LEFT},
+	    {"TIME", TABLE_LEFT},    {"GENERATION", TABLE_LEFT}, {"HELD BY", TABLE_LEFT},
 	};
 	const char *which = cli_value(c, "drop");
 	uint64_t number = 0;
@@ -92,16 +107,18 @@ int cmd_checkpoints(struct cli *c)
 	if (!r)
 		return rc;
 	const json_t *list = json_object_get(r, "checkpoints");
-	struct table *t = table_new(columns, 5, c->out.color);
+	struct table *t = table_new(columns, 6, c->out.color);
 	size_t i;
 	json_t *k;
 	json_array_foreach(list, i, k)
 	{
-		char num[FORMAT_SIZE], gen[FORMAT_SIZE];
+		char num[FORMAT_SIZE], gen[FORMAT_SIZE], held[256];
 		cell_number(k, "number", num);
 		cell_id(k, "generation", gen);
-		const char *cells[] = {num, js_str(k, "kind", NULL), js_bool(k, "pinned") ? "yes" : "no",
-				       js_str(k, "time", NULL), gen};
+		cell_words(k, "held_by", held, sizeof(held));
+		const char *cells[] = {
+		    num, js_str(k, "kind", NULL), js_bool(k, "pinned") ? "yes" : "no", js_str(k, "time", NULL), gen,
+		    held};
 		table_row(t, cells);
 	}
 	rc = table_finish(t, stdout) < 0 ? cli_fail(c, ERR_NOMEM, "out of memory") : 0;

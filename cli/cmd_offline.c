@@ -8,6 +8,7 @@
 
 #include "core/check.h"
 #include "core/os/cleanup.h"
+#include "core/os/clock.h"
 
 static int fail_err(const struct cli *c, int rc, const struct err *e)
 {
@@ -75,24 +76,6 @@ int offline_import(struct cli *c, struct store *st, const struct store_import_ar
 		    ret);
 }
 
-int offline_open(struct store *st, const struct repl_meta *m, uint32_t i, struct volume **ret, struct err *e)
-{
-	_cleanup_free_ uint64_t *numbers = calloc(m->n_ckpts ? m->n_ckpts : 1, sizeof(*numbers));
-	if (!numbers)
-		return err_set(e, ERR_NOMEM, "out of memory");
-	for (uint32_t k = 0; k < m->n_ckpts; k++)
-		numbers[k] = m->ckpts[k].number;
-	const struct volume_open_args args = {
-	    .name = m->volumes[i].name,
-	    .size = m->volumes[i].size,
-	    .durability = store_info(st)->durability,
-	    .ckpts = numbers,
-	    .n_ckpts = m->n_ckpts,
-	    .active_id = m->active_id,
-	};
-	return volume_open(store_storage(st), &args, ret, e);
-}
-
 /* What the volume's file in the mount would show (SPEC 5). */
 static int plain_layer(const struct repl_meta *m, enum volume_layer *layer, uint64_t *ckpt, struct err *e)
 {
@@ -130,7 +113,7 @@ int offline_export(struct cli *c, struct store *st, const char *name, uint64_t c
 	if (rc == 0 && !ckpt)
 		rc = plain_layer(m, &layer, &at, &e);
 	if (rc == 0)
-		rc = offline_open(st, m, i, &v, &e);
+		rc = store_open_volume(st, m, i, &v, &e);
 	if (rc == 0) {
 		(void)snprintf(label, sizeof(label), "export %.70s", c->args[0]);
 		progress_init(&p, c->out.progress, stderr, label);
@@ -166,10 +149,26 @@ static json_t *volume_json(struct store *st, const struct repl_meta *m, uint32_t
 			 state_name(m->state), "allocated", j);
 }
 
+/* Of one volume, or (NULL) of all. What each holds is for a daemon to say. */
+static void add_clones(json_t *list, const struct repl_meta *m, const char *volume)
+{
+	for (uint32_t i = 0; i < m->n_clones; i++) {
+		const struct repl_clone *k = &m->clones[i];
+		char t[40];
+		if (volume && strcmp(volume, k->volume) != 0)
+			continue;
+		clock_format(k->time_ns, t, sizeof(t));
+		(void)json_array_append_new(list, json_pack("{s:s, s:s, s:s, s:I, s:s, s:n, s:b}", "name", k->name,
+							    "group", m->group, "volume", k->volume, "checkpoint",
+							    (json_int_t)k->ckpt, "time", t, "bytes", "lost",
+							    (int)(repl_meta_find_ckpt(m, k->ckpt) < 0)));
+	}
+}
+
 struct listing {
 	struct cli *c;
 	struct store *st;
-	json_t *volumes;
+	json_t *volumes, *clones;
 	int exit_code;
 };
 
@@ -186,20 +185,22 @@ static int list_group(void *arg, const char *group)
 	}
 	for (uint32_t i = 0; i < m->n_volumes; i++)
 		(void)json_array_append_new(l->volumes, volume_json(l->st, m, i));
+	add_clones(l->clones, m, NULL);
 	free(m);
 	return 0;
 }
 
 int offline_list(struct cli *c, struct store *st, json_t **ret)
 {
-	struct listing l = {.c = c, .st = st, .volumes = json_array()};
-	int rc = l.volumes ? store_list_groups(st, list_group, &l) : -ERR_NOMEM;
+	struct listing l = {.c = c, .st = st, .volumes = json_array(), .clones = json_array()};
+	int rc = l.volumes && l.clones ? store_list_groups(st, list_group, &l) : -ERR_NOMEM;
 	store_close(st);
 	if (rc < 0) {
 		json_decref(l.volumes);
+		json_decref(l.clones);
 		return cli_fail(c, rc, "the store's groups can't be listed: %s", err_short(rc));
 	}
-	rc = made(c, json_pack("{s:i, s:o}", "schema", 1, "volumes", l.volumes), ret);
+	rc = made(c, json_pack("{s:i, s:o, s:o}", "schema", 1, "volumes", l.volumes, "clones", l.clones), ret);
 	return rc ? rc : l.exit_code;
 }
 
@@ -214,7 +215,7 @@ int offline_show(struct cli *c, struct store *st, const char *name, json_t **ret
 		store_close(st);
 		return fail_err(c, rc, &e);
 	}
-	json_t *doc = json_object(), *facts = volume_json(st, m, i), *ckpts = json_array();
+	json_t *doc = json_object(), *facts = volume_json(st, m, i), *ckpts = json_array(), *clones = json_array();
 	store_close(st);
 	const uint8_t *u = m->volumes[i].uuid;
 	(void)snprintf(uuid, sizeof(uuid), "%02x%02x%02x%02x-%02x%02x-%02x%02x-%02x%02x-%02x%02x%02x%02x%02x%02x", u[0],
@@ -228,6 +229,8 @@ int offline_show(struct cli *c, struct store *st, const char *name, json_t **ret
 	rc |= json_object_set_new(doc, "path", json_null());
 	rc |= json_object_set_new(doc, "store_path", json_string(path));
 	rc |= json_object_set_new(doc, "checkpoints", ckpts);
+	add_clones(clones, m, name);
+	rc |= json_object_set_new(doc, "clones", clones);
 	json_decref(facts);
 	if (rc) {
 		json_decref(doc);

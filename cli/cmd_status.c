@@ -151,6 +151,21 @@ static void volume_lines(FILE *f, const json_t *g)
 	}
 }
 
+static void clone_lines(FILE *f, const json_t *g)
+{
+	size_t i;
+	json_t *k;
+	json_array_foreach(json_object_get(g, "clones"), i, k)
+	{
+		uint64_t number = 0;
+		(void)js_u64(k, "checkpoint", &number);
+		(void)fprintf(f, "  clone %s of %s@%llu", js_str(k, "name", "-"), js_str(k, "volume", "-"),
+			      (unsigned long long)number);
+		put_bytes(f, k, "bytes", "own");
+		(void)fprintf(f, "%s\n", js_bool(k, "lost") ? "   lost: its checkpoint was given up; remove it" : "");
+	}
+}
+
 static void group_print(FILE *f, const json_t *g, bool color)
 {
 	const char *link = js_str(g, "link", "-"), *health = js_str(g, "health", "-");
@@ -169,6 +184,7 @@ static void group_print(FILE *f, const json_t *g, bool color)
 	copying_line(f, json_object_get(g, "commit"), "commit");
 	error_line(f, json_object_get(g, "error"));
 	volume_lines(f, g);
+	clone_lines(f, g);
 }
 
 void status_print(FILE *f, const json_t *doc, bool color)

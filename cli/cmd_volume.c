@@ -149,6 +149,30 @@ static void cell_bytes(const json_t *o, const char *key, char buf[FORMAT_SIZE])
 		(void)snprintf(buf, FORMAT_SIZE, "-");
 }
 
+static int print_clones(struct cli *c, const json_t *clones)
+{
+	static const struct table_column columns[] = {
+	    {"CLONE", TABLE_LEFT}, {"OF", TABLE_LEFT}, {"OWN", TABLE_RIGHT}, {"MADE", TABLE_LEFT}, {"", TABLE_LEFT}};
+	size_t i;
+	json_t *k;
+	if (json_array_size(clones) == 0)
+		return 0;
+	(void)putchar('\n');
+	struct table *t = table_new(columns, 5, c->out.color);
+	json_array_foreach(clones, i, k)
+	{
+		char of[NAME_SIZE + 24], bytes[FORMAT_SIZE];
+		uint64_t number = 0;
+		(void)js_u64(k, "checkpoint", &number);
+		(void)snprintf(of, sizeof(of), "%.63s@%llu", js_str(k, "volume", "-"), (unsigned long long)number);
+		cell_bytes(k, "bytes", bytes);
+		const char *cells[] = {js_str(k, "name", NULL), of, bytes, js_str(k, "time", NULL),
+				       js_bool(k, "lost") ? "lost: its checkpoint was given up" : ""};
+		table_row(t, cells);
+	}
+	return table_finish(t, stdout);
+}
+
 static int print_list(struct cli *c, const json_t *doc)
 {
 	static const struct table_column columns[] = {
@@ -176,6 +200,8 @@ static int print_list(struct cli *c, const json_t *doc)
 		table_row(t, cells);
 	}
 	if (table_finish(t, stdout) < 0)
+		return cli_fail(c, ERR_NOMEM, "out of memory");
+	if (print_clones(c, json_object_get(doc, "clones")) < 0)
 		return cli_fail(c, ERR_NOMEM, "out of memory");
 	if (json_array_size(volumes) == 0)
 		cli_note(c, "no volumes; repctl create NAME --size SIZE makes one");
@@ -227,6 +253,9 @@ static void print_fact(const char *key, const json_t *v)
 			uint64_t number;
 			if (json_is_integer(n))
 				(void)printf("%s%" JSON_INTEGER_FORMAT, i ? ", " : "  ", json_integer_value(n));
+			else if (js_str(n, "name", NULL) && js_u64(n, "checkpoint", &number))
+				(void)printf("%s%s@%llu", i ? ", " : "  ", js_str(n, "name", NULL),
+					     (unsigned long long)number);
 			else if (js_u64(n, "number", &number))
 				(void)printf("%s%llu", i ? ", " : "  ", (unsigned long long)number);
 		}

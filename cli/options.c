@@ -168,6 +168,8 @@ const struct cli_verb cli_verbs[] = {
     {"status", "[GROUP]", 0, 1, "how replication is doing", status_opts, cmd_status},
     {"wait", "GROUP", 1, 1, "wait for a state", wait_opts, cmd_wait},
     {"checkpoints", "NAME", 1, 1, "the checkpoints that are kept", checkpoints_opts, cmd_checkpoints},
+    {"clone", "NAME@N CLONE", 2, 2, "make a writable scratch over a checkpoint: clones/CLONE in the mount", NULL,
+     cmd_clone},
     {"extents", "overlays/NAME/active|hidden | NAME@N", 1, 1, "which ranges an overlay or a checkpoint holds",
      extents_opts, cmd_extents},
     {"read", "NAME OFFSET LENGTH", 3, 3, "bytes of a volume to stdout", remote_opts, cmd_read},
@@ -187,7 +189,6 @@ const struct cli_verb cli_verbs[] = {
 
     {"verify", "GROUP", 0, 0, "compare both disks", NULL, NULL},
     {"resize", "NAME SIZE", 0, 0, "grow a volume", NULL, NULL},
-    {"clone", "NAME@N CLONE", 0, 0, "a writable scratch over a checkpoint", NULL, NULL},
     {"events", "", 0, 0, "follow what happens", NULL, NULL},
     {"metrics", "", 0, 0, "counters as Prometheus text", NULL, NULL},
     {"key", "new FILE", 0, 0, "make a pre-shared key", NULL, NULL},

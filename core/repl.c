@@ -387,6 +387,9 @@ static bool tx_prepare(struct repl *r, struct tx *t, struct repl_meta *m)
 		return history_prepare_drop(r, t, m);
 	case TX_HOLD:
 		return hold_prepare(r, t, m);
+	case TX_CLONE:
+	case TX_UNCLONE:
+		return clone_prepare(r, t, m);
 	case TX_DETACH:
 	case TX_REBUILD:
 	case TX_ATTACH:
@@ -501,6 +504,10 @@ static void tx_done(struct repl *r, struct tx *t, int error)
 		break;
 	case TX_HOLD:
 		hold_tx_done(r, t, error);
+		break;
+	case TX_CLONE:
+	case TX_UNCLONE:
+		clone_tx_done(r, t, error);
 		break;
 	default:
 		secondary_tx_done(r, t, error);
@@ -1018,7 +1025,9 @@ static void ev_io_done(struct repl *r, struct repl_io *io, int error)
 			w->list = NULL;
 			repl_intent(r, w);
 		}
-	} else if (io == &r->union_io)
+	} else if (io == &r->clone_io)
+		clone_synced(r, error);
+	else if (io == &r->union_io)
 		session_union_done(r, error);
 	else if (io == &r->take_io)
 		switchover_synced(r, error);
@@ -1193,7 +1202,7 @@ void repl_init(struct repl *r, const struct repl_init_args *a)
 	for (uint32_t i = 0; i < r->meta->n_volumes; i++)
 		volume_maps_init(&r->vol[i], r->meta->volumes[i].size, a->volume_memory[i]);
 	struct repl_io *own[] = {&r->cycle_io, &r->clear_io, &r->union_io, &r->mark_io,
-				 &r->sync_io,  &r->merge_io, &r->take_io};
+				 &r->sync_io,  &r->merge_io, &r->take_io,  &r->clone_io};
 	for (unsigned i = 0; i < ARRAY_LEN(own); i++)
 		own[i]->internal = true;
 	for (unsigned i = 0; i < RESYNC_READS_MAX; i++)

@@ -148,6 +148,10 @@ enum repl_cmd {
 	CMD_HOLD,
 	CMD_UNHOLD,	/* number, text: as held. What was taken for it is dropped in the background */
 	CMD_SWITCHOVER, /* planned: the roles are swapped; result: the checkpoint at which */
+	/* A clone: text: its name; number: a checkpoint; flags: the volume's index. That no other group has one of that
+	 * name is the shell's to know. The record holds its checkpoint, durably, until CMD_UNCLONE (text). */
+	CMD_CLONE,
+	CMD_UNCLONE,
 };
 #define HOLDER_SIZE 80		/* who holds a checkpoint, terminated */
 #define PROTECT_HASH (1U << 31) /* compare hashes before anything is sent, until the first time in sync */

@@ -383,6 +383,10 @@ void repl_command(struct repl *r, struct repl_command *c)
 	case CMD_UNHOLD:
 		hold_release(r, c);
 		break;
+	case CMD_CLONE:
+	case CMD_UNCLONE:
+		clone_command(r, c);
+		break;
 	case CMD_PAUSE:
 	case CMD_RESUME:
 		cmd_pause(r, c);

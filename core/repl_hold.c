@@ -34,6 +34,8 @@
 
 static bool job_holds(const struct repl *r, uint64_t number)
 {
+	if (r->cloning && r->cloning->cmd == CMD_CLONE && r->cloning->number == number)
+		return true;
 	for (unsigned i = 0; i < r->n_holds; i++)
 		if (r->holds[i].number == number)
 			return true;
@@ -186,6 +188,122 @@ void hold_tx_done(struct repl *r, struct tx *t, int error)
 		else
 			add(r, c, t->opened);
 	}
+}
+
+/* ---- clones ---- */
+
+/* One that is made exists from its record on: the files of its overlay, empty, are durable before (repl_exec_save), and
+ * a crash before the record leaves files that the next start removes. One that is removed is gone from its record on;
+ * its files go after, or at the next start. Its checkpoint is held from the command's first look on. */
+
+/* NULL, or what is the matter with one that is to be made; checked again when its record is prepared. */
+static const char *clone_refused(const struct repl *r, const struct repl_meta *m, const struct repl_command *c,
+				 int *ret_err)
+{
+	int i = repl_meta_find_ckpt(m, c->number);
+	if (i < 0 || (m == r->meta && (!repl_shows_ckpt(r, (uint32_t)i) || going(r, c->number)))) {
+		*ret_err = -ERR_NOENT;
+		return "no such checkpoint here; see `checkpoints`";
+	}
+	if (m->ckpts[i].kind == CKPT_PARTIAL) {
+		*ret_err = -ERR_STATE;
+		return "that checkpoint is of a disk whose sync had not ended: nothing could run from it; see "
+		       "`checkpoints` for others";
+	}
+	if (repl_meta_find_clone(m, c->text) >= 0) {
+		*ret_err = -ERR_EXIST;
+		return "a clone of that name is there already; choose another name, or remove it with `rm`";
+	}
+	if (m->n_clones == GROUP_CLONES_MAX) {
+		*ret_err = -ERR_LIMIT;
+		return "the group has 64 clones, the most there can be; remove one with `rm`";
+	}
+	return NULL;
+}
+
+static void clone_end(struct repl *r, int error, const char *text)
+{
+	struct repl_command *c = r->cloning;
+	r->cloning = NULL;
+	repl_command_done(r, c, error, "%s", text);
+	while (!r->cloning && (c = r->clone_waits) != NULL) {
+		r->clone_waits = c->next;
+		repl_command(r, c);
+	}
+}
+
+void clone_command(struct repl *r, struct repl_command *c)
+{
+	c->next = NULL;
+	if (r->cloning) {
+		struct repl_command **at = &r->clone_waits;
+		while (*at)
+			at = &(*at)->next;
+		*at = c;
+		return;
+	}
+	PRE(c->cmd == CMD_UNCLONE || (name_valid(c->text) && c->flags < r->meta->n_volumes));
+	int err = 0;
+	const char *why = NULL;
+	if (c->cmd == CMD_CLONE) {
+		why = clone_refused(r, r->meta, c, &err);
+	} else if (repl_meta_find_clone(r->meta, c->text) < 0) {
+		err = -ERR_NOENT;
+		why = "there is no such clone";
+	}
+	r->cloning = c;
+	if (why) {
+		clone_end(r, err, why);
+		return;
+	}
+	if (c->cmd == CMD_UNCLONE) {
+		repl_tx(r, TX_UNCLONE);
+		return;
+	}
+	if (r->meta->ckpts[repl_meta_find_ckpt(r->meta, c->number)].flags & CKPT_JOB) {
+		r->clone_io.kind = REPL_FLUSH;
+		repl_submit(r, &r->clone_io, TARGET_CKPT);
+	} else { /* the disks were synced when it was taken */
+		repl_tx(r, TX_CLONE);
+	}
+}
+
+void clone_synced(struct repl *r, int error)
+{
+	if (error)
+		clone_end(r, error, "the disks could not be flushed; look at the disk under the store");
+	else
+		repl_tx(r, TX_CLONE);
+}
+
+bool clone_prepare(struct repl *r, struct tx *t, struct repl_meta *m)
+{
+	const struct repl_command *c = r->cloning;
+	int err;
+	if (t->kind == TX_UNCLONE) {
+		int i = repl_meta_find_clone(m, c->text);
+		if (i < 0)
+			return false;
+		m->clones[i] = m->clones[--m->n_clones];
+		memset(&m->clones[m->n_clones], 0, sizeof(m->clones[0]));
+		return true;
+	}
+	if (clone_refused(r, m, c, &err))
+		return false;
+	struct repl_clone *k = &m->clones[m->n_clones++];
+	*k = (struct repl_clone){.ckpt = c->number, .id = ++m->clone_max, .time_ns = r->wall_ns};
+	(void)snprintf(k->name, sizeof(k->name), "%.*s", NAME_MAX_LEN, c->text);
+	memcpy(k->volume, m->volumes[c->flags].name, sizeof(k->volume));
+	return true;
+}
+
+void clone_tx_done(struct repl *r, struct tx *t, int error)
+{
+	char text[128];
+	(void)t;
+	(void)snprintf(text, sizeof(text), "the group's record could not be saved: %s", err_short(error));
+	clone_end(r, error == -ERR_CANCELED ? -ERR_NOENT : error,
+		  error == -ERR_CANCELED ? "its checkpoint is gone meanwhile; see `checkpoints`" : text);
 }
 
 /* ---- what is lost ---- */

@@ -97,9 +97,11 @@ enum tx_kind {
 	TX_COMMIT_RETRY,
 	TX_DISCARD,
 	TX_SETTINGS,
-	TX_IDS,		/* the volumes' ids are the command's */
-	TX_DROP,	/* number; arg 1: it and all older ones, which nothing needs */
-	TX_HOLD,	/* an epoch for a job on this host's own disk; command: a list of those that share it */
+	TX_IDS,	 /* the volumes' ids are the command's */
+	TX_DROP, /* number; arg 1: it and all older ones, which nothing needs */
+	TX_HOLD, /* an epoch for a job on this host's own disk; command: a list of those that share it */
+	TX_CLONE,
+	TX_UNCLONE,
 	TX_PEER_BROKEN, /* primary: the peer's checkpoints are given up */
 	TX_ROOM,	/* arg: enum room_policy; number: what goes, 0: all */
 	TX_DETACH,	/* primary: the peer has begun the generation of a detach */
@@ -321,6 +323,8 @@ struct repl {
 	} holds[HOLDS_MAX];
 	unsigned n_holds, n_hold_waits;
 	struct repl_command *hold_waits;
+	struct repl_command *cloning, *clone_waits; /* made or removed one after another; those that wait, in order */
+	struct repl_io clone_io;		    /* the disks' sync before one over a job's checkpoint */
 
 	uint64_t last_ckpt_wall_ns;
 	struct repl_error error;
@@ -508,6 +512,10 @@ void hold_command(struct repl *r, struct repl_command *c);
 void hold_release(struct repl *r, struct repl_command *c);
 bool hold_prepare(struct repl *r, struct tx *t, struct repl_meta *m);
 void hold_tx_done(struct repl *r, struct tx *t, int error);
+void clone_command(struct repl *r, struct repl_command *c); /* CMD_CLONE, CMD_UNCLONE */
+void clone_synced(struct repl *r, int error);
+bool clone_prepare(struct repl *r, struct tx *t, struct repl_meta *m);
+void clone_tx_done(struct repl *r, struct tx *t, int error);
 void hold_lost(struct repl *r, const struct repl_meta *old); /* says whose checkpoint a save has given up */
 
 /* repl_switchover.c */

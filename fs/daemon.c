@@ -69,6 +69,9 @@ struct gvol *gvol_by_id(struct daemon *d, uint32_t id)
 	for (struct gvol *v = d->gvols; v && !found; v = v->next)
 		if (v->g && v->id == id)
 			found = gvol_ref(v);
+	for (struct gvol *v = d->clones; v && !found; v = v->next)
+		if (v->g && v->id == id)
+			found = gvol_ref(v);
 	pthread_rwlock_unlock(&d->names);
 	return found;
 }
@@ -144,8 +147,23 @@ int daemon_add_group(struct daemon *d, const struct repl_meta *m, struct err *e)
 		*vp = v;
 	}
 	pthread_rwlock_unlock(&d->names);
+	(void)group_clones_publish(g, m);
 	daemon_names_changed(d);
 	return 0;
+}
+
+static void gvols_forget(struct gvol **list, const struct group *g)
+{
+	while (*list) {
+		struct gvol *v = *list;
+		if (v->g != g) {
+			list = &v->next;
+			continue;
+		}
+		*list = v->next;
+		v->g = NULL;
+		gvol_unref(v);
+	}
 }
 
 int daemon_remove_group(struct daemon *d, struct group *g, struct err *e)
@@ -156,21 +174,18 @@ int daemon_remove_group(struct daemon *d, struct group *g, struct err *e)
 			pthread_rwlock_unlock(&d->names);
 			return err_set(e, ERR_BUSY, "volume %s is open; close it first", g->vols[i]->name);
 		}
+	for (struct gvol *v = d->clones; v; v = v->next)
+		if (v->g == g && atomic_load(&v->opens)) {
+			pthread_rwlock_unlock(&d->names);
+			return err_set(e, ERR_BUSY, "clone %s is open; close it first", v->name);
+		}
 	for (struct group **gp = &d->groups; *gp; gp = &(*gp)->next)
 		if (*gp == g) {
 			*gp = g->next;
 			break;
 		}
-	for (struct gvol **vp = &d->gvols; *vp;) {
-		struct gvol *v = *vp;
-		if (v->g != g) {
-			vp = &v->next;
-			continue;
-		}
-		*vp = v->next;
-		v->g = NULL;
-		gvol_unref(v);
-	}
+	gvols_forget(&d->gvols, g);
+	gvols_forget(&d->clones, g);
 	pthread_rwlock_unlock(&d->names);
 	group_shutdown(g);
 	daemon_conns_close(d, g);
@@ -561,16 +576,19 @@ static void daemon_free(struct daemon *d)
 		d->groups = g->next;
 		group_close(g);
 	}
-	while (d->gvols) {
-		struct gvol *v = d->gvols;
-		d->gvols = v->next;
-		gvol_unref(v);
-	}
+	struct gvol **lists[] = {&d->gvols, &d->clones};
+	for (size_t i = 0; i < ARRAY_LEN(lists); i++)
+		while (*lists[i]) {
+			struct gvol *v = *lists[i];
+			*lists[i] = v->next;
+			gvol_unref(v);
+		}
 	hub_free(&d->hub);
 	pool_destroy(d->pool);
 	store_close(d->store);
 	pthread_rwlock_destroy(&d->names);
 	mutex_destroy(&d->admin);
+	mutex_destroy(&d->cloning);
 	mutex_destroy(&d->lock);
 	cond_destroy(&d->cond);
 	free(d);
@@ -593,6 +611,7 @@ int daemon_open(const struct daemon_config *cfg, struct daemon **ret, struct err
 	hub_init(&d->hub);
 	mutex_init(&d->lock);
 	mutex_init(&d->admin);
+	mutex_init(&d->cloning);
 	cond_init(&d->cond);
 	pthread_rwlock_init(&d->names, NULL);
 	struct load_arg l = {d, e};
@@ -697,6 +716,11 @@ void daemon_close(struct daemon *d)
 	quiet = hub_wait_quiet(d, deadline) && quiet;
 	if (d->pool && quiet)
 		pool_drain(d->pool);
+	for (struct gvol *v = d->clones; v; v = v->next) {
+		int err = volume_sync_clone(v->vol, v->clone->id);
+		if (err && err != -ERR_NOENT)
+			log_error(v->name, "the clone could not be flushed: %s", err_short(err));
+	}
 	for (struct group *g = d->groups; g; g = g->next) {
 		sync_volumes(g);
 		if (quiet) /* all that came was answered, and what comes now is refused */

@@ -69,6 +69,11 @@ bool daemon_has_group(struct daemon *d, const char *name, uint32_t *ret_id);
 bool daemon_group_name(struct daemon *d, uint32_t id, char name[NAME_SIZE]); /* false: gone */
 struct gvol *gvol_find(struct daemon *d, const char *name);		     /* a reference, or NULL */
 struct gvol *gvol_by_id(struct daemon *d, uint32_t id); /* a reference, or NULL: deleted meanwhile */
+/* Clones are gvols too, under names of their own (fs/clones.c). */
+void daemon_each_clone(struct daemon *d, void (*fn)(void *arg, const char *name, uint32_t id), void *arg);
+struct gvol *gvol_find_clone(struct daemon *d, const char *name); /* a reference, or NULL */
+/* Waits a moment for it to be closed; -ERR_BUSY: it is not. */
+int daemon_remove_clone(struct daemon *d, const char *name, struct err *e);
 struct gvol *gvol_ref(struct gvol *v);
 void gvol_unref(struct gvol *v); /* NULL is fine */
 const char *gvol_name(const struct gvol *v);
@@ -81,6 +86,7 @@ enum gvol_file {
 	GVOL_ACTIVE, /* overlays/NAME/active */
 	GVOL_HIDDEN, /* overlays/NAME/hidden */
 	GVOL_CKPT,   /* checkpoints/NAME/N */
+	GVOL_CLONE,  /* clones/NAME: of a gvol that is a clone, which has no other */
 };
 
 struct gvol_attr {

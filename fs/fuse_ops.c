@@ -15,7 +15,8 @@
  * the look at gvol_cached_opens finds an empty cache, for the kernel drops it at open, and reads what was written.
  *
  * A volume behaves as a block device in a fixed folder does: its size does not follow writes, O_TRUNC changes nothing,
- * it can't be removed, renamed or chmod'ed. Times can be set, and are forgotten.
+ * it can't be removed, renamed or chmod'ed. Times can be set, and are forgotten. A clone is the same, but that unlink
+ * removes it.
  */
 #define FUSE_USE_VERSION 312
 #include "fs/fuse_ops.h"
@@ -70,7 +71,7 @@ struct fuse_ops {
 struct file {
 	enum inode_kind kind;
 	struct gvol *v;
-	struct gvol_handle *h; /* INODE_VOLUME */
+	struct gvol_handle *h; /* INODE_VOLUME, INODE_CLONE */
 	uint64_t ckpt, ckpt_size;
 	bool direct;
 	char *text; /* INODE_STATUS_FILE: the snapshot */
@@ -139,9 +140,17 @@ static enum gvol_file gvol_file_of(enum inode_kind kind)
 		return GVOL_HIDDEN;
 	case INODE_CKPT:
 		return GVOL_CKPT;
+	case INODE_CLONE:
+		return GVOL_CLONE;
 	default:
 		UNREACHABLE();
 	}
+}
+
+/* A file that is written to: a volume, a clone. */
+static bool is_disk(enum inode_kind kind)
+{
+	return kind == INODE_VOLUME || kind == INODE_CLONE;
 }
 
 static mode_t mode_of(const struct fuse_ops *f, enum inode_kind kind)
@@ -150,7 +159,7 @@ static mode_t mode_of(const struct fuse_ops *f, enum inode_kind kind)
 		return S_IFLNK | 0777;
 	if (inode_is_dir(kind))
 		return S_IFDIR | (f->cfg.umask_given ? 0777 & ~f->cfg.umask : 0755);
-	mode_t most = kind == INODE_VOLUME ? 0666 : 0444;
+	mode_t most = is_disk(kind) ? 0666 : 0444;
 	return S_IFREG | (most & (f->cfg.umask_given ? ~f->cfg.umask : (mode_t)0600));
 }
 
@@ -226,6 +235,7 @@ static int attr_fill(struct fuse_ops *f, const struct inode_id *id, struct stat 
 	case INODE_ACTIVE:
 	case INODE_HIDDEN:
 	case INODE_CKPT:
+	case INODE_CLONE:
 		return attr_fill_file(f, id, st);
 	case INODE_OVERLAY_DIR:
 	case INODE_CKPT_DIR:
@@ -285,6 +295,16 @@ static bool lookup_volume(struct fuse_ops *f, enum inode_kind kind, const char *
 	return true;
 }
 
+static bool lookup_clone(struct fuse_ops *f, const char *name, struct inode_id *ret)
+{
+	struct gvol *v = gvol_find_clone(f->daemon, name);
+	if (!v)
+		return false;
+	*ret = (struct inode_id){.kind = INODE_CLONE, .id = gvol_id(v)};
+	gvol_unref(v);
+	return true;
+}
+
 static bool lookup_status(struct fuse_ops *f, const char *name, struct inode_id *ret)
 {
 	char group[NAME_SIZE];
@@ -314,6 +334,8 @@ static bool lookup(struct fuse_ops *f, const struct inode_id *parent, const char
 		return lookup_volume(f, INODE_OVERLAY_DIR, name, ret);
 	case INODE_CHECKPOINTS:
 		return lookup_volume(f, INODE_CKPT_DIR, name, ret);
+	case INODE_CLONES:
+		return lookup_clone(f, name, ret);
 	case INODE_STATUS:
 		return lookup_status(f, name, ret);
 	case INODE_OVERLAY_DIR:
@@ -469,6 +491,10 @@ static int dir_fill(struct fuse_ops *f, struct dir *d)
 			   : self.kind == INODE_OVERLAYS ? INODE_OVERLAY_DIR
 							 : INODE_CKPT_DIR;
 		daemon_each_volume(f->daemon, dir_add_each, d);
+		break;
+	case INODE_CLONES:
+		d->child = INODE_CLONE;
+		daemon_each_clone(f->daemon, dir_add_each, d);
 		break;
 	case INODE_STATUS:
 		d->child = INODE_STATUS_FILE;
@@ -677,10 +703,11 @@ static int file_open(struct fuse_ops *f, const struct inode_id *id, int flags, s
 	case INODE_ACTIVE:
 	case INODE_HIDDEN:
 	case INODE_CKPT:
+	case INODE_CLONE:
 		file->v = gvol_by_id(f->daemon, id->id);
 		if (!file->v)
 			return ENOENT;
-		return id->kind == INODE_VOLUME ? file_open_volume(file, flags) : file_open_readonly(file, flags);
+		return is_disk(id->kind) ? file_open_volume(file, flags) : file_open_readonly(file, flags);
 	case INODE_STATUS_FILE:
 		if ((flags & O_ACCMODE) != O_RDONLY)
 			return EACCES;
@@ -926,7 +953,9 @@ static void write_done(struct gio *g, int error)
 
 static void refuse_beyond_end(fuse_req_t req, const struct file *file, const char *what)
 {
-	if (refusal_logged(ops_of(req)))
+	if (file->kind == INODE_CLONE && refusal_logged(ops_of(req)))
+		log_warn(gvol_name(file->v), "%s beyond the end refused: a clone has the size of its checkpoint", what);
+	else if (file->kind != INODE_CLONE && refusal_logged(ops_of(req)))
 		log_warn(gvol_name(file->v),
 			 "%s beyond the end refused: a volume does not grow by it; use repctl resize %s SIZE", what,
 			 gvol_name(file->v));
@@ -936,8 +965,8 @@ static void refuse_beyond_end(fuse_req_t req, const struct file *file, const cha
 static void op_write(fuse_req_t req, fuse_ino_t ino, const char *buf, size_t size, off_t off, struct fuse_file_info *fi)
 {
 	const struct file *file = file_of(fi);
-	if (file->kind != INODE_VOLUME || off < 0 || size > MOUNT_REQUEST_MAX) {
-		(void)fuse_reply_err(req, file->kind == INODE_VOLUME ? EINVAL : EBADF);
+	if (!is_disk(file->kind) || off < 0 || size > MOUNT_REQUEST_MAX) {
+		(void)fuse_reply_err(req, is_disk(file->kind) ? EINVAL : EBADF);
 		return;
 	}
 	if (size == 0) {
@@ -968,7 +997,7 @@ static void op_fsync(fuse_req_t req, fuse_ino_t ino, int datasync, struct fuse_f
 {
 	const struct file *file = file_of(fi);
 	(void)datasync;
-	if (file->kind != INODE_VOLUME) {
+	if (!is_disk(file->kind)) {
 		(void)fuse_reply_err(req, 0);
 		return;
 	}
@@ -1009,8 +1038,8 @@ static void op_fallocate(fuse_req_t req, fuse_ino_t ino, int mode, off_t offset,
 	bool zero = mode == FALLOC_FL_ZERO_RANGE || mode == (FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE);
 	bool reserve = mode == 0 || mode == FALLOC_FL_KEEP_SIZE;
 
-	if (file->kind != INODE_VOLUME || offset < 0 || length <= 0) {
-		(void)fuse_reply_err(req, file->kind == INODE_VOLUME ? EINVAL : EBADF);
+	if (!is_disk(file->kind) || offset < 0 || length <= 0) {
+		(void)fuse_reply_err(req, is_disk(file->kind) ? EINVAL : EBADF);
 		return;
 	}
 	if (mode != punch && !zero && !reserve) {
@@ -1044,14 +1073,19 @@ static int setattr_size(struct fuse_ops *f, const struct inode_id *id, const str
 			bool by_handle)
 {
 	char name[NAME_SIZE] = "";
-	if (id->kind != INODE_VOLUME)
+	if (!is_disk(id->kind))
 		return EACCES;
 	if (size == now->st_size || (size == 0 && !by_handle))
 		return 0;
 	struct gvol *v = gvol_by_id(f->daemon, id->id);
 	if (v && refusal_logged(f)) {
 		(void)snprintf(name, sizeof(name), "%s", gvol_name(v));
-		log_warn(name, "truncate to %lld bytes refused: use repctl resize %s SIZE", (long long)size, name);
+		if (id->kind == INODE_CLONE)
+			log_warn(name, "truncate to %lld bytes refused: a clone has the size of its checkpoint",
+				 (long long)size);
+		else
+			log_warn(name, "truncate to %lld bytes refused: use repctl resize %s SIZE", (long long)size,
+				 name);
 	}
 	gvol_unref(v);
 	return !by_handle && size > now->st_size ? EFBIG : EPERM;
@@ -1072,7 +1106,7 @@ static void op_setattr(fuse_req_t req, fuse_ino_t ino, struct stat *attr, int to
 		r = EPERM;
 	const int times = FUSE_SET_ATTR_ATIME | FUSE_SET_ATTR_MTIME | FUSE_SET_ATTR_CTIME | FUSE_SET_ATTR_ATIME_NOW |
 			  FUSE_SET_ATTR_MTIME_NOW;
-	if (r == 0 && (to_set & times) && !(to_set & FUSE_SET_ATTR_SIZE) && id.kind != INODE_VOLUME)
+	if (r == 0 && (to_set & times) && !(to_set & FUSE_SET_ATTR_SIZE) && !is_disk(id.kind))
 		r = EPERM;
 	if (r == 0 && (to_set & FUSE_SET_ATTR_SIZE))
 		r = setattr_size(f, &id, &st, attr->st_size, fi != NULL);
@@ -1087,7 +1121,9 @@ static void op_setattr(fuse_req_t req, fuse_ino_t ino, struct stat *attr, int to
 
 static void refuse_name(fuse_req_t req, fuse_ino_t parent, const char *name, const char *verb)
 {
-	if (parent == INODE_VOLUMES && refusal_logged(ops_of(req)))
+	if (parent == INODE_CLONES && refusal_logged(ops_of(req)))
+		log_warn(name, "clones are made with repctl clone NAME@N CLONE, and removed with rm");
+	else if (parent == INODE_VOLUMES && refusal_logged(ops_of(req)))
 		log_warn(name, "volumes are not made or removed in the mount; use repctl %s", verb);
 	(void)fuse_reply_err(req, EPERM);
 }
@@ -1124,9 +1160,23 @@ static void op_link(fuse_req_t req, fuse_ino_t ino, fuse_ino_t parent, const cha
 	refuse_name(req, parent, name, "create NAME --size SIZE");
 }
 
-static void op_unlink(fuse_req_t req, fuse_ino_t parent, const char *name)
+static void op_rmdir(fuse_req_t req, fuse_ino_t parent, const char *name)
 {
 	refuse_name(req, parent, name, "delete NAME");
+}
+
+/* A clone is removed by this; nothing else is. */
+static void op_unlink(fuse_req_t req, fuse_ino_t parent, const char *name)
+{
+	struct err e = {0};
+	if (parent != INODE_CLONES) {
+		refuse_name(req, parent, name, "delete NAME");
+		return;
+	}
+	int r = daemon_remove_clone(ops_of(req)->daemon, name, &e);
+	if (r < 0 && r != -ERR_NOENT)
+		log_warn(name, "the clone was not removed: %s", e.text);
+	(void)fuse_reply_err(req, r == 0 ? 0 : r == -ERR_BUSY || r == -ERR_NOENT ? err_errno(r) : EIO);
 }
 
 static void op_rename(fuse_req_t req, fuse_ino_t parent, const char *name, fuse_ino_t to, const char *to_name,
@@ -1168,7 +1218,7 @@ static const struct fuse_lowlevel_ops table = {
     .mknod = op_mknod,
     .mkdir = op_mkdir,
     .unlink = op_unlink,
-    .rmdir = op_unlink,
+    .rmdir = op_rmdir,
     .symlink = op_symlink,
     .rename = op_rename,
     .link = op_link,

@@ -13,8 +13,10 @@ struct gvol *gvol_ref(struct gvol *v)
 
 void gvol_unref(struct gvol *v)
 {
-	if (v && atomic_fetch_sub(&v->refs, 1) == 1)
+	if (v && atomic_fetch_sub(&v->refs, 1) == 1) {
+		gclone_free(v->clone);
 		free(v);
+	}
 }
 
 const char *gvol_name(const struct gvol *v)
@@ -53,7 +55,7 @@ int gvol_open(struct gvol *v, bool write, bool o_direct, struct gvol_handle **re
 		return -ERR_NOMEM;
 	pthread_rwlock_rdlock(&v->d->names);
 	struct group *g = v->g;
-	if (g == NULL) {
+	if (g == NULL || (v->clone && v->clone->going)) {
 		pthread_rwlock_unlock(&v->d->names);
 		free(h);
 		return -ERR_NOENT;
@@ -62,7 +64,7 @@ int gvol_open(struct gvol *v, bool write, bool o_direct, struct gvol_handle **re
 	 * serve can't carry the new epoch. */
 	h->epoch = atomic_load(&g->handle_epoch);
 	/* A secondary's content changes under its readers: written pages must not come back after a switch (SPEC 4). */
-	bool view = atomic_load(&g->serving) != SERVING_DISK;
+	bool view = atomic_load(&g->serving) != SERVING_DISK && !v->clone;
 	*ret_direct = o_direct || (write && view);
 	h->v = gvol_ref(v);
 	h->write = write;
@@ -98,7 +100,7 @@ static bool detached(const struct group *g, const struct gvol *v)
 
 static bool stale(const struct group *g, const struct gvol_handle *h)
 {
-	return h && h->epoch != atomic_load(&g->handle_epoch);
+	return h && !h->v->clone && h->epoch != atomic_load(&g->handle_epoch);
 }
 
 /* ---- reads ---- */
@@ -164,6 +166,9 @@ int gvol_read(struct gvol *v, const struct gvol_handle *h, enum gvol_file file, 
 		case GVOL_CKPT:
 			err = volume_read_ckpt(v->vol, ckpt, off, len, buf);
 			break;
+		case GVOL_CLONE:
+			err = volume_read_clone(v->vol, v->clone->id, off, len, buf);
+			break;
 		}
 	}
 	pthread_rwlock_unlock(&g->view);
@@ -176,9 +181,12 @@ int gvol_read(struct gvol *v, const struct gvol_handle *h, enum gvol_file file, 
 
 /* ---- attributes ---- */
 
-static enum volume_layer layer_of(const struct group *g, enum gvol_file file, uint64_t *ckpt)
+static enum volume_layer layer_of(const struct group *g, const struct gvol *v, enum gvol_file file, uint64_t *ckpt)
 {
 	switch (file) {
+	case GVOL_CLONE:
+		*ckpt = v->clone->id;
+		return LAYER_CLONE;
 	case GVOL_ACTIVE:
 		*ckpt = 0;
 		return LAYER_ACTIVE;
@@ -216,13 +224,13 @@ int gvol_attr(struct gvol *v, enum gvol_file file, uint64_t ckpt, struct gvol_at
 	int err = file == GVOL_CKPT ? find_ckpt(g, ckpt, &c) : 0;
 	if (!err) {
 		pthread_rwlock_rdlock(&g->view);
-		enum volume_layer layer = layer_of(g, file, &ckpt);
+		enum volume_layer layer = layer_of(g, v, file, &ckpt);
 		a.size = volume_size(v->vol);
 		if (volume_allocated(v->vol, layer, ckpt, &a.allocated) < 0)
 			a.allocated = 0;
 		pthread_rwlock_unlock(&g->view);
 		a.mtime_ns = file == GVOL_CKPT ? c.time_ns : atomic_load(&v->mtime_ns);
-		a.writable = file == GVOL_VOLUME;
+		a.writable = file == GVOL_VOLUME || file == GVOL_CLONE;
 		*ret = a;
 	}
 	group_unref(g);
@@ -261,7 +269,7 @@ int gvol_extent(struct gvol *v, enum gvol_file file, uint64_t ckpt, uint64_t off
 		return -ERR_IO;
 	}
 	pthread_rwlock_rdlock(&g->view);
-	enum volume_layer layer = layer_of(g, file, &ckpt);
+	enum volume_layer layer = layer_of(g, v, file, &ckpt);
 	int err = 0;
 	if (file == GVOL_VOLUME && detached(g, v)) /* where the peer's disk has holes is not known here */
 		*ret = (struct extent){off, volume_size(v->vol) - off, true};
@@ -283,7 +291,10 @@ void gvol_submit(struct gio *gio)
 		gio->done(gio, err);
 		return;
 	}
-	group_io(g, gio);
+	if (gio->v->clone)
+		clone_io(g, gio);
+	else
+		group_io(g, gio);
 	group_unref(g);
 }
 

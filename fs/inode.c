@@ -77,6 +77,8 @@ uint64_t inode_parent(const struct inode_id *id)
 	case INODE_CKPT:
 	case INODE_LATEST:
 		return inode_make(INODE_CKPT_DIR, id->id, 0);
+	case INODE_CLONE:
+		return INODE_CLONES;
 	case INODE_STATUS_FILE:
 		return INODE_STATUS;
 	default:

@@ -2,9 +2,9 @@
  *
  * The fixed folders have the numbers of their kinds (1 to 6; the root is FUSE's 1). Everything else is
  *   kind << 59 | id << 37 | checkpoint
- * with id the volume's (or, for a status file, the group's) number in the daemon, and checkpoint 0 but for the files of
- * a checkpoint. The top bit stays clear: some tools print inode numbers as signed.
- * Invariant: inode_parse accepts exactly the numbers that inode_make gives.
+ * with id the volume's (a clone's; for a status file, the group's) number in the daemon, and checkpoint 0 but for the
+ * files of a checkpoint. The top bit stays clear: some tools print inode numbers as signed. Invariant: inode_parse
+ * accepts exactly the numbers that inode_make gives.
  */
 #ifndef REPFS_FS_INODE_H
 #define REPFS_FS_INODE_H
@@ -34,6 +34,7 @@ enum inode_kind {
 	INODE_CKPT_DIR,	   /* checkpoints/NAME */
 	INODE_CKPT,	   /* checkpoints/NAME/N */
 	INODE_LATEST,	   /* checkpoints/NAME/latest */
+	INODE_CLONE,	   /* clones/NAME; id: the clone's own */
 	/* of a group */
 	INODE_STATUS_FILE, /* status/GROUP.json */
 	INODE_KINDS

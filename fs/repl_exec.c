@@ -13,26 +13,18 @@
 
 static int open_volume(struct repl_exec *x, const struct repl_meta *m, uint32_t i, struct err *e)
 {
-	struct storage *s = store_storage(x->store);
-	uint64_t numbers[GROUP_CKPTS_MAX];
-	for (uint32_t k = 0; k < m->n_ckpts; k++)
-		numbers[k] = m->ckpts[k].number;
-	struct volume_open_args a = {.name = m->volumes[i].name,
-				     .size = m->volumes[i].size,
-				     .durability = store_info(x->store)->durability,
-				     .ckpts = numbers,
-				     .n_ckpts = m->n_ckpts,
-				     .active_id = m->active_id};
-	int err = volume_open(s, &a, &x->vols[i], e);
+	const char *name = m->volumes[i].name;
+	uint64_t size = m->volumes[i].size;
+	bool power = store_info(x->store)->durability == DURABILITY_POWER;
+	int err = store_open_volume(x->store, m, i, &x->vols[i], e);
 	if (!err)
-		err = intent_open(s, a.name, a.size,
-				  (a.durability == DURABILITY_POWER ? INTENT_DURABLE : 0U) |
-				      (m->has_peer && !m->fresh ? INTENT_NEW_SET : 0U),
+		err = intent_open(store_storage(x->store), name, size,
+				  (power ? INTENT_DURABLE : 0U) | (m->has_peer && !m->fresh ? INTENT_NEW_SET : 0U),
 				  &x->intents[i], e);
 	if (err)
 		return err;
-	x->maps[i] = calloc(1, repl_volume_bytes(a.size));
-	return x->maps[i] ? 0 : err_set(e, ERR_NOMEM, "out of memory for the maps of volume %s", a.name);
+	x->maps[i] = calloc(1, repl_volume_bytes(size));
+	return x->maps[i] ? 0 : err_set(e, ERR_NOMEM, "out of memory for the maps of volume %s", name);
 }
 
 int repl_exec_open(struct repl_exec *x, struct store *st, const struct repl_meta *m, struct err *e)
@@ -706,12 +698,23 @@ static void unprepare(struct repl_exec *x)
 		volume_unprepare(x->vols[i]);
 }
 
+static int prepare(struct repl_exec *x, const struct repl_save *s, uint32_t i, struct err *e)
+{
+	struct volume_clone clones[GROUP_CLONES_MAX];
+	uint32_t n = store_clones_of(s->meta, i, clones);
+	int err = volume_prepare(x->vols[i], s->ckpt, s->active_id, e);
+	for (uint32_t k = 0; k < n && !err; k++)
+		if (repl_meta_find_ckpt(s->meta, clones[k].ckpt) >= 0)
+			err = volume_prepare_clone(x->vols[i], clones[k].id, e);
+	return err;
+}
+
 int repl_exec_save(struct repl_exec *x, const struct repl_save *s, struct err *e)
 {
 	int err = 0;
 	INVARIANT(!x->unsure || s->ckpt == 0); /* the record as it was, in place of the one that failed */
 	for (uint32_t i = 0; i < x->n_vols && !err && !x->unsure; i++)
-		err = volume_prepare(x->vols[i], s->ckpt, s->active_id, e);
+		err = prepare(x, s, i, e);
 	if (err) { /* no record names them */
 		unprepare(x);
 		return err;
@@ -726,6 +729,7 @@ int repl_exec_save(struct repl_exec *x, const struct repl_save *s, struct err *e
 uint64_t repl_exec_switch(struct repl_exec *x, const struct repl_save *s)
 {
 	uint64_t discarded = 0;
+	struct volume_clone clones[GROUP_CLONES_MAX];
 	for (uint32_t i = 0; i < x->n_vols; i++) {
 		uint64_t held = volume_active_blocks(x->vols[i]);
 		volume_switch(x->vols[i], s->ckpt, s->active_id);
@@ -733,6 +737,7 @@ uint64_t repl_exec_switch(struct repl_exec *x, const struct repl_save *s)
 		if (s->drop)
 			volume_drop(x->vols[i], s->drop);
 		volume_drop_through(x->vols[i], s->drop_through);
+		volume_switch_clones(x->vols[i], clones, store_clones_of(s->meta, i, clones));
 	}
 	return discarded;
 }

@@ -562,6 +562,7 @@ static void save_run(struct pool_job *job)
 			  old_handles != atomic_load(&g->handle_epoch);
 		pthread_rwlock_unlock(&g->view);
 	}
+	chain = (!err && group_clones_publish(g, g->save.meta)) || chain;
 	/* Before the core's answers go out: the kernel shows the new content when the command ends. But a host that
 	 * served its disk may have requests that hold pages of the kernel's cache and wait for this very save (a hold,
 	 * a generation, a lost peer): invalidation would wait for them, so they get on first. */

@@ -28,6 +28,14 @@
 
 struct group;
 
+/* What a gvol is that is a clone. */
+struct gclone {
+	uint64_t id; /* of its overlay, in the record */
+	bool going;  /* being removed: it can't be opened; under daemon.names */
+	struct mutex lock;
+	struct reqset claims; /* of its writes, under lock */
+};
+
 struct gvol {
 	struct group *g; /* NULL: deleted; under daemon.names for changes */
 	struct daemon *d;
@@ -36,7 +44,8 @@ struct gvol {
 	_Atomic int refs;
 	_Atomic unsigned cached_opens, opens;
 	_Atomic uint64_t mtime_ns;
-	struct volume *vol; /* the group's, NULL once deleted */
+	struct volume *vol;   /* the group's, NULL once deleted */
+	struct gclone *clone; /* NULL: a volume; index and vol are of the one that it is a clone of */
 	struct gvol *next;
 };
 
@@ -154,6 +163,13 @@ void group_conn_down(struct conn *c, int code, const char *text);
 void group_batch(struct conn *c);
 void group_sent(struct conn *c, uint64_t bytes);
 
+/* ---- clones.c ---- */
+/* The list of clones as m says; true: it has changed. Takes daemon.names. */
+bool group_clones_publish(struct group *g, const struct repl_meta *m);
+void clone_io(struct group *g, struct gio *gio); /* a WRITE, ZERO, DISCARD or FLUSH */
+void gclone_free(struct gclone *k);
+json_t *group_clones_json(struct group *g, const char *volume); /* of that one; NULL: of all */
+
 /* ---- daemon.c, for the shell and the verbs ---- */
 struct daemon {
 	struct daemon_config cfg;
@@ -176,6 +192,8 @@ struct daemon {
 	pthread_rwlock_t names; /* groups, gvols: lists and ids */
 	struct group *groups;	/* in name order */
 	struct gvol *gvols;	/* in name order */
+	struct gvol *clones;	/* likewise */
+	struct mutex cloning;	/* one `clone` at a time: names are the host's */
 	uint32_t next_id;
 	struct hub hub;
 };

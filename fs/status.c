@@ -91,6 +91,7 @@ json_t *group_status_json(struct group *g)
 	struct repl_status s;
 	struct overlays overlays[GROUP_VOLUMES_MAX];
 	char gen[20];
+	json_t *clones = group_clones_json(g, NULL);
 	overlays_look(g, overlays);
 	json_t *jobs = jobs_json(g->d->jobs, g->name);
 	mutex_lock(&g->lock);
@@ -117,13 +118,13 @@ json_t *group_status_json(struct group *g)
 			      seconds_since(s.checkpoint_time_ns), "checkpoint_valid", (int)valid, "split_brain",
 			      (int)m->split_brain);
 	json_t *rest = json_pack(
-	    "{s:o, s:I, s:I, s:o, s:o, s:o, s:o, s:o, s:o}", "rpo_s",
+	    "{s:o, s:I, s:I, s:o, s:o, s:o, s:o, s:o, s:o, s:o}", "rpo_s",
 	    s.rpo_known ? json_real((double)s.rpo_ns / (double)NS_PER_SEC) : json_null(), "dirty_bytes",
 	    (json_int_t)s.dirty_bytes, "queue_bytes", (json_int_t)s.queue_bytes, "resync", resync_json(&s), "commit",
 	    s.commit ? json_pack("{s:I, s:I}", "done", (json_int_t)s.commit_done, "total", (json_int_t)s.commit_total)
 		     : json_null(),
 	    "error", error_json(&s.error), "counters", counters_json(g, &s.counters, overlays), "volumes", volumes,
-	    "jobs", jobs);
+	    "clones", clones, "jobs", jobs);
 	mutex_unlock(&g->lock);
 	json_object_update(j, rest);
 	json_decref(rest);

@@ -100,4 +100,7 @@ int verb_do_job(const struct call *c);
 int verb_do_checkpoints(const struct call *c);
 int verb_do_extents(const struct call *c);
 
+/* verbs_clone.c */
+int verb_do_clone(const struct call *c);
+
 #endif

@@ -232,6 +232,8 @@ static json_t *volume_entry(struct group *g, uint32_t i, bool full)
 		json_object_set_new(j, "checkpoints", list);
 	}
 	mutex_unlock(&g->lock);
+	if (full)
+		json_object_set_new(j, "clones", group_clones_json(g, g->vols[i]->name));
 	return j;
 }
 
@@ -274,8 +276,18 @@ int verb_do_list(const struct call *c)
 		if (j)
 			json_array_append_new(a, j);
 	}
+	json_t *clones = json_array();
+	l.n = 0;
+	daemon_each_group(c->d, list_name, &l);
+	for (size_t i = 0; i < l.n; i++) {
+		struct group *g = daemon_group_exact(c->d, l.names[i]);
+		json_t *some = g ? group_clones_json(g, NULL) : NULL;
+		json_array_extend(clones, some);
+		json_decref(some);
+		group_unref(g);
+	}
 	free(l.names);
-	verb_result(c, json_pack("{s:o}", "volumes", a));
+	verb_result(c, json_pack("{s:o, s:o}", "volumes", a, "clones", clones));
 	return 0;
 }
 

@@ -167,6 +167,8 @@ static int read_layer(const struct backup *b, uint64_t off, uint64_t len, void *
 		return volume_read_view(v, b->args.ckpt, off, len, buf);
 	case LAYER_IMAGE:
 		return volume_read_ckpt(v, b->args.ckpt, off, len, buf);
+	case LAYER_CLONE:
+		return volume_read_clone(v, b->args.ckpt, off, len, buf);
 	case LAYER_ACTIVE:
 	case LAYER_UNDO:
 		return volume_read_overlay(v, b->args.layer, b->args.ckpt, off, len, buf);

@@ -1,4 +1,5 @@
-/* Writing to a volume: save before change (V1), the active overlay, and the commit of a failover.
+/* Writing to a volume: save before change (V1), what is written over an image (active, clones), and the commit of a
+ * failover.
  *
  * volume_write goes over the whole batch in phases, so that in `power` the syncs are one a phase and not one a write:
  *   gather   the blocks that requests touch and the live overlay lacks, as runs: sorted, neighbours joined
@@ -19,9 +20,10 @@
  * in pieces of ZERO_PIECE, each saved and zeroed under the chain lock and then letting go of it: a checkpoint waits
  * for one piece, and what it then shows is a part of the request done, as of any request in flight.
  *
- * The active overlay replaces its blocks in place. In `power` the data is synced before its word is written; the word
- * itself only by volume_sync_active: lost in a power cut, it leaves the block as it was before a write that nobody
- * flushed (absent, or, for one replaced, with its checksum marked unknown, which overlay_put_data has made durable).
+ * The active overlay and clones replace their blocks in place. In `power` the data is synced before its word is
+ * written; the word itself only by volume_sync_active (volume_sync_clone): lost in a power cut, it leaves the block as
+ * it was before a write that nobody flushed (absent, or, for one replaced, with its checksum marked unknown, which
+ * overlay_put_data has made durable).
  */
 #include <stdlib.h>
 #include <string.h>
@@ -434,10 +436,10 @@ int volume_write(struct volume *v, struct volume_req *reqs, unsigned n)
 	return rc;
 }
 
-/* ---- active ---- */
+/* ---- what is written over an image: active, clones ---- */
 
-/* Blocks put with one sync, in the active overlay. */
-#define ACTIVE_ROUND_BLOCKS 4096U
+/* Blocks put with one sync, and under one hold of the chain lock. */
+#define TOP_ROUND_BLOCKS 4096U
 
 static uint64_t stripes_of(uint64_t block, uint64_t n)
 {
@@ -481,8 +483,8 @@ static int complete_block(struct volume *v, const struct view *w, uint64_t block
 
 /* The new content of blocks [block, block + n), whole: in *ret, which is the request's own buffer where that will do.
  */
-static int active_content(struct volume *v, const struct view *w, const struct volume_req *r, uint64_t block,
-			  uint32_t n, uint8_t *bounce, const uint8_t **ret)
+static int top_content(struct volume *v, const struct view *w, const struct volume_req *r, uint64_t block, uint32_t n,
+		       uint8_t *bounce, const uint8_t **ret)
 {
 	uint64_t off = block << BLOCK_SHIFT, end = off + ((uint64_t)n << BLOCK_SHIFT);
 	uint64_t lo = max_u64(off, r->off), hi = min_u64(end, r->off + r->len);
@@ -506,23 +508,23 @@ static int active_content(struct volume *v, const struct view *w, const struct v
 	return 0;
 }
 
-static int active_put(struct volume *v, struct layer *active, uint64_t block, uint32_t n, const uint8_t *data,
-		      uint32_t *words)
+static int top_put(struct volume *v, struct layer *top, uint64_t block, uint32_t n, const uint8_t *data,
+		   uint32_t *words)
 {
 	/* Only these blocks' own writer, excluded by the caller's claims, could make one of them appear meanwhile. */
-	uint64_t mask = bitmap_any(active->held, block, n) ? stripes_of(block, n) : 0;
+	uint64_t mask = bitmap_any(top->held, block, n) ? stripes_of(block, n) : 0;
 	int rc;
 
 	stripes_lock(v, mask);
-	rc = overlay_put_data(active->o, block, n, data, words);
+	rc = overlay_put_data(top->o, block, n, data, words);
 	stripes_unlock(v, mask);
 	return rc;
 }
 
-/* Blocks [block, block + n) of the request, n <= ACTIVE_ROUND_BLOCKS. A reader between data and word finds either the
+/* Blocks [block, block + n) of the request, n <= TOP_ROUND_BLOCKS. A reader between data and word finds either the
  * block absent or its word saying that the checksum is not known: no mismatch (image/overlay.h). */
-static int active_round(struct volume *v, const struct view *w, const struct volume_req *r, uint64_t block, uint32_t n,
-			struct scratch *s)
+static int top_round(struct volume *v, const struct view *w, const struct volume_req *r, uint64_t block, uint32_t n,
+		     struct scratch *s)
 {
 	int rc;
 
@@ -530,70 +532,119 @@ static int active_round(struct volume *v, const struct view *w, const struct vol
 		uint32_t piece = (uint32_t)min_u64(n - i, PIECE_BLOCKS);
 		const uint8_t *data;
 
-		rc = active_content(v, w, r, block + i, piece, s->bounce, &data);
+		rc = top_content(v, w, r, block + i, piece, s->bounce, &data);
 		if (rc == 0)
-			rc = active_put(v, w->active, block + i, piece, data, s->words + i);
+			rc = top_put(v, w->top, block + i, piece, data, s->words + i);
 		if (rc < 0)
 			return rc;
 	}
-	rc = v->power ? overlay_sync_data(w->active->o) : 0;
+	rc = v->power ? overlay_sync_data(w->top->o) : 0;
 	if (rc == 0)
-		rc = overlay_put_map(w->active->o, block, n, s->words);
+		rc = overlay_put_map(w->top->o, block, n, s->words);
 	if (rc == 0)
-		overlay_publish(w->active->o, block, n);
+		overlay_publish(w->top->o, block, n);
 	return rc;
 }
 
-static int write_active_locked(struct volume *v, uint64_t base, const struct volume_req *r)
+/* From *block on, one round. */
+static int write_top_locked(struct volume *v, enum volume_layer layer, uint64_t id, const struct volume_req *r,
+			    uint64_t *block)
 {
-	uint64_t block = r->off >> BLOCK_SHIFT, end = units_of(r->off + r->len, BLOCK_SHIFT);
+	uint64_t end = units_of(r->off + r->len, BLOCK_SHIFT);
+	uint32_t n = (uint32_t)min_u64(end - *block, TOP_ROUND_BLOCKS);
 	struct scratch *s;
 	struct view w;
 	int rc;
 
 	if (!req_range_fits(v, r))
 		return -ERR_RANGE;
-	rc = view_make(v, true, base, &w);
+	rc = view_make(v, layer, id, &w);
 	if (rc < 0)
 		return rc;
-	if (!w.active)
+	if (!w.top)
 		return -ERR_STATE;
-	if (r->len == 0)
+	if (r->len == 0) {
+		*block = end;
 		return 0;
+	}
 	s = scratch_get(v);
 	if (!s)
 		return -ERR_NOMEM;
-	while (rc == 0 && block < end) {
-		uint32_t n = (uint32_t)min_u64(end - block, ACTIVE_ROUND_BLOCKS);
-
-		rc = active_round(v, &w, r, block, n, s);
-		block += n;
-	}
+	rc = top_round(v, &w, r, *block, n, s);
 	scratch_put(v, s);
+	*block += n;
+	return rc;
+}
+
+/* Large zeroes let go of the lock between rounds, as those of a disk do. */
+static int write_top(struct volume *v, enum volume_layer layer, uint64_t id, struct volume_req *r)
+{
+	uint64_t block = r->off >> BLOCK_SHIFT;
+
+	r->save_failed = false;
+	do {
+		volume_lock_shared(v);
+		r->error = write_top_locked(v, layer, id, r, &block);
+		volume_unlock(v);
+	} while (r->error == 0 && block < units_of(r->off + r->len, BLOCK_SHIFT));
+	return r->error;
+}
+
+/* Without the chain lock: a checkpoint does not wait for it. */
+static int sync_top(struct volume *v, enum volume_layer layer, uint64_t id)
+{
+	struct layer *l = NULL;
+	int rc;
+
+	volume_lock_shared(v);
+	rc = chain_find_overlay(v, layer, id, &l);
+	if (rc == 0 && l)
+		layer_ref(l);
+	volume_unlock(v);
+	if (rc < 0 || !l)
+		return rc;
+	rc = overlay_sync_data(l->o);
+	if (rc == 0)
+		rc = overlay_sync_map(l->o);
+	layer_unref(l);
 	return rc;
 }
 
 int volume_write_active(struct volume *v, uint64_t base, struct volume_req *req)
 {
-	req->save_failed = false;
-	volume_lock_shared(v);
-	req->error = write_active_locked(v, base, req);
-	volume_unlock(v);
-	return req->error;
+	return write_top(v, LAYER_VIEW, base, req);
 }
 
 int volume_sync_active(struct volume *v)
 {
-	int rc = 0;
+	return sync_top(v, LAYER_ACTIVE, 0);
+}
 
-	volume_lock_shared(v);
-	if (v->active) {
-		rc = overlay_sync_data(v->active->o);
-		if (rc == 0)
-			rc = overlay_sync_map(v->active->o);
-	}
-	volume_unlock(v);
-	return rc;
+/* The room that is left to replication: what a clone takes would be missing there. */
+static int clone_room(struct volume *v, uint64_t len)
+{
+	uint64_t room, total, kept;
+	int rc = storage_free_bytes(v->storage, &room, &total);
+
+	if (rc < 0)
+		return rc;
+	kept = min_u64(total / CLONE_ROOM_SHARE, CLONE_ROOM_MAX);
+	return room < kept || room - kept < len ? -ERR_NOSPC : 0;
+}
+
+int volume_write_clone(struct volume *v, uint64_t id, struct volume_req *req)
+{
+	/* Zeroes take words of the map only. */
+	uint64_t takes = req->kind == VOLUME_WRITE ? req->len : req->len / BLOCK_SIZE * sizeof(uint32_t);
+
+	req->save_failed = false;
+	req->error = clone_is_there(v, id) ? clone_room(v, takes + BLOCK_SIZE) : -ERR_NOENT;
+	return req->error ? req->error : write_top(v, LAYER_CLONE, id, req);
+}
+
+int volume_sync_clone(struct volume *v, uint64_t id)
+{
+	return sync_top(v, LAYER_CLONE, id);
 }
 
 /* ---- commit ---- */
@@ -659,7 +710,7 @@ static int commit_locked(struct volume *v, uint64_t base, uint64_t off, uint64_t
 	if (off >= v->size)
 		return -ERR_RANGE;
 	end = units_of(off + min_u64(len, v->size - off), BLOCK_SHIFT);
-	rc = view_make(v, true, base, &w);
+	rc = view_make(v, LAYER_VIEW, base, &w);
 	while (rc == 0 && (block = view_next_held(&w, block, end)) < end) {
 		uint64_t stop = view_next_free(&w, block, min_u64(end, block + PIECE_BLOCKS));
 

@@ -83,13 +83,11 @@ static int extent_locked(struct volume *v, enum volume_layer layer, uint64_t ckp
 			overlay_extent(v, l, off, ret);
 		return rc;
 	case LAYER_IMAGE:
-		if (ckpt == 0)
-			return -ERR_NOENT;
-		break;
 	case LAYER_VIEW:
+	case LAYER_CLONE:
 		break;
 	}
-	rc = view_make(v, layer == LAYER_VIEW, ckpt, &w);
+	rc = view_make(v, layer, ckpt, &w);
 	return rc < 0 ? rc : view_extent(v, &w, off, ret);
 }
 
@@ -146,13 +144,11 @@ static int allocated_locked(struct volume *v, enum volume_layer layer, uint64_t 
 			*ret = l ? overlay_count(l->o) << BLOCK_SHIFT : 0;
 		return rc;
 	case LAYER_IMAGE:
-		if (ckpt == 0)
-			return -ERR_NOENT;
-		break;
 	case LAYER_VIEW:
+	case LAYER_CLONE:
 		break;
 	}
-	rc = view_make(v, layer == LAYER_VIEW, ckpt, &w);
+	rc = view_make(v, layer, ckpt, &w);
 	return rc < 0 ? rc : view_allocated(v, &w, ret);
 }
 
@@ -200,6 +196,17 @@ uint64_t volume_history_version(struct volume *v)
 	return __atomic_load_n(&v->retired, __ATOMIC_ACQUIRE)
 		   ? 0
 		   : 1 + __atomic_load_n(&v->history_version, __ATOMIC_ACQUIRE);
+}
+
+uint64_t volume_clone_blocks(struct volume *v, uint64_t id)
+{
+	struct layer *l = NULL;
+	uint64_t n;
+
+	volume_lock_shared(v);
+	n = chain_find_overlay(v, LAYER_CLONE, id, &l) == 0 ? overlay_count(l->o) : 0;
+	volume_unlock(v);
+	return n;
 }
 
 uint64_t volume_live(struct volume *v)

@@ -127,6 +127,7 @@ void volume_unprepare(struct volume *v)
 	mutex_lock(&v->prepare_lock);
 	unmake_layer(v, &v->prepared_undo);
 	unmake_layer(v, &v->prepared_active);
+	unmake_layer(v, &v->prepared_clone);
 	mutex_unlock(&v->prepare_lock);
 }
 
@@ -153,6 +154,84 @@ void volume_switch(struct volume *v, uint64_t ckpt, uint64_t active_id)
 	mutex_unlock(&v->prepare_lock);
 	if (old)
 		volume_retire(v, old);
+}
+
+/* ---- clones ---- */
+
+static bool ckpt_is_kept(struct volume *v, uint64_t ckpt)
+{
+	bool kept;
+
+	volume_lock_shared(v);
+	kept = chain_find(v, ckpt) >= 0;
+	volume_unlock(v);
+	return kept;
+}
+
+int volume_prepare_clone(struct volume *v, uint64_t id, struct err *e)
+{
+	char folder[VOLUME_PATH_SIZE];
+	int rc = 0;
+
+	mutex_lock(&v->prepare_lock);
+	if (!clone_is_there(v, id))
+		rc = prepare_one(v, &v->prepared_clone, LAYER_KIND_CLONE, id, e);
+	if (rc == 0 && v->power && v->prepared_clone) {
+		volume_path(v->name, "", folder);
+		rc = storage_sync_dir(v->storage, folder);
+		if (rc < 0) {
+			(void)err_set(e, -rc, "prepare a clone of volume %s: syncing %s: %s", v->name, folder,
+				      err_short(rc));
+			unmake_layer(v, &v->prepared_clone);
+		}
+	}
+	mutex_unlock(&v->prepare_lock);
+	return rc;
+}
+
+static bool listed(const struct volume_clone *c, uint32_t n, uint64_t id)
+{
+	for (uint32_t i = 0; i < n; i++)
+		if (c[i].id == id)
+			return true;
+	return false;
+}
+
+/* Takes out one that is not named any more, or has lost its checkpoint. NULL: there is none. */
+static struct layer *clone_take_out(struct volume *v, const struct volume_clone *c, uint32_t n)
+{
+	struct layer *l = NULL;
+
+	volume_lock_exclusive(v);
+	for (uint32_t i = 0; i < v->n_clones && !l; i++) {
+		if (listed(c, n, v->clones[i].l->id) && chain_find(v, v->clones[i].ckpt) >= 0)
+			continue;
+		l = v->clones[i].l;
+		v->clones[i] = v->clones[--v->n_clones];
+	}
+	volume_unlock(v);
+	return l;
+}
+
+void volume_switch_clones(struct volume *v, const struct volume_clone *c, uint32_t n)
+{
+	struct layer *l;
+
+	if (n == 0 && v->n_clones == 0) /* only this changes it */
+		return;
+	while ((l = clone_take_out(v, c, n)) != NULL)
+		volume_retire(v, l);
+	mutex_lock(&v->prepare_lock);
+	for (uint32_t i = 0; i < n && v->prepared_clone; i++) {
+		if (c[i].id != v->prepared_clone->id || !ckpt_is_kept(v, c[i].ckpt))
+			continue;
+		volume_lock_exclusive(v);
+		INVARIANT(v->n_clones < VOLUME_CLONES_MAX);
+		v->clones[v->n_clones++] = (struct clone){TAKE_PTR(v->prepared_clone), c[i].ckpt};
+		volume_unlock(v);
+	}
+	unmake_layer(v, &v->prepared_clone);
+	mutex_unlock(&v->prepare_lock);
 }
 
 /* ---- drop, merge, reap ---- */

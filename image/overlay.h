@@ -5,13 +5,13 @@
  * volume's last block may be short: it is padded with zeroes in the data file and for the checksum. A block of zeroes
  * need not be written into PATH.data where that is a hole.
  *
- * Replacing a block that is there (only active overlays do) would, cut off halfway, leave new data under the old
- * checksum. So overlay_put_data first writes 1 as its word, durably (overlay_set_durable), then the data.
+ * Replacing a block that is there (only active overlays and clones do) would, cut off halfway, leave new data under the
+ * old checksum. So overlay_put_data first writes 1 as its word, durably (overlay_set_durable), then the data.
  *
  * In memory: a bitmap of the blocks that are there. A block's bit is set after its data and its word are written.
  *
  * Concurrency: any number of readers and writers; the caller excludes two writers of one block, and a reader of a
- * block against a writer that replaces it (only active overlays replace).
+ * block against a writer that replaces it (only active overlays and clones replace).
  */
 #ifndef REPFS_IMAGE_OVERLAY_H
 #define REPFS_IMAGE_OVERLAY_H

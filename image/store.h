@@ -71,6 +71,11 @@ int store_find_volume(struct store *st, const char *volume, struct repl_meta **r
 int store_create_volume(struct store *st, const char *volume, uint64_t size, const char *group, struct err *e);
 int store_delete_volume(struct store *st, const char *volume, struct err *e);
 
+/* Opens the i-th volume of a group with the overlays that its record names (volume_open). Returns owned. */
+int store_open_volume(struct store *st, const struct repl_meta *m, uint32_t i, struct volume **ret, struct err *e);
+/* The clones of the i-th volume, as volume_open and volume_switch_clones take them; returns how many. */
+uint32_t store_clones_of(const struct repl_meta *m, uint32_t i, struct volume_clone ret[static GROUP_CLONES_MAX]);
+
 /* Progress of a long copy; a non-zero return cancels (-ERR_CANCELED). */
 typedef int (*store_progress_fn)(void *arg, uint64_t done, uint64_t total);
 

@@ -242,6 +242,38 @@ static int reserve(struct store *st, const char *verb, const char *volume, uint6
 	return rc;
 }
 
+uint32_t store_clones_of(const struct repl_meta *m, uint32_t i, struct volume_clone ret[static GROUP_CLONES_MAX])
+{
+	uint32_t n = 0;
+
+	for (uint32_t k = 0; k < m->n_clones; k++)
+		if (strcmp(m->clones[k].volume, m->volumes[i].name) == 0)
+			ret[n++] = (struct volume_clone){m->clones[k].id, m->clones[k].ckpt};
+	return n;
+}
+
+int store_open_volume(struct store *st, const struct repl_meta *m, uint32_t i, struct volume **ret, struct err *e)
+{
+	_cleanup_free_ uint64_t *numbers = calloc(m->n_ckpts ? m->n_ckpts : 1, sizeof(*numbers));
+	struct volume_clone clones[GROUP_CLONES_MAX];
+
+	if (!numbers)
+		return err_set(e, ERR_NOMEM, "open volume %s: out of memory", m->volumes[i].name);
+	for (uint32_t k = 0; k < m->n_ckpts; k++)
+		numbers[k] = m->ckpts[k].number;
+	const struct volume_open_args args = {
+	    .name = m->volumes[i].name,
+	    .size = m->volumes[i].size,
+	    .durability = store_info(st)->durability,
+	    .ckpts = numbers,
+	    .n_ckpts = m->n_ckpts,
+	    .active_id = m->active_id,
+	    .clones = clones,
+	    .n_clones = store_clones_of(m, i, clones),
+	};
+	return volume_open(store_storage(st), &args, ret, e);
+}
+
 /* In a group that keeps checkpoints the new volume takes part in them: as of each it is what it is made as. */
 static int join_chain(struct store *st, const char *volume, uint64_t size, const struct repl_meta *m, struct err *e)
 {
@@ -376,6 +408,11 @@ static int delete_locked(struct store *st, const char *volume, struct err *e) RE
 	POST(m != NULL);
 	if ((rc = check_idle(m, "delete", volume, e)) < 0)
 		return rc;
+	for (uint32_t i = 0; i < m->n_clones; i++)
+		if (strcmp(m->clones[i].volume, volume) == 0)
+			return store_refuse(e, ERR_BUSY, "delete", volume,
+					    "clone %s is made of it; remove that first, with `rm` in the mount",
+					    m->clones[i].name);
 	rc = store_pending_add(st, volume);
 	if (rc < 0)
 		return store_refuse(e, -rc, "delete", volume, "making pending/%s in store %s: %s", volume,

@@ -56,6 +56,7 @@ void volume_unlock(struct volume *v)
 #define DISK_FILE "disk.raw"
 #define UNDO_PREFIX "undo-"
 #define ACTIVE_PREFIX "active-"
+#define CLONE_PREFIX "clone-"
 
 void volume_path(const char *name, const char *file, char out[VOLUME_PATH_SIZE])
 {
@@ -66,9 +67,10 @@ void volume_path(const char *name, const char *file, char out[VOLUME_PATH_SIZE])
 
 void layer_path(const struct volume *v, enum layer_kind kind, uint64_t id, char out[VOLUME_PATH_SIZE])
 {
+	static const char *const prefixes[] = {UNDO_PREFIX, ACTIVE_PREFIX, CLONE_PREFIX};
 	char file[48];
 
-	(void)snprintf(file, sizeof(file), "%s%" PRIu64, kind == LAYER_KIND_UNDO ? UNDO_PREFIX : ACTIVE_PREFIX, id);
+	(void)snprintf(file, sizeof(file), "%s%" PRIu64, prefixes[kind], id);
 	volume_path(v->name, file, out);
 }
 
@@ -247,41 +249,60 @@ int volume_delete(struct storage *s, const char *name, struct err *e)
 
 /* ---- open, close ---- */
 
-/* An overlay file of the volume that args do not name. */
-static bool is_leftover(const void *arg, const char *name)
+static bool args_keep(const struct volume_open_args *args, uint64_t ckpt)
 {
-	const struct volume_open_args *args = arg;
-	char expect[64];
-
-	if (strncmp(name, ACTIVE_PREFIX, strlen(ACTIVE_PREFIX)) == 0) {
-		static const char *const suffixes[] = {"data", "map"};
-
-		for (size_t i = 0; args->active_id && i < ARRAY_LEN(suffixes); i++) {
-			(void)snprintf(expect, sizeof(expect), ACTIVE_PREFIX "%" PRIu64 ".%s", args->active_id,
-				       suffixes[i]);
-			if (strcmp(name, expect) == 0)
-				return false;
-		}
-		return true;
-	}
-	if (strncmp(name, UNDO_PREFIX, strlen(UNDO_PREFIX)) != 0)
-		return false;
-	char *end;
-	uint64_t k = strtoull(name + strlen(UNDO_PREFIX), &end, 10);
 	uint32_t low = 0, high = args->n_ckpts;
 
 	while (low < high) {
 		uint32_t mid = low + (high - low) / 2;
 
-		if (args->ckpts[mid] < k)
+		if (args->ckpts[mid] < ckpt)
 			low = mid + 1;
 		else
 			high = mid;
 	}
-	if (low == args->n_ckpts || args->ckpts[low] != k || (strcmp(end, ".data") != 0 && strcmp(end, ".map") != 0))
+	return low < args->n_ckpts && args->ckpts[low] == ckpt;
+}
+
+/* A clone whose checkpoint was given up is named still, and has no overlay any more. */
+static bool args_clone(const struct volume_open_args *args, uint64_t id)
+{
+	for (uint32_t i = 0; i < args->n_clones; i++)
+		if (args->clones[i].id == id)
+			return args_keep(args, args->clones[i].ckpt);
+	return false;
+}
+
+/* An overlay file of the volume that args do not name. */
+static bool is_leftover(const void *arg, const char *name)
+{
+	static const char *const prefixes[] = {UNDO_PREFIX, ACTIVE_PREFIX, CLONE_PREFIX};
+	const struct volume_open_args *args = arg;
+	char expect[64], *end;
+	size_t kind = 0;
+	bool named;
+
+	while (kind < ARRAY_LEN(prefixes) && strncmp(name, prefixes[kind], strlen(prefixes[kind])) != 0)
+		kind++;
+	if (kind == ARRAY_LEN(prefixes))
+		return false;
+	uint64_t id = strtoull(name + strlen(prefixes[kind]), &end, 10);
+
+	switch ((enum layer_kind)kind) {
+	case LAYER_KIND_UNDO:
+		named = args_keep(args, id);
+		break;
+	case LAYER_KIND_ACTIVE:
+		named = args->active_id && args->active_id == id;
+		break;
+	default:
+		named = args_clone(args, id);
+		break;
+	}
+	if (!named || (strcmp(end, ".data") != 0 && strcmp(end, ".map") != 0))
 		return true;
 	/* "undo-07.map" is nobody's. */
-	(void)snprintf(expect, sizeof(expect), UNDO_PREFIX "%" PRIu64 "%s", k, end);
+	(void)snprintf(expect, sizeof(expect), "%s%" PRIu64 "%s", prefixes[kind], id, end);
 	return strcmp(name, expect) != 0;
 }
 
@@ -393,6 +414,15 @@ static int open_layers(struct volume *v, const struct volume_open_args *args, st
 	}
 	if (rc == 0 && args->active_id)
 		rc = open_layer(v, LAYER_KIND_ACTIVE, args->active_id, args->size, &v->active, e);
+	for (uint32_t i = 0; rc == 0 && i < args->n_clones; i++) {
+		struct clone *c = &v->clones[v->n_clones];
+
+		if (!args_keep(args, args->clones[i].ckpt))
+			continue;
+		rc = open_layer(v, LAYER_KIND_CLONE, args->clones[i].id, args->size, &c->l, e);
+		c->ckpt = args->clones[i].ckpt;
+		v->n_clones += rc == 0;
+	}
 	return rc;
 }
 
@@ -401,8 +431,11 @@ static void free_volume(struct volume *v)
 	for (uint32_t i = 0; i < v->n_chain; i++)
 		layer_unref(v->chain[i]);
 	layer_unref(v->active);
+	for (uint32_t i = 0; i < v->n_clones; i++)
+		layer_unref(v->clones[i].l);
 	layer_unref(v->prepared_undo);
 	layer_unref(v->prepared_active);
+	layer_unref(v->prepared_clone);
 	disk_close(v->disk);
 	scratch_free_all(v);
 	for (unsigned i = 0; i < STRIPES; i++)
@@ -428,6 +461,9 @@ int volume_open(struct storage *s, const struct volume_open_args *args, struct v
 	if (args->n_ckpts > VOLUME_CKPTS_MAX)
 		return err_set(e, ERR_LIMIT, "open volume %s: %u checkpoints, at most %d can be kept", args->name,
 			       args->n_ckpts, VOLUME_CKPTS_MAX);
+	if (args->n_clones > VOLUME_CLONES_MAX)
+		return err_set(e, ERR_LIMIT, "open volume %s: %u clones, at most %d can be there", args->name,
+			       args->n_clones, VOLUME_CLONES_MAX);
 	v = calloc(1, sizeof(*v));
 	if (!v)
 		return err_set(e, ERR_NOMEM, "open volume %s: %s", args->name, err_short(ERR_NOMEM));
@@ -521,6 +557,8 @@ struct resized {
 	struct layer *chain[VOLUME_CKPTS_MAX];
 	uint32_t n;
 	struct layer *active;
+	struct layer *clones[VOLUME_CLONES_MAX];
+	uint32_t n_clones;
 };
 
 /* A failed write-back is reported once to each open file: one that is closed unasked would take it along (I10). */
@@ -544,6 +582,8 @@ static void resized_drop(struct resized *z)
 	for (uint32_t i = 0; i < z->n; i++)
 		layer_unref(z->chain[i]);
 	layer_unref(z->active);
+	for (uint32_t i = 0; i < z->n_clones; i++)
+		layer_unref(z->clones[i]);
 	free(z);
 }
 
@@ -563,12 +603,14 @@ static int resize_locked(struct volume *v, uint64_t size, struct resized *z)
 {
 	int rc = 0;
 
-	if (v->prepared_undo || v->prepared_active)
+	if (v->prepared_undo || v->prepared_active || v->prepared_clone)
 		return -ERR_BUSY;
 	for (; rc == 0 && z->n < v->n_chain; z->n += rc == 0)
 		rc = layer_reopen(v, v->chain[z->n], size, &z->chain[z->n]);
 	if (rc == 0 && v->active)
 		rc = layer_reopen(v, v->active, size, &z->active);
+	for (; rc == 0 && z->n_clones < v->n_clones; z->n_clones += rc == 0)
+		rc = layer_reopen(v, v->clones[z->n_clones].l, size, &z->clones[z->n_clones]);
 	if (rc == 0)
 		rc = resize_disk(v, size);
 	if (rc < 0)
@@ -583,6 +625,11 @@ static int resize_locked(struct volume *v, uint64_t size, struct resized *z)
 
 	v->active = z->active;
 	z->active = old;
+	for (uint32_t i = 0; i < z->n_clones; i++) {
+		old = v->clones[i].l;
+		v->clones[i].l = z->clones[i];
+		z->clones[i] = old;
+	}
 	__atomic_store_n(&v->size, size, __ATOMIC_RELAXED);
 	return 0;
 }
@@ -627,10 +674,23 @@ int chain_find(const struct volume *v, uint64_t ckpt)
 	return low < v->n_chain && v->chain[low]->id == ckpt ? (int)low : -ERR_NOENT;
 }
 
-int view_make(struct volume *v, bool active, uint64_t base, struct view *ret)
+static const struct clone *clone_find(const struct volume *v, uint64_t id)
 {
-	struct view w = {.active = active ? v->active : NULL};
+	for (uint32_t i = 0; i < v->n_clones; i++)
+		if (v->clones[i].l->id == id)
+			return &v->clones[i];
+	return NULL;
+}
 
+int view_make(struct volume *v, enum volume_layer layer, uint64_t ckpt, struct view *ret)
+{
+	const struct clone *c = layer == LAYER_CLONE ? clone_find(v, ckpt) : NULL;
+	struct view w = {.top = layer == LAYER_VIEW ? v->active : c ? c->l : NULL};
+	uint64_t base = c ? c->ckpt : ckpt;
+
+	PRE(layer == LAYER_VIEW || layer == LAYER_IMAGE || layer == LAYER_CLONE);
+	if ((layer == LAYER_CLONE && !c) || (layer == LAYER_IMAGE && ckpt == 0))
+		return -ERR_NOENT;
 	if (base) {
 		int i = chain_find(v, base);
 
@@ -668,8 +728,8 @@ uint64_t bits_next_clear(const struct bitmap *b, uint64_t from, uint64_t end)
 
 static uint64_t view_next_held_within(const struct view *w, uint64_t from, uint64_t end)
 {
-	if (w->active)
-		end = bits_next_set(w->active->held, from, end);
+	if (w->top)
+		end = bits_next_set(w->top->held, from, end);
 	for (uint32_t i = 0; i < w->n; i++)
 		end = bits_next_set(w->chain[i]->held, from, end);
 	return end;
@@ -695,8 +755,8 @@ uint64_t view_next_free(const struct view *w, uint64_t from, uint64_t end)
 
 	do {
 		before = from;
-		if (w->active)
-			from = bits_next_clear(w->active->held, from, end);
+		if (w->top)
+			from = bits_next_clear(w->top->held, from, end);
 		for (uint32_t i = 0; i < w->n; i++)
 			from = bits_next_clear(w->chain[i]->held, from, end);
 	} while (from != before && from < end);
@@ -706,8 +766,8 @@ uint64_t view_next_free(const struct view *w, uint64_t from, uint64_t end)
 /* Who has block `from`: a layer, or NULL for the disk. *ret_end: the end of the run of that source, `end` at most. */
 static struct layer *view_resolve(const struct view *w, uint64_t from, uint64_t end, uint64_t *ret_end)
 {
-	for (int64_t i = w->active ? -1 : 0; i < (int64_t)w->n; i++) {
-		struct layer *l = i < 0 ? w->active : w->chain[i];
+	for (int64_t i = w->top ? -1 : 0; i < (int64_t)w->n; i++) {
+		struct layer *l = i < 0 ? w->top : w->chain[i];
 		uint64_t set = bits_next_set(l->held, from, end);
 
 		if (set == from) {
@@ -725,7 +785,7 @@ static struct layer *view_resolve(const struct view *w, uint64_t from, uint64_t 
 /* Bytes [off, off + len), all in blocks that l holds. */
 static int layer_read(struct volume *v, struct layer *l, uint64_t off, uint64_t len, uint8_t *buf)
 {
-	bool active = l->kind == LAYER_KIND_ACTIVE;
+	bool replaced = l->kind != LAYER_KIND_UNDO;
 
 	while (len > 0) {
 		uint64_t block = off >> BLOCK_SHIFT;
@@ -734,10 +794,10 @@ static int layer_read(struct volume *v, struct layer *l, uint64_t off, uint64_t 
 		pthread_rwlock_t *stripe = &v->stripes[(block >> STRIPE_SHIFT) % STRIPES];
 		int rc;
 
-		if (active)
+		if (replaced)
 			check_zero(pthread_rwlock_rdlock(stripe));
 		rc = overlay_read(l->o, block, in_block, buf, n);
-		if (active)
+		if (replaced)
 			check_zero(pthread_rwlock_unlock(stripe));
 		if (rc < 0)
 			return rc;
@@ -798,13 +858,13 @@ int volume_read_disk(struct volume *v, uint64_t off, uint64_t len, void *buf)
 	return range_fits(v, off, len) ? disk_read(v->disk, off, buf, (size_t)len) : -ERR_RANGE;
 }
 
-static int read_through(struct volume *v, bool active, uint64_t base, uint64_t off, uint64_t len, void *buf)
+static int read_through(struct volume *v, enum volume_layer layer, uint64_t ckpt, uint64_t off, uint64_t len, void *buf)
 {
 	struct view w;
 	int rc;
 
 	volume_lock_shared(v);
-	rc = view_make(v, active, base, &w);
+	rc = view_make(v, layer, ckpt, &w);
 	if (rc == 0)
 		rc = range_fits(v, off, len) ? view_read(v, &w, off, len, buf) : -ERR_RANGE;
 	volume_unlock(v);
@@ -813,12 +873,17 @@ static int read_through(struct volume *v, bool active, uint64_t base, uint64_t o
 
 int volume_read_view(struct volume *v, uint64_t base, uint64_t off, uint64_t len, void *buf)
 {
-	return read_through(v, true, base, off, len, buf);
+	return read_through(v, LAYER_VIEW, base, off, len, buf);
 }
 
 int volume_read_ckpt(struct volume *v, uint64_t ckpt, uint64_t off, uint64_t len, void *buf)
 {
-	return ckpt ? read_through(v, false, ckpt, off, len, buf) : -ERR_NOENT;
+	return read_through(v, LAYER_IMAGE, ckpt, off, len, buf);
+}
+
+int volume_read_clone(struct volume *v, uint64_t id, uint64_t off, uint64_t len, void *buf)
+{
+	return read_through(v, LAYER_CLONE, id, off, len, buf);
 }
 
 int chain_find_overlay(struct volume *v, enum volume_layer layer, uint64_t ckpt, struct layer **ret)
@@ -828,6 +893,12 @@ int chain_find_overlay(struct volume *v, enum volume_layer layer, uint64_t ckpt,
 	if (layer == LAYER_ACTIVE) {
 		*ret = v->active;
 		return 0;
+	}
+	if (layer == LAYER_CLONE) {
+		const struct clone *c = clone_find(v, ckpt);
+
+		*ret = c ? c->l : NULL;
+		return c ? 0 : -ERR_NOENT;
 	}
 	if (ckpt == 0) {
 		*ret = v->n_chain ? v->chain[v->n_chain - 1] : NULL;
@@ -864,12 +935,22 @@ static int read_overlay_locked(struct volume *v, struct layer *l, uint64_t off, 
 	return 0;
 }
 
+bool clone_is_there(struct volume *v, uint64_t id)
+{
+	bool there;
+
+	volume_lock_shared(v);
+	there = clone_find(v, id) != NULL;
+	volume_unlock(v);
+	return there;
+}
+
 int volume_read_overlay(struct volume *v, enum volume_layer layer, uint64_t ckpt, uint64_t off, uint64_t len, void *buf)
 {
 	struct layer *l;
 	int rc;
 
-	PRE(layer == LAYER_ACTIVE || layer == LAYER_UNDO);
+	PRE(layer == LAYER_ACTIVE || layer == LAYER_UNDO || layer == LAYER_CLONE);
 	volume_lock_shared(v);
 	rc = chain_find_overlay(v, layer, ckpt, &l);
 	if (rc == 0)

@@ -3,10 +3,11 @@
  *
  * Words: undo(k) is the overlay of checkpoint k: what blocks held at k, saved before they first changed after k.
  * The last one is the live epoch's (the hidden overlay). image(k) = for each block the first of undo(k),
- * undo(k+1), ..., live that has it, else the disk. view = active over image(base).
+ * undo(k+1), ..., live that has it, else the disk. view = active over image(base). A clone is the same again: an
+ * overlay of its own over the image of the checkpoint that it was made of.
  *
  * Files in the store (docs/format.md): volumes/NAME/disk.raw, volumes/NAME/undo-K.{data,map},
- * volumes/NAME/active-A.{data,map}, volumes/NAME/intent.
+ * volumes/NAME/active-A.{data,map}, volumes/NAME/clone-C.{data,map}, volumes/NAME/intent.
  *
  * Invariants
  *   V1 A block of the disk changes only after the live undo overlay has its old content (if there is a chain):
@@ -18,7 +19,7 @@
  *      it shared. No I/O happens under the exclusive lock, except that volume_resize reopens the overlays under it.
  *
  * Who excludes whom: the caller (the core's range claims) guarantees that no two volume_write requests in progress
- * touch the same block, and likewise for volume_write_active. Reads need no claim.
+ * touch the same block, and likewise for volume_write_active, and volume_write_clone of one clone. Reads need no claim.
  * Errors: -ERR_x, first failure of the batch; the struct says how far it came. All sizes and offsets in bytes.
  */
 #ifndef REPFS_IMAGE_VOLUME_H
@@ -52,6 +53,10 @@ int volume_create(struct storage *s, const char *name, uint64_t size, enum volum
 /* Removes everything of volumes/NAME. Idempotent. */
 int volume_delete(struct storage *s, const char *name, struct err *e);
 
+struct volume_clone {
+	uint64_t id, ckpt;
+};
+
 struct volume_open_args {
 	const char *name;
 	uint64_t size;
@@ -59,6 +64,8 @@ struct volume_open_args {
 	const uint64_t *ckpts; /* numbers of the kept checkpoints, ascending; the last is the live epoch's */
 	uint32_t n_ckpts;      /* 0: no chain, nothing is saved */
 	uint64_t active_id;    /* 0: no active overlay */
+	const struct volume_clone *clones; /* one whose checkpoint is not kept is not there: it was given up */
+	uint32_t n_clones;
 };
 /* Opens it; overlay files that args do not name are leftovers of a switch that never happened and are removed.
  * A disk whose size is not args->size, or a missing overlay, is -ERR_CORRUPT, named; only a disk that is longer by
@@ -72,6 +79,8 @@ uint64_t volume_size(const struct volume *v);
 int volume_read_disk(struct volume *v, uint64_t off, uint64_t len, void *buf);
 int volume_read_view(struct volume *v, uint64_t base, uint64_t off, uint64_t len, void *buf);
 int volume_read_ckpt(struct volume *v, uint64_t ckpt, uint64_t off, uint64_t len, void *buf);
+/* A clone by its id; -ERR_NOENT: it is not there, or its checkpoint was given up. */
+int volume_read_clone(struct volume *v, uint64_t id, uint64_t off, uint64_t len, void *buf);
 
 /* Writes a batch to the disk, saving old blocks first (V1) with one sync a phase for the whole batch in `power`.
  * Requests with errors do not stop the others, except that a failed save leaves the disk untouched for all requests
@@ -89,6 +98,8 @@ int volume_set_tap(struct volume *v, volume_tap_fn fn, void *arg);
 /* The secondary's own writes: into active only. Blocks written in part are completed from the view over base.
  * zero and discard are recorded as blocks of zeroes. -ERR_STATE without an active overlay. */
 int volume_write_active(struct volume *v, uint64_t base, struct volume_req *req);
+/* The same into a clone. -ERR_NOSPC also where the store would be left with less room than is kept for replication. */
+int volume_write_clone(struct volume *v, uint64_t id, struct volume_req *req);
 
 /* Disk (and in `power`, nothing else is pending by then) durable: a real fdatasync in either durability. */
 int volume_sync(struct volume *v);
@@ -97,6 +108,7 @@ int volume_sync(struct volume *v);
 int volume_reopen(struct volume *v, struct err *e);
 /* Active overlay durable: data, then map. */
 int volume_sync_active(struct volume *v);
+int volume_sync_clone(struct volume *v, uint64_t id); /* likewise */
 
 /* Epoch switch in two steps, the metadata write between them decides (I7):
  *   volume_prepare: makes the files of undo(ckpt), and of active(active_id) when it differs from the open one;
@@ -106,6 +118,11 @@ int volume_sync_active(struct volume *v);
 int volume_prepare(struct volume *v, uint64_t ckpt /* 0: none */, uint64_t active_id, struct err *e);
 void volume_switch(struct volume *v, uint64_t ckpt, uint64_t active_id);
 void volume_unprepare(struct volume *v);
+/* Clones come and go in the same two steps: volume_prepare_clone makes the files of one (durable names in `power`; of
+ * one that is there it does nothing), volume_switch_clones, after the epoch's switch and drops, makes it that exactly
+ * those in c[n] whose checkpoint is kept are there. The files of others go with volume_reap. */
+int volume_prepare_clone(struct volume *v, uint64_t id, struct err *e);
+void volume_switch_clones(struct volume *v, const struct volume_clone *c, uint32_t n);
 
 /* Drops checkpoint k from the chain in memory (the metadata no longer names it): its overlay is merged into the
  * next older one (the older wins, SPEC 8 MERGEOLD), or just removed if it is the oldest. With one checkpoint left the
@@ -124,19 +141,22 @@ void volume_drop_through(struct volume *v, uint64_t ckpt);
 /* Removes overlay files that left the chain (after volume_switch or volume_drop); does I/O, called from a worker. */
 void volume_reap(struct volume *v);
 
-/* What a file shows: extents of the disk, of the view, of active, of undo(k) (exactly its blocks), of image(k). */
-enum volume_layer { LAYER_DISK, LAYER_VIEW, LAYER_ACTIVE, LAYER_UNDO, LAYER_IMAGE };
+/* What a file shows: extents of the disk, of the view, of active, of undo(k) (exactly its blocks), of image(k), of a
+ * clone (all that it shows). */
+enum volume_layer { LAYER_DISK, LAYER_VIEW, LAYER_ACTIVE, LAYER_UNDO, LAYER_IMAGE, LAYER_CLONE };
 /* The extent that holds off, clipped to the volume's size; ckpt: base for VIEW, k for UNDO and IMAGE (0 in UNDO: the
- * live one). Adjacent extents of one kind are joined as far as cheap. off < size. */
+ * live one), the id for CLONE. Adjacent extents of one kind are joined as far as cheap. off < size. */
 int volume_extent(struct volume *v, enum volume_layer layer, uint64_t ckpt, uint64_t off, struct extent *ret);
 /* Allocated bytes, as st_blocks * 512 of the file that shows the layer. Overlays: blocks held * BLOCK_SIZE. */
 int volume_allocated(struct volume *v, enum volume_layer layer, uint64_t ckpt, uint64_t *ret);
-/* For overlays/NAME/active and hidden: reads a range; blocks that the overlay lacks read as zeroes. */
+/* For overlays/NAME/active and hidden, and checks of a clone's own blocks: reads a range; blocks that the overlay lacks
+ * read as zeroes. */
 int volume_read_overlay(struct volume *v, enum volume_layer layer, uint64_t ckpt, uint64_t off, uint64_t len,
 			void *buf);
 
 uint64_t volume_active_blocks(struct volume *v);	      /* blocks held */
 uint64_t volume_undo_blocks(struct volume *v, uint64_t ckpt); /* 0: live; blocks held, 0 if not kept */
+uint64_t volume_clone_blocks(struct volume *v, uint64_t id);  /* blocks held; 0 if it is not there */
 uint64_t volume_live(struct volume *v);			      /* number of the live epoch's checkpoint, 0: no chain */
 /* Calls fn(arg, k, bytes) with the bytes that undo(k) holds, oldest first, the live one last. */
 void volume_history(struct volume *v, void (*fn)(void *arg, uint64_t ckpt, uint64_t bytes), void *arg);

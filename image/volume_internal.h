@@ -1,15 +1,15 @@
 /* What volume.c, cow.c and history.c share: the volume's struct, its locks, and reads through a chain of overlays.
  *
- * Lock order: sync_lock, then prepare_lock or merge_lock, then chain_lock, then an active stripe, then one of the small
+ * Lock order: sync_lock, then prepare_lock or merge_lock, then chain_lock, then a stripe, then one of the small
  * mutexes (retired_lock, scratch_lock), which are never held across I/O.
  *
  *   chain_lock    which layers there are, and the volume's size. Shared: every read and write. Exclusive: switch, drop,
  *                 resize. Writers are preferred and nobody takes it twice: functions that need it held say so by
  *                 taking a struct view or ending in _locked.
- *   active stripes  one of STRIPES locks for each block of the active overlay, by its number. Only the active overlay
- *                 replaces blocks in place, and view reads take no claim, so without them a reader could see a block
- *                 half replaced, or its data against the other checksum. A writer holds the stripes exclusively
- *                 while it replaces the data, a reader shares one while it reads one block. Writing a block that is
+ *   stripes       one of STRIPES locks for each block of what is written over an image, the active overlay or a
+ *                 clone's, by its number. Only these replace blocks in place, and their readers take no claim, so
+ * without them a reader could see a block half replaced, or its data against the other checksum. A writer holds the
+ * stripes exclusively while it replaces the data, a reader shares one while it reads one block. Writing a block that is
  *                 not there yet needs none: its bit is set last, and nobody reads a block without its bit. A bit, once
  *                 set, stays until the overlay is switched, which chain_lock excludes. Writers take several, always in
  *                 ascending order, readers one: no deadlock.
@@ -30,6 +30,7 @@
 #include "image/volume.h"
 
 #define VOLUME_CKPTS_MAX GROUP_CKPTS_MAX
+#define VOLUME_CLONES_MAX GROUP_CLONES_MAX
 #define STRIPES 64U
 #define STRIPE_SHIFT 4U /* neighbours of one request share a stripe */
 /* Copied at a time, in blocks. */
@@ -40,18 +41,21 @@
 #define ROUND_RUNS 4096U
 /* Zeroes and discards above this give up the chain lock between pieces; bytes. */
 #define ZERO_PIECE (UINT64_C(16) << 20)
+/* A clone's write leaves that much of the store's filesystem free: this part of it, at most so many bytes. */
+#define CLONE_ROOM_SHARE 16U
+#define CLONE_ROOM_MAX (UINT64_C(1) << 30)
 /* Kept for reuse; more exist only while more threads save at once. */
 #define SCRATCH_KEPT_MAX 8U
 
-enum layer_kind { LAYER_KIND_UNDO, LAYER_KIND_ACTIVE };
+enum layer_kind { LAYER_KIND_UNDO, LAYER_KIND_ACTIVE, LAYER_KIND_CLONE };
 
-/* An overlay in use. One reference belongs to where it is listed (chain, active, prepared, retired), others to merges.
- */
+/* An overlay in use. One reference belongs to where it is listed (chain, active, clones, prepared, retired), others to
+ * merges and syncs. */
 struct layer {
 	struct overlay *o;
 	const struct bitmap *held; /* o's */
 	enum layer_kind kind;
-	uint64_t id; /* checkpoint number or active id */
+	uint64_t id; /* checkpoint number, active id, or clone's id */
 	unsigned refs;
 	bool merged;	    /* all its blocks are in the next older one */
 	bool certain;	    /* what it held when it was opened is durable; under merge_lock, or while opening */
@@ -71,6 +75,12 @@ struct scratch {
 	struct scratch *next;
 };
 
+/* A scratch over image(ckpt). */
+struct clone {
+	struct layer *l;
+	uint64_t ckpt;
+};
+
 struct volume {
 	struct storage *storage;
 	struct disk *disk;
@@ -83,10 +93,12 @@ struct volume {
 	struct layer *chain[VOLUME_CKPTS_MAX]; /* oldest first; the last is live */
 	uint32_t n_chain;
 	struct layer *active; /* NULL: none */
+	struct clone clones[VOLUME_CLONES_MAX];
+	uint32_t n_clones;
 	pthread_rwlock_t stripes[STRIPES];
 
 	struct mutex prepare_lock;
-	struct layer *prepared_undo, *prepared_active;
+	struct layer *prepared_undo, *prepared_active, *prepared_clone;
 	struct mutex merge_lock;
 	struct mutex reap_lock;
 	struct mutex retired_lock;
@@ -106,7 +118,7 @@ struct volume {
 
 /* What a read looks at, top down; borrowed, valid while chain_lock is held. */
 struct view {
-	struct layer *active; /* or NULL */
+	struct layer *top;    /* what is written over the image: active, a clone's overlay, or NULL */
 	struct layer **chain; /* [n], oldest first */
 	uint32_t n;
 	struct layer *live; /* NULL: nothing is saved over the disk below */
@@ -150,11 +162,13 @@ int layer_ascertain(struct volume *v, struct layer *l);
 
 /* Index of checkpoint k in the chain, or -ERR_NOENT. chain_lock held. */
 int chain_find(const struct volume *v, uint64_t ckpt);
-/* The layer that LAYER_ACTIVE or LAYER_UNDO names, NULL if there is none to have (no active; 0 without a chain).
- * -ERR_NOENT: a checkpoint that is not kept. chain_lock held. */
+/* The overlay that LAYER_ACTIVE, LAYER_UNDO or LAYER_CLONE names, NULL if there is none to have (no active; 0 without a
+ * chain). -ERR_NOENT: a checkpoint that is not kept, a clone that is not there. chain_lock held. */
 int chain_find_overlay(struct volume *v, enum volume_layer layer, uint64_t ckpt, struct layer **ret);
-/* active over image(base), or without active; base 0: nothing but the disk. -ERR_NOENT. chain_lock held. */
-int view_make(struct volume *v, bool active, uint64_t base, struct view *ret);
+bool clone_is_there(struct volume *v, uint64_t id); /* chain_lock not held */
+/* What LAYER_VIEW (ckpt: the base; 0: nothing but the disk below active), LAYER_IMAGE or LAYER_CLONE names. -ERR_NOENT.
+ * chain_lock held. */
+int view_make(struct volume *v, enum volume_layer layer, uint64_t ckpt, struct view *ret);
 /* The first block in [from, end) that any (no) layer holds; `end` if there is none. */
 uint64_t view_next_held(const struct view *w, uint64_t from, uint64_t end);
 uint64_t view_next_free(const struct view *w, uint64_t from, uint64_t end);

@@ -167,6 +167,9 @@ static bool command_did(struct host *h, const struct repl_command *c)
 		return m->role == ROLE_SECONDARY && m->switched && m->state == STATE_RUNNING;
 	case CMD_HOLD:
 		return repl_meta_find_ckpt(m, c->result) >= 0;
+	case CMD_CLONE:
+	case CMD_UNCLONE:
+		return (repl_meta_find_clone(m, c->text) >= 0) == (c->cmd == CMD_CLONE);
 	case CMD_UNHOLD:
 	case CMD_CHECKPOINT:
 	case CMD_DISCARD:

@@ -98,7 +98,7 @@ static void make_volume_with_checkpoint(void)
 	cr_assert_eq(store_open(store_dir, STORE_CREATE, DURABILITY_PROCESS, &st, &e), 0, "%s", e.text);
 	cr_assert_eq(store_create_volume(st, "vm1", SIZE, NULL, &e), 0, "%s", e.text);
 	cr_assert_eq(store_load_group(st, "vm1", &m, &e), 0, "%s", e.text);
-	cr_assert_eq(offline_open(st, m, 0, &v, &e), 0, "%s", e.text);
+	cr_assert_eq(store_open_volume(st, m, 0, &v, &e), 0, "%s", e.text);
 	write_volume(v, 0, 65536, 0x11);
 	cr_assert_eq(volume_prepare(v, 1, 0, &e), 0, "%s", e.text);
 	m->n_ckpts = 1;

@@ -3898,6 +3898,143 @@ Test(repl, a_hold_whose_record_cannot_be_saved)
 	host_free(h);
 }
 
+/* ---- clones ---- */
+
+static void clone_cmd(struct host *h, struct repl_command *c, enum repl_cmd cmd, const char *name, uint64_t ckpt)
+{
+	*c = (struct repl_command){.cmd = cmd, .number = ckpt};
+	(void)snprintf(c->text, sizeof(c->text), "%s", name);
+	step(h, (struct repl_event){.type = EV_COMMAND, .command = c});
+}
+
+Test(repl, a_clone_is_there_from_its_record_to_its_record)
+{
+	struct host *h = survivor_with_a_clone();
+	struct repl_command c;
+	clone_cmd(h, &c, CMD_CLONE, "again", 3);
+	EXPECT(h, "save:standalone/DONE");
+	cr_assert_eq(h->saved.n_clones, 2);
+	cr_assert_str_eq(h->saved.clones[1].name, "again");
+	cr_assert_str_eq(h->saved.clones[1].volume, "vm");
+	cr_assert_eq(h->saved.clones[1].ckpt, 3);
+	cr_assert_eq(h->saved.clones[1].id, 2);
+	cr_assert_eq(h->saved.clones[1].time_ns, h->now);
+	cr_assert_eq(repl_meta(h->r)->n_clones, 1, "not before it is durable");
+	saved(h);
+	EXPECT(h, "cmd");
+	clone_cmd(h, &c, CMD_CLONE, "again", 4);
+	EXPECT(h, "cmd=ERR_EXIST");
+	clone_cmd(h, &c, CMD_CLONE, "more", 7);
+	EXPECT(h, "cmd=ERR_NOENT");
+	clone_cmd(h, &c, CMD_UNCLONE, "nothing", 0);
+	EXPECT(h, "cmd=ERR_NOENT");
+	clone_cmd(h, &c, CMD_UNCLONE, "test", 0);
+	EXPECT(h, "save:standalone/DONE");
+	save_fails(h, -ERR_NOSPC);
+	EXPECT(h, "save:standalone/DONE");
+	cr_assert_eq(h->saved.n_clones, 2, "it stays");
+	saved(h);
+	EXPECT(h, "cmd=ERR_NOSPC");
+	clone_cmd(h, &c, CMD_UNCLONE, "test", 0);
+	cr_assert_eq(h->saved.n_clones, 1);
+	cr_assert_str_eq(h->saved.clones[0].name, "again");
+	saved(h);
+	EXPECT(h, "save:standalone/DONE cmd");
+	tick(h, SEC);
+	EXPECT(h, "save:standalone/DONE <3"); /* 2 too, which nothing holds any more */
+	saved(h);
+	host_free(h);
+}
+
+/* One after another; the next is not looked at before the one before it has ended. */
+Test(repl, clones_that_come_together)
+{
+	struct host *h = survivor_with_a_clone();
+	struct repl_command c[5];
+	clone_cmd(h, &c[0], CMD_CLONE, "a", 1);
+	clone_cmd(h, &c[1], CMD_CLONE, "a", 3);
+	clone_cmd(h, &c[2], CMD_UNCLONE, "a", 0);
+	clone_cmd(h, &c[3], CMD_CLONE, "a", 3);
+	clone_cmd(h, &c[4], CMD_CLONE, "b", 3);
+	EXPECT(h, "save:standalone/DONE");
+	saved(h);
+	EXPECT(h, "cmd cmd=ERR_EXIST save:standalone/DONE");
+	saved(h);
+	EXPECT(h, "cmd save:standalone/DONE");
+	cr_assert_eq(h->saved.clones[1].ckpt, 3);
+	cr_assert_eq(h->saved.clones[1].id, 3, "no id is used again");
+	step(h, (struct repl_event){.type = EV_SHUTDOWN});
+	EXPECT(h, "");
+	saved(h);
+	EXPECT(h, "cmd cmd=ERR_CANCELED");
+	host_free(h);
+}
+
+/* A job's epoch was opened without a sync of the disks: its clone has to outlive a crash. */
+Test(repl, a_clone_over_a_jobs_checkpoint_syncs_the_disks_first)
+{
+	static struct repl_meta m;
+	meta_of(&m, ROLE_STANDALONE, STATE_DONE);
+	m.alone = true;
+	struct host *h = host_new(&m);
+	struct repl_command c;
+	hold(h, CMD_HOLD, 0, "job 1");
+	saved(h);
+	EXPECT(h, "save:standalone/DONE +2 cmd");
+	clone_cmd(h, &c, CMD_CLONE, "a", 2);
+	EXPECT(h, "do:sync/ckpt");
+	hold(h, CMD_UNHOLD, 2, "job 1"); /* the command holds it meanwhile */
+	tick(h, SEC);
+	EXPECT(h, "cmd");
+	fin_full(h, "sync", -ERR_IO, false, 0, false);
+	EXPECT(h, "cmd=ERR_IO");
+	tick(h, SEC);
+	EXPECT(h, "save:standalone/DONE -2");
+	saved(h);
+	hold(h, CMD_HOLD, 0, "job 1");
+	saved(h);
+	clone_cmd(h, &c, CMD_CLONE, "a", 3);
+	hold(h, CMD_UNHOLD, 3, "job 1");
+	forget(h);
+	fin(h, "sync");
+	EXPECT(h, "save:standalone/DONE");
+	saved(h);
+	tick(h, SEC);
+	EXPECT(h, "cmd");
+	clone_cmd(h, &c, CMD_UNCLONE, "a", 0);
+	saved(h);
+	tick(h, SEC);
+	EXPECT(h, "save:standalone/DONE cmd save:standalone/DONE -3");
+	saved(h);
+	host_free(h);
+}
+
+Test(repl, what_no_clone_can_be_made_of)
+{
+	static struct repl_meta m;
+	meta_of(&m, ROLE_STANDALONE, STATE_DONE);
+	m.n_ckpts = 1;
+	m.ckpts[0] = (struct repl_ckpt){.number = 1, .generation = 100, .kind = CKPT_PARTIAL};
+	m.n_clones = 0;
+	m.clone_max = 0;
+	struct host *h = host_new(&m);
+	struct repl_command c;
+	clone_cmd(h, &c, CMD_CLONE, "a", 1);
+	EXPECT(h, "cmd=ERR_STATE");
+	host_free(h);
+	m.ckpts[0].kind = CKPT_STREAM;
+	for (m.n_clones = 0; m.n_clones < GROUP_CLONES_MAX; m.n_clones++) {
+		struct repl_clone *k = &m.clones[m.n_clones];
+		*k = (struct repl_clone){.volume = "vm", .ckpt = 1, .id = m.n_clones + 1};
+		(void)snprintf(k->name, sizeof(k->name), "c%u", m.n_clones);
+	}
+	m.clone_max = m.n_clones;
+	h = host_new(&m);
+	clone_cmd(h, &c, CMD_CLONE, "a", 1);
+	EXPECT(h, "cmd=ERR_LIMIT");
+	host_free(h);
+}
+
 Test(repl, a_guests_write_goes_on_when_history_cannot_be_written_at_all)
 {
 	static struct repl_meta m;

@@ -42,6 +42,8 @@ Test(inode, every_kind_both_ways)
 				check_both_ways(k, ids[i], ckpts[j]);
 		}
 	check_both_ways(INODE_STATUS_FILE, 0, 0);
+	check_both_ways(INODE_CLONE, 1, 0);
+	check_both_ways(INODE_CLONE, INODE_ID_MAX, 0);
 }
 
 Test(inode, numbers_differ)
@@ -128,6 +130,7 @@ Test(inode, folders_and_parents)
 	    {{INODE_CKPT, 7, 41}, false, inode_make(INODE_CKPT_DIR, 7, 0)},
 	    {{INODE_LATEST, 7, 0}, false, inode_make(INODE_CKPT_DIR, 7, 0)},
 	    {{INODE_STATUS_FILE, 0, 0}, false, INODE_STATUS},
+	    {{INODE_CLONE, 7, 0}, false, INODE_CLONES},
 	};
 	for (size_t i = 0; i < sizeof(t) / sizeof(t[0]); i++) {
 		cr_assert_eq(inode_is_dir(t[i].id.kind), t[i].dir, "%zu", i);
