@@ -893,13 +893,10 @@ static void took_over(struct host *h, const struct repl_meta *old, const struct 
 	h->wrote_alone = false;
 }
 
-static void active_emptied(struct host *h, bool is_committed)
+/* There is nothing in the active overlays. */
+static void active_clear(struct host *h)
 {
 	unsigned kept = 0;
-	h->emptied_ns = h->w->now;
-	h->active_failed = 0;
-	if (!is_committed) /* the secondary's own writes are given up */
-		done_clear(&h->done);
 	for (uint32_t v = 0; v < WORLD_VOLUMES; v++) {
 		units_set(h->w, v, h->act[v].now, NOT_THERE);
 		units_set(h->w, v, h->act[v].durable, NOT_THERE);
@@ -911,6 +908,15 @@ static void active_emptied(struct host *h, bool is_committed)
 			h->log[kept++] = h->log[i];
 	}
 	h->n_log = kept;
+}
+
+static void active_emptied(struct host *h, bool is_committed)
+{
+	h->emptied_ns = h->w->now;
+	h->active_failed = 0;
+	if (!is_committed) /* the secondary's own writes are given up */
+		done_clear(&h->done);
+	active_clear(h);
 	for (unsigned i = 0; i < EXECS_MAX; i++)
 		if (h->execs[i].active)
 			h->execs[i].n = 0;
@@ -1523,11 +1529,14 @@ void model_opened(struct host *h, enum world_crash how, bool evict)
 		crash_look_disk(h, v, how, evict);
 	record_look(h);
 	h->n_drops = 0;
-	/* Of the active overlays only where they are shown, or will be with no more than a checkpoint to stand on (a
-	 * secondary whose checkpoints were given up); what was not served before is of no account. */
-	if (h->serving == SERVING_VIEW || (h->seen->role == ROLE_SECONDARY && h->seen->broken))
+	/* Of the active overlays only where they are shown; what was not served before is of no account. But those of a
+	 * secondary whose checkpoints were given up are shown again without being emptied first, over the one that its
+	 * next sync keeps, if there is nothing in them. */
+	if (h->serving == SERVING_VIEW)
 		for (uint32_t v = 0; v < WORLD_VOLUMES; v++)
 			crash_look_active(h, v, how, evict);
+	else if (h->seen->role == ROLE_SECONDARY && h->seen->broken && repl_exec_active_bytes(&h->x) == 0)
+		active_clear(h);
 	unsigned kept = 0;
 	for (unsigned i = 0; i < h->n_log; i++) {
 		struct exec *x = &h->log[i];
