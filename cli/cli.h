@@ -189,6 +189,8 @@ int cmd_help(struct cli *c);
 
 /* The offline side of the volume verbs (cmd_offline.c): the result document (new reference), or the exit code. */
 int offline_create(struct cli *c, struct store *st, const char *name, uint64_t size, const char *group, json_t **ret);
+int offline_create_over(struct cli *c, struct store *st, const struct store_base_args *args, uint64_t size,
+			json_t **ret);
 int offline_import(struct cli *c, struct store *st, const struct store_import_args *args, json_t **ret);
 int offline_export(struct cli *c, struct store *st, const char *name, uint64_t ckpt, const char *file, json_t **ret);
 int offline_list(struct cli *c, struct store *st, json_t **ret);

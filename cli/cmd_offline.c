@@ -9,6 +9,7 @@
 #include "core/check.h"
 #include "core/os/cleanup.h"
 #include "core/os/clock.h"
+#include "image/based.h"
 
 static int fail_err(const struct cli *c, int rc, const struct err *e)
 {
@@ -39,6 +40,23 @@ int offline_create(struct cli *c, struct store *st, const char *name, uint64_t s
 	return made(c,
 		    json_pack("{s:i, s:s, s:s, s:I}", "schema", 1, "volume", name, "group", group ? group : name,
 			      "size", (json_int_t)size),
+		    ret);
+}
+
+int offline_create_over(struct cli *c, struct store *st, const struct store_base_args *args, uint64_t size,
+			json_t **ret)
+{
+	const char *format = NULL, *group = args->group ? args->group : args->volume;
+	struct err e = {0};
+	cli_defer_signals(true);
+	int rc = store_create_over(st, args, size, &size, &format, &e);
+	store_close(st);
+	cli_defer_signals(false);
+	if (rc < 0)
+		return fail_err(c, rc, &e);
+	return made(c,
+		    json_pack("{s:i, s:s, s:s, s:I, s:s, s:s}", "schema", 1, "volume", args->volume, "group", group,
+			      "size", (json_int_t)size, "format", format, "base", args->file),
 		    ret);
 }
 
@@ -134,19 +152,25 @@ int offline_export(struct cli *c, struct store *st, const char *name, uint64_t c
 static json_t *volume_json(struct store *st, const struct repl_meta *m, uint32_t i)
 {
 	const struct repl_volume *v = &m->volumes[i];
-	char path[STORAGE_PATH_MAX];
+	char path[STORAGE_PATH_MAX], base[SOURCE_PATH_MAX];
+	const char *format;
 	struct disk *d = NULL;
 	uint64_t allocated;
 	json_t *j = json_null();
+	bool based = false;
 	(void)snprintf(path, sizeof(path), "volumes/%s/disk.raw", v->name);
 	if (storage_open(store_storage(st), path, STORAGE_RDONLY, &d) == 0) {
 		if (disk_allocated(d, &allocated) == 0)
 			j = json_integer((json_int_t)allocated);
 		disk_close(d);
+	} else {
+		based = based_look(store_storage(st), v->name, base, &format, NULL) == 0;
+		if (based && based_own_allocated(store_storage(st), v->name, &allocated) == 0)
+			j = json_integer((json_int_t)allocated);
 	}
-	return json_pack("{s:s, s:s, s:I, s:I, s:s, s:s, s:o}", "name", v->name, "group", m->group, "size",
+	return json_pack("{s:s, s:s, s:I, s:I, s:s, s:s, s:o, s:s?}", "name", v->name, "group", m->group, "size",
 			 (json_int_t)v->size, "id", (json_int_t)v->id, "role", role_name(m->role), "state",
-			 state_name(m->state), "allocated", j);
+			 state_name(m->state), "allocated", j, "base", based ? base : NULL);
 }
 
 /* Of one volume, or (NULL) of all. What each holds is for a daemon to say. */
@@ -215,17 +239,21 @@ int offline_show(struct cli *c, struct store *st, const char *name, json_t **ret
 		store_close(st);
 		return fail_err(c, rc, &e);
 	}
+	char base[SOURCE_PATH_MAX];
+	const char *format = NULL;
+	bool based = based_look(store_storage(st), name, base, &format, NULL) == 0;
 	json_t *doc = json_object(), *facts = volume_json(st, m, i), *ckpts = json_array(), *clones = json_array();
 	store_close(st);
 	const uint8_t *u = m->volumes[i].uuid;
 	(void)snprintf(uuid, sizeof(uuid), "%02x%02x%02x%02x-%02x%02x-%02x%02x-%02x%02x-%02x%02x%02x%02x%02x%02x", u[0],
 		       u[1], u[2], u[3], u[4], u[5], u[6], u[7], u[8], u[9], u[10], u[11], u[12], u[13], u[14], u[15]);
-	(void)snprintf(path, sizeof(path), "%s/volumes/%s/disk.raw", c->store_path, name);
+	(void)snprintf(path, sizeof(path), "%s/volumes/%s/%s", c->store_path, name, based ? "own.data" : "disk.raw");
 	for (uint32_t k = 0; k < m->n_ckpts; k++)
 		(void)json_array_append_new(ckpts, json_integer((json_int_t)m->ckpts[k].number));
 	rc = json_object_set_new(doc, "schema", json_integer(1));
 	rc |= json_object_update(doc, facts);
 	rc |= json_object_set_new(doc, "uuid", json_string(uuid));
+	rc |= json_object_set_new(doc, "base_format", based ? json_string(format) : json_null());
 	rc |= json_object_set_new(doc, "path", json_null());
 	rc |= json_object_set_new(doc, "store_path", json_string(path));
 	rc |= json_object_set_new(doc, "checkpoints", ckpts);

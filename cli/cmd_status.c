@@ -197,6 +197,10 @@ void status_print(FILE *f, const json_t *doc, bool color)
 			(void)fputc('\n', f);
 		group_print(f, g, color);
 	}
+	json_array_foreach(json_object_get(doc, "unserved"), i, g)
+	{
+		(void)fprintf(f, "%s  not served: %s\n", js_str(g, "group", "?"), js_str(g, "why", "?"));
+	}
 }
 
 int status_exit(const json_t *doc)
@@ -212,7 +216,7 @@ int status_exit(const json_t *doc)
 		if (strcmp(health, "ok") != 0)
 			code = err_exit(ERR_DEGRADED);
 	}
-	return code;
+	return json_array_size(json_object_get(doc, "unserved")) ? err_exit(ERR_DEGRADED) : code;
 }
 
 static int status_once(struct cli *c, int *ret_exit)

@@ -25,34 +25,56 @@ static void note_made(const struct cli *c, const json_t *r)
 	format_bytes(size, text);
 	const char *format = js_str(r, "format", NULL);
 	cli_note(c, "%s: %s, group %s%s%s", js_str(r, "volume", c->args[0]), text, js_str(r, "group", c->args[0]),
-		 format ? ", from " : "", format ? format : "");
+		 !format		   ? ""
+		 : js_str(r, "base", NULL) ? ", over "
+					   : ", from ",
+		 format ? format : "");
 }
 
 int cmd_create(struct cli *c)
 {
 	const char *name = c->args[0], *size_text = cli_value(c, "size"), *group = cli_value(c, "group");
+	const char *over = cli_value(c, "base"), *backing = cli_value(c, "backing-dir");
+	char base[CLI_PATH_MAX], dir[CLI_PATH_MAX];
 	struct err e = {0};
-	uint64_t size;
-	if (!size_text)
-		return cli_fail(c, ERR_USAGE, "the size is missing; give it with --size, such as --size 20G");
-	int rc = parse_size(size_text, &size, &e);
+	uint64_t size = 0;
+	if (!size_text && !over)
+		return cli_fail(
+		    c, ERR_USAGE,
+		    "the size is missing; give it with --size, such as --size 20G, or an image with --base");
+	if (backing && !over)
+		return cli_fail(c, ERR_USAGE, "--backing-dir goes with --base");
+	int rc = size_text ? parse_size(size_text, &size, &e) : 0;
+	if (rc == 0 && size_text && size == 0)
+		rc = err_set(&e, ERR_USAGE, "a volume's size can't be 0");
+	if (rc == 0 && over)
+		rc = cli_absolute(over, base, sizeof(base), &e);
+	if (rc == 0 && backing)
+		rc = cli_absolute(backing, dir, sizeof(dir), &e);
 	if (rc < 0)
 		return cli_fail_text(c, err_exit(rc), e.text);
 	if (size > INT64_MAX)
 		return cli_fail(c, ERR_USAGE, "%s is larger than any volume can be", size_text);
+	/* Its path is shown in JSON for as long as the volume lives. */
+	json_t *args = json_pack("{s:s}", "name", name);
+	if (!args || !put_text(args, "group", group) || !put_text(args, "base", over ? base : NULL) ||
+	    !put_text(args, "backing_dir", backing ? dir : NULL) ||
+	    (size_text && json_object_set_new(args, "size", json_integer((json_int_t)size)) != 0))
+		return odd_text(c, args);
 
 	struct store *st;
 	json_t *r = NULL;
 	rc = cli_offline(c, STORE_CREATE, &st);
-	if (rc)
+	if (rc) {
+		json_decref(args);
 		return rc;
-	if (st) {
-		rc = offline_create(c, st, name, size, group, &r);
-	} else {
-		json_t *args = json_pack("{s:s, s:I}", "name", name, "size", (json_int_t)size);
-		if (!args || !put_text(args, "group", group))
-			return odd_text(c, args);
+	}
+	if (!st) {
 		rc = cli_call(c, "create", args, &r);
+	} else {
+		json_decref(args);
+		const struct store_base_args on = {name, base, backing ? dir : NULL, group};
+		rc = over ? offline_create_over(c, st, &on, size, &r) : offline_create(c, st, name, size, group, &r);
 	}
 	if (rc)
 		return rc;
@@ -203,7 +225,12 @@ static int print_list(struct cli *c, const json_t *doc)
 		return cli_fail(c, ERR_NOMEM, "out of memory");
 	if (print_clones(c, json_object_get(doc, "clones")) < 0)
 		return cli_fail(c, ERR_NOMEM, "out of memory");
-	if (json_array_size(volumes) == 0)
+	const json_t *unserved = json_object_get(doc, "unserved");
+	json_array_foreach(unserved, i, v)
+	{
+		cli_note(c, "group %s is not served: %s", js_str(v, "group", "?"), js_str(v, "why", "?"));
+	}
+	if (json_array_size(volumes) == 0 && json_array_size(unserved) == 0)
 		cli_note(c, "no volumes; repctl create NAME --size SIZE makes one");
 	return 0;
 }

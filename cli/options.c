@@ -34,10 +34,10 @@ const struct cli_opt cli_global_opts[] = {
 };
 
 static const struct cli_opt create_opts[] = {
-    {.name = "size", .arg = "SIZE", .needed = true, .help = "bytes, or with K M G T (powers of 1024)"},
+    {.name = "size", .arg = "SIZE", .help = "bytes, or with K M G T (powers of 1024); with --base: that of the image"},
     {.name = "group", .arg = "GROUP", .help = "the consistency group; default: one of the volume's name"},
-    {.name = "base", .arg = "QCOW2", .later = true, .help = "a read-only base image"},
-    {.name = "backing-dir", .arg = "DIR", .later = true, .help = "where backing files may lie"},
+    {.name = "base", .arg = "QCOW2", .help = "over this image, which is only read and must stay as it is"},
+    {.name = "backing-dir", .arg = "DIR", .help = "where its backing files may lie too"},
     {.name = NULL},
 };
 static const struct cli_opt import_opts[] = {

@@ -122,6 +122,61 @@ void daemon_names_changed(struct daemon *d)
 		d->cfg.hooks.names_changed(d->cfg.hooks.arg);
 }
 
+/* ---- groups that are not served ---- */
+
+/* d->names is held for writing. */
+static void unserved_drop(struct daemon *d, const char *group)
+{
+	for (struct unserved **u = &d->unserved; *u; u = &(*u)->next)
+		if (strcmp((*u)->group, group) == 0) {
+			struct unserved *gone = *u;
+			*u = gone->next;
+			free(gone);
+			return;
+		}
+}
+
+void daemon_unserved_remove(struct daemon *d, const char *group)
+{
+	pthread_rwlock_wrlock(&d->names);
+	unserved_drop(d, group);
+	pthread_rwlock_unlock(&d->names);
+}
+
+void daemon_unserved_add(struct daemon *d, const struct repl_meta *m, const char *why)
+{
+	struct unserved *u = calloc(1, sizeof(*u));
+	if (u == NULL)
+		return; /* it is in the log */
+	memcpy(u->group, m->group, sizeof(u->group));
+	u->n_volumes = m->n_volumes;
+	for (uint32_t i = 0; i < m->n_volumes; i++)
+		memcpy(u->volumes[i], m->volumes[i].name, NAME_SIZE);
+	(void)snprintf(u->why, sizeof(u->why), "%s", why);
+	pthread_rwlock_wrlock(&d->names);
+	unserved_drop(d, m->group);
+	u->next = d->unserved;
+	d->unserved = u;
+	pthread_rwlock_unlock(&d->names);
+}
+
+bool daemon_unserved(struct daemon *d, const char *name, char why[ERR_TEXT_MAX], char group[NAME_SIZE])
+{
+	bool found = false;
+	pthread_rwlock_rdlock(&d->names);
+	for (const struct unserved *u = d->unserved; u && !found; u = u->next) {
+		found = strcmp(u->group, name) == 0;
+		for (uint32_t i = 0; i < u->n_volumes && !found; i++)
+			found = strcmp(u->volumes[i], name) == 0;
+		if (found) {
+			memcpy(why, u->why, ERR_TEXT_MAX);
+			memcpy(group, u->group, NAME_SIZE);
+		}
+	}
+	pthread_rwlock_unlock(&d->names);
+	return found;
+}
+
 int daemon_add_group(struct daemon *d, const struct repl_meta *m, struct err *e)
 {
 	struct group *g = NULL;
@@ -138,6 +193,7 @@ int daemon_add_group(struct daemon *d, const struct repl_meta *m, struct err *e)
 		gp = &(*gp)->next;
 	g->next = *gp;
 	*gp = g;
+	unserved_drop(d, g->name);
 	for (uint32_t i = 0; i < g->n_vols; i++) {
 		struct gvol *v = gvol_ref(g->vols[i]);
 		struct gvol **vp = &d->gvols;
@@ -355,6 +411,11 @@ static struct group *group_for(struct conn *c, const struct wire_join *j)
 	struct group *g = daemon_group_exact(d, j->group);
 	if (g)
 		return g;
+	char why[ERR_TEXT_MAX], name[NAME_SIZE];
+	if (daemon_unserved(d, j->group, why, name)) {
+		refuse(c, ERR_STATE, why);
+		return NULL;
+	}
 	mutex_lock(&d->admin);
 	g = daemon_group_exact(d, j->group); /* a verb may have had it out */
 	if (g == NULL && atomic_load(&d->ending)) {
@@ -564,6 +625,12 @@ static int load_group(void *arg, const char *name)
 	int err = store_load_group(l->d->store, name, &m, l->e);
 	if (!err)
 		err = daemon_add_group(l->d, m, l->e);
+	/* A base image that is missing or was changed: nothing of the store is damaged, and the others are served. */
+	if (err == -ERR_STATE) {
+		log_error(name, "the group is not served: %s", l->e->text);
+		daemon_unserved_add(l->d, m, l->e->text);
+		err = 0;
+	}
 	free(m);
 	return err;
 }
@@ -584,6 +651,11 @@ static void daemon_free(struct daemon *d)
 			gvol_unref(v);
 		}
 	hub_free(&d->hub);
+	while (d->unserved) {
+		struct unserved *u = d->unserved;
+		d->unserved = u->next;
+		free(u);
+	}
 	pool_destroy(d->pool);
 	store_close(d->store);
 	pthread_rwlock_destroy(&d->names);

@@ -171,6 +171,15 @@ void gclone_free(struct gclone *k);
 json_t *group_clones_json(struct group *g, const char *volume); /* of that one; NULL: of all */
 
 /* ---- daemon.c, for the shell and the verbs ---- */
+/* A group of the store that is not served, and why: its base image is missing, or it could not be taken up again. */
+struct unserved {
+	struct unserved *next;
+	char group[NAME_SIZE];
+	char volumes[GROUP_VOLUMES_MAX][NAME_SIZE];
+	uint32_t n_volumes;
+	char why[ERR_TEXT_MAX];
+};
+
 struct daemon {
 	struct daemon_config cfg;
 	struct store *store;
@@ -194,6 +203,7 @@ struct daemon {
 	struct gvol *gvols;	/* in name order */
 	struct gvol *clones;	/* likewise */
 	struct mutex cloning;	/* one `clone` at a time: names are the host's */
+	struct unserved *unserved;
 	uint32_t next_id;
 	struct hub hub;
 };
@@ -201,6 +211,12 @@ struct daemon {
 struct group *daemon_group(struct daemon *d, const char *name);	      /* by group or volume name; a reference */
 struct group *daemon_group_exact(struct daemon *d, const char *name); /* a reference */
 int daemon_add_group(struct daemon *d, const struct repl_meta *m, struct err *e);
+/* Says for as long as the group is not added that it is not served. */
+void daemon_unserved_add(struct daemon *d, const struct repl_meta *m, const char *why);
+void daemon_unserved_remove(struct daemon *d, const char *group);
+/* Whether a group, or one with a volume, of this name is not served; then why, and its group. */
+bool daemon_unserved(struct daemon *d, const char *name, char why[ERR_TEXT_MAX], char group[NAME_SIZE]);
+json_t *daemon_unserved_json(struct daemon *d); /* all of them; new reference */
 /* Takes a group out of the daemon: no handle may be open. -ERR_BUSY names the volume. */
 int daemon_remove_group(struct daemon *d, struct group *g, struct err *e);
 const struct link_callbacks *daemon_link_callbacks(bool dialled);

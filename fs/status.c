@@ -42,11 +42,12 @@ static json_t *volume_json(struct group *g, const struct repl_meta *m, uint32_t 
 	uint64_t detached = repl_detached(g->core), shown = 0;
 	for (uint32_t k = 0; k < m->n_ckpts; k++)
 		shown += repl_shows_ckpt(g->core, k);
-	return json_pack("{s:s, s:I, s:I, s:o, s:I, s:I, s:I, s:I, s:b}", "name", v->name, "id",
+	const char *format, *base = volume_base(v->vol, &format);
+	return json_pack("{s:s, s:I, s:I, s:o, s:I, s:I, s:I, s:I, s:b, s:s?}", "name", v->name, "id",
 			 (json_int_t)m->volumes[i].id, "size", (json_int_t)volume_size(v->vol), "path",
 			 g->d->cfg.mount ? json_string(path) : json_null(), "active_bytes", (json_int_t)o->active,
 			 "hidden_bytes", (json_int_t)o->hidden, "history_bytes", (json_int_t)o->c.history_bytes,
-			 "checkpoints", (json_int_t)shown, "detached", (int)(detached >> i & 1));
+			 "checkpoints", (json_int_t)shown, "detached", (int)(detached >> i & 1), "base", base);
 }
 
 static json_t *counters_json(const struct group *g, const struct repl_counters *c, const struct overlays *o)
@@ -131,6 +132,21 @@ json_t *group_status_json(struct group *g)
 	return j;
 }
 
+json_t *daemon_unserved_json(struct daemon *d)
+{
+	json_t *list = json_array();
+	pthread_rwlock_rdlock(&d->names);
+	for (const struct unserved *u = d->unserved; u; u = u->next) {
+		json_t *names = json_array();
+		for (uint32_t i = 0; i < u->n_volumes; i++)
+			json_array_append_new(names, json_string(u->volumes[i]));
+		json_array_append_new(list,
+				      json_pack("{s:s, s:o, s:s}", "group", u->group, "volumes", names, "why", u->why));
+	}
+	pthread_rwlock_unlock(&d->names);
+	return list;
+}
+
 json_t *daemon_status(struct daemon *d, const char *name)
 {
 	json_t *groups = json_array();
@@ -155,6 +171,7 @@ json_t *daemon_status(struct daemon *d, const char *name)
 		return NULL;
 	}
 	const char *listen = daemon_listen_addr(d);
-	return json_pack("{s:i, s:o, s:o}", "schema", 1, "groups", groups, "listen",
+	return json_pack("{s:i, s:o, s:o, s:o}", "schema", 1, "groups", groups, "unserved",
+			 name ? json_array() : daemon_unserved_json(d), "listen",
 			 listen ? json_string(listen) : json_null());
 }

@@ -55,6 +55,14 @@ int verb_need_name(const struct call *c, const char **ret)
 	return 0;
 }
 
+int verb_not_there(const struct call *c, const char *name, const char *what)
+{
+	char why[ERR_TEXT_MAX], group[NAME_SIZE];
+	if (daemon_unserved(c->d, name, why, group))
+		return err_set(c->e, ERR_STATE, "%s %s: not served: %.430s", c->verb, name, why);
+	return err_set(c->e, ERR_NOENT, "%s %s: no such %s; `list` shows them", c->verb, name, what);
+}
+
 int verb_need_group(const struct call *c, struct group **ret)
 {
 	const char *name;
@@ -63,7 +71,7 @@ int verb_need_group(const struct call *c, struct group **ret)
 		return err;
 	*ret = daemon_group(c->d, name);
 	if (*ret == NULL)
-		return err_set(c->e, ERR_NOENT, "%s %s: no such volume or group; `list` shows them", c->verb, name);
+		return verb_not_there(c, name, "volume or group");
 	return 0;
 }
 
@@ -77,7 +85,7 @@ int verb_need_volume(const struct call *c, struct gvol **ret, struct group **ret
 	struct group *g = v ? gvol_group(v) : NULL;
 	if (g == NULL) {
 		gvol_unref(v);
-		return err_set(c->e, ERR_NOENT, "%s %s: no such volume; `list` shows them", c->verb, name);
+		return verb_not_there(c, name, "volume");
 	}
 	*ret = v;
 	*ret_group = g;
@@ -213,8 +221,11 @@ int verb_progress(void *arg, uint64_t done, uint64_t total)
 int verb_take_out(const struct call *c, const char *group)
 {
 	struct group *g = daemon_group_exact(c->d, group);
+	char why[ERR_TEXT_MAX], name[NAME_SIZE];
 	if (g == NULL)
-		return 0;
+		return daemon_unserved(c->d, group, why, name)
+			   ? err_set(c->e, ERR_STATE, "its group %s is not served: %.400s", group, why)
+			   : 0;
 	mutex_lock(&g->lock);
 	unsigned role = repl_meta(g->core)->role, state = repl_meta(g->core)->state;
 	mutex_unlock(&g->lock);
@@ -242,6 +253,8 @@ int verb_bring_back(const struct call *c, const char *group, struct err *e)
 		log_error(group,
 			  "the group could not be taken up again, its volumes are not served; start repfs anew: %s",
 			  e->text);
+	if (err && m)
+		daemon_unserved_add(c->d, m, e->text);
 	free(m);
 	return err;
 }

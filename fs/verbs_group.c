@@ -394,7 +394,7 @@ int verb_do_status(const struct call *c)
 	const char *name = verb_arg_str(c, "name");
 	json_t *j = daemon_status(c->d, name);
 	if (j == NULL)
-		return err_set(c->e, ERR_NOENT, "status %.80s: no such volume or group; `list` shows them", name);
+		return verb_not_there(c, name, "volume or group");
 	*c->ret = j;
 	return 0;
 }

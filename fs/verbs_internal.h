@@ -35,6 +35,8 @@ uint64_t verb_deadline(const struct call *c);
 int verb_need_name(const struct call *c, const char **ret);
 int verb_need_group(const struct call *c, struct group **ret);				 /* a reference */
 int verb_need_volume(const struct call *c, struct gvol **ret, struct group **ret_group); /* two references */
+/* There is no `name`: -ERR_NOENT; or there is, and it is not served: -ERR_STATE. what: "volume", "volume or group". */
+int verb_not_there(const struct call *c, const char *name, const char *what);
 
 /* Takes o (NULL: {}) as the answer; returns it, borrowed. */
 json_t *verb_result(const struct call *c, json_t *o);

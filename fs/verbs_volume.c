@@ -7,6 +7,7 @@
 #include "core/os/clock.h"
 #include "fs/repl_shell.h"
 #include "fs/verbs_internal.h"
+#include "image/based.h"
 
 struct import_arg {
 	struct verb_progress p;
@@ -18,7 +19,7 @@ struct import_arg {
 
 /* A copy may take hours: others do their work meanwhile. Once all is copied the record is next, and the group has to
  * be out for that. */
-static int import_progress(void *arg, uint64_t done, uint64_t total)
+static int import_progress(void *arg, uint64_t done, uint64_t total) NO_THREAD_ANALYSIS
 {
 	struct import_arg *a = arg;
 	const struct call *c = a->p.c;
@@ -34,7 +35,7 @@ static int import_progress(void *arg, uint64_t done, uint64_t total)
 }
 
 static int do_store_import(const struct call *c, const char *name, const char *file, const char *group,
-			   const char **ret_format)
+			   const char **ret_format) NO_THREAD_ANALYSIS
 {
 	struct import_arg a = {.p = {.c = c, .started = clock_mono_ns()}, .group = group};
 	struct store_import_args args = {.volume = name,
@@ -59,12 +60,17 @@ static int do_store_import(const struct call *c, const char *name, const char *f
 	return err;
 }
 
-static int do_store_create(const struct call *c, const char *name, uint64_t size, const char *group)
+/* base NULL: a sparse disk. */
+static int do_store_create(const struct call *c, const char *name, uint64_t size, const char *group, const char *base,
+			   const char **ret_format)
 {
+	const struct store_base_args over = {
+	    .volume = name, .file = base, .backing_dir = verb_arg_str(c, "backing_dir"), .group = group};
 	mutex_lock(&c->d->admin);
 	int err = verb_take_out(c, group);
 	if (!err) {
-		err = store_create_volume(c->d->store, name, size, group, c->e);
+		err = base ? store_create_over(c->d->store, &over, size, &size, ret_format, c->e)
+			   : store_create_volume(c->d->store, name, size, group, c->e);
 		struct err e2 = {0};
 		int err2 = verb_bring_back(c, group, &e2);
 		if (!err && err2) {
@@ -79,7 +85,8 @@ static int do_store_create(const struct call *c, const char *name, uint64_t size
 static int add_volume(const struct call *c, bool import)
 {
 	const char *name, *group = verb_arg_str(c, "group"), *file = verb_arg_str(c, "file");
-	const char *dir = verb_arg_str(c, "backing_dir"), *format = NULL;
+	const char *dir = verb_arg_str(c, "backing_dir"), *base = import ? NULL : verb_arg_str(c, "base"),
+		   *format = NULL;
 	int err = verb_need_name(c, &name);
 	if (err)
 		return err;
@@ -90,22 +97,27 @@ static int add_volume(const struct call *c, bool import)
 		return err_set(c->e, ERR_USAGE, "%s %s: the file's absolute path is missing", c->verb, name);
 	if (dir && dir[0] != '/')
 		return err_set(c->e, ERR_USAGE, "%s %s: backing_dir is not an absolute path", c->verb, name);
+	if (base && base[0] != '/')
+		return err_set(c->e, ERR_USAGE, "%s %s: the base's absolute path is missing", c->verb, name);
 	uint64_t size = verb_arg_u64(c, "size", 0);
-	if (!import && (err = store_check_size(size, c->e)) < 0)
+	if (!import && !(base && size == 0) && (err = store_check_size(size, c->e)) < 0)
 		return verb_prefixed(c, name, err);
 	struct gvol *there = gvol_find(c->d, name);
 	if (there) {
 		gvol_unref(there);
 		return err_set(c->e, ERR_EXIST, "%s %s: a volume of that name exists already", c->verb, name);
 	}
-	err = import ? do_store_import(c, name, file, group, &format) : do_store_create(c, name, size, group);
+	err = import ? do_store_import(c, name, file, group, &format)
+		     : do_store_create(c, name, size, group, base, &format);
 	if (err)
 		return verb_prefixed(c, name, err);
 	struct gvol *v = gvol_find(c->d, name);
 	verb_result(c, json_pack("{s:s, s:s, s:I}", "volume", name, "group", group, "size",
 				 (json_int_t)(v ? gvol_size(v) : size)));
-	if (import)
+	if (format)
 		json_object_set_new(*c->ret, "format", json_string(format));
+	if (base)
+		json_object_set_new(*c->ret, "base", json_string(base));
 	gvol_unref(v);
 	return 0;
 }
@@ -124,19 +136,29 @@ int verb_do_delete(const struct call *c)
 {
 	struct gvol *v;
 	struct group *g;
+	char group[NAME_SIZE], name[NAME_SIZE], why[ERR_TEXT_MAX];
+	const char *asked = verb_arg_str(c, "name");
 	mutex_lock(&c->d->admin);
 	int err = verb_need_volume(c, &v, &g);
-	if (err) {
+	/* One that is not served for want of its base goes as well: nothing is open. */
+	bool unserved = err == -ERR_STATE && asked && daemon_unserved(c->d, asked, why, group);
+	if (err && !unserved) {
 		mutex_unlock(&c->d->admin);
 		return err;
 	}
-	char group[NAME_SIZE], name[NAME_SIZE];
-	memcpy(group, g->name, sizeof(group));
-	memcpy(name, v->name, sizeof(name));
-	group_unref(g);
-	gvol_unref(v);
-	err = verb_take_out(c, group);
+	if (unserved) {
+		(void)snprintf(name, sizeof(name), "%s", asked);
+		err = 0;
+	} else {
+		memcpy(group, g->name, sizeof(group));
+		memcpy(name, v->name, sizeof(name));
+		group_unref(g);
+		gvol_unref(v);
+		err = verb_take_out(c, group);
+	}
 	if (!err) {
+		if (unserved)
+			daemon_unserved_remove(c->d, group);
 		err = store_delete_volume(c->d->store, name, c->e);
 		struct err e2 = {0};
 		int err2 = verb_bring_back(c, group, &e2);
@@ -206,12 +228,17 @@ int verb_do_export(const struct call *c)
 static json_t *volume_entry(struct group *g, uint32_t i, bool full)
 {
 	uint64_t allocated = 0;
-	(void)volume_allocated(g->vols[i]->vol, LAYER_DISK, 0, &allocated);
+	const char *format, *base = volume_base(g->vols[i]->vol, &format);
+	if (base) /* what the base takes is nobody's here */
+		(void)based_own_allocated(store_storage(g->d->store), g->vols[i]->name, &allocated);
+	else
+		(void)volume_allocated(g->vols[i]->vol, LAYER_DISK, 0, &allocated);
 	mutex_lock(&g->lock);
 	const struct repl_meta *m = repl_meta(g->core);
-	json_t *j = json_pack("{s:s, s:s, s:I, s:I, s:s, s:s, s:I}", "name", m->volumes[i].name, "group", g->name,
-			      "size", (json_int_t)m->volumes[i].size, "id", (json_int_t)m->volumes[i].id, "role",
-			      role_name(m->role), "state", state_name(m->state), "allocated", (json_int_t)allocated);
+	json_t *j =
+	    json_pack("{s:s, s:s, s:I, s:I, s:s, s:s, s:I, s:s?}", "name", m->volumes[i].name, "group", g->name, "size",
+		      (json_int_t)m->volumes[i].size, "id", (json_int_t)m->volumes[i].id, "role", role_name(m->role),
+		      "state", state_name(m->state), "allocated", (json_int_t)allocated, "base", base);
 	if (full) {
 		char uuid[40], path[4096 + 128];
 		const uint8_t *u = m->volumes[i].uuid;
@@ -219,11 +246,12 @@ static json_t *volume_entry(struct group *g, uint32_t i, bool full)
 			       "%02x%02x%02x%02x-%02x%02x-%02x%02x-%02x%02x-%02x%02x%02x%02x%02x%02x", u[0], u[1], u[2],
 			       u[3], u[4], u[5], u[6], u[7], u[8], u[9], u[10], u[11], u[12], u[13], u[14], u[15]);
 		json_object_set_new(j, "uuid", json_string(uuid));
+		json_object_set_new(j, "base_format", base ? json_string(format) : json_null());
 		(void)snprintf(path, sizeof(path), "%s/volumes/%s", g->d->cfg.mount ? g->d->cfg.mount : "",
 			       m->volumes[i].name);
 		json_object_set_new(j, "path", g->d->cfg.mount ? json_string(path) : json_null());
-		(void)snprintf(path, sizeof(path), "%s/volumes/%s/disk.raw", store_path(g->d->store),
-			       m->volumes[i].name);
+		(void)snprintf(path, sizeof(path), "%s/volumes/%s/%s", store_path(g->d->store), m->volumes[i].name,
+			       base ? "own.data" : "disk.raw");
 		json_object_set_new(j, "store_path", json_string(path));
 		json_t *list = json_array();
 		for (uint32_t k = 0; k < m->n_ckpts; k++)
@@ -287,7 +315,8 @@ int verb_do_list(const struct call *c)
 		group_unref(g);
 	}
 	free(l.names);
-	verb_result(c, json_pack("{s:o, s:o}", "volumes", a, "clones", clones));
+	verb_result(
+	    c, json_pack("{s:o, s:o, s:o}", "volumes", a, "clones", clones, "unserved", daemon_unserved_json(c->d)));
 	return 0;
 }
 

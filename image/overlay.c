@@ -19,7 +19,7 @@
 
 #define WORD_SIZE 4U
 #define WORD_ABSENT 0U
-#define WORD_UNCHECKED 1U
+#define WORD_UNCHECKED OVERLAY_UNCHECKED
 #define WORD_CRC_MIN 2U
 /* Words written or read at a time. */
 #define WORDS_CHUNK 4096U
@@ -412,6 +412,11 @@ void overlay_publish(struct overlay *o, uint64_t block, uint32_t n)
 {
 	PRE(run_fits(o, block, n));
 	bitmap_set_range(&o->held, block, n);
+}
+
+struct disk *overlay_data(struct overlay *o)
+{
+	return o->data;
 }
 
 int overlay_sync_data(struct overlay *o)

@@ -351,6 +351,26 @@ static int open_2(struct qcow *q, struct header *h, struct qcow_info *info, stru
 	return rc < 0 ? rc : open_tables(q, h, e);
 }
 
+/* UTF-8 without control characters: names go into messages, and those onto terminals and into JSON. */
+static bool is_text(const char *text)
+{
+	for (const uint8_t *p = (const uint8_t *)text; *p;) {
+		unsigned more = *p < 0x80 ? 0 : *p >= 0xf0 ? 3 : *p >= 0xe0 ? 2 : 1;
+		uint32_t c = *p & (more ? 0x3fU >> more : 0x7fU);
+
+		if (*p < 0x20 || *p == 0x7f || (*p >= 0x80 && *p < 0xc2) || *p > 0xf4)
+			return false;
+		for (p++; more > 0; more--, p++) {
+			if ((*p & 0xc0) != 0x80)
+				return false;
+			c = c << 6 | (*p & 0x3fU);
+			if (more == 1 && (c < 0xa0 || (c >= 0xd800 && c < 0xe000) || c > 0x10ffff))
+				return false;
+		}
+	}
+	return true;
+}
+
 /* Extensions stand between the header and the backing file's name, or the end of the first cluster. */
 static int open_extensions(struct qcow *q, const struct header *h, struct qcow_info *info, struct err *e)
 {
@@ -370,6 +390,8 @@ static int open_extensions(struct qcow *q, const struct header *h, struct qcow_i
 				return bad_geometry(q, e, "the length of the backing file's format", len);
 			memcpy(info->backing_format, h->p + at, len);
 			info->backing_format[len] = '\0';
+			if (!is_text(info->backing_format))
+				return refuse(q, e, ERR_CORRUPT, "the format of its backing file is no text");
 		}
 		at += round_up_u64(len, 8);
 	}
@@ -388,8 +410,10 @@ static int open_backing_name(const struct qcow *q, const struct header *h, struc
 		return bad_geometry(q, e, "the place of the backing file's name", h->backing_off);
 	memcpy(info->backing, h->p + h->backing_off, h->backing_len);
 	info->backing[h->backing_len] = '\0';
-	if (h->backing_len && strlen(info->backing) != h->backing_len)
-		return refuse(q, e, ERR_CORRUPT, "the name of its backing file holds a zero byte");
+	if (strlen(info->backing) != h->backing_len || !is_text(info->backing))
+		return refuse(
+		    q, e, ERR_CORRUPT,
+		    "the name of its backing file holds a zero byte, a control character or what is not UTF-8");
 	return 0;
 }
 
@@ -443,10 +467,12 @@ static int open_parts(struct qcow *q, uint8_t *head, struct qcow_info *info, str
 		rc = open_extensions(q, &h, info, e);
 	if (rc == 0)
 		rc = load_l1(q, &h, info, e);
+	if (rc < 0)
+		return rc;
 	info->version = q->version;
 	info->size = q->size;
 	info->cluster_size = (uint32_t)cluster_size(q);
-	return rc;
+	return 0;
 }
 
 static int make_caches(struct qcow *q)

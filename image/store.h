@@ -69,6 +69,15 @@ int store_find_volume(struct store *st, const char *volume, struct repl_meta **r
 /* Adds a volume to group (made if absent; NULL: of the volume's name): folder, then record. Refused unless the group
  * is standalone. */
 int store_create_volume(struct store *st, const char *volume, uint64_t size, const char *group, struct err *e);
+struct store_base_args {
+	const char *volume, *file; /* file: absolute */
+	const char *backing_dir;   /* absolute, or NULL */
+	const char *group;	   /* NULL: the volume's name */
+};
+/* Makes a volume over a qcow or qcow2 image (image/based.h); nothing is copied. size 0: the image's. The volume counts
+ * as written. The image is opened, with its backing files, whenever the volume is, and must stay as it is. */
+int store_create_over(struct store *st, const struct store_base_args *args, uint64_t size, uint64_t *ret_size,
+		      const char **ret_format, struct err *e);
 int store_delete_volume(struct store *st, const char *volume, struct err *e);
 
 /* Opens the i-th volume of a group with the overlays that its record names (volume_open). Returns owned. */

@@ -14,6 +14,7 @@
 #include "core/check.h"
 #include "core/os/cleanup.h"
 #include "core/os/clock.h"
+#include "image/based.h"
 #include "image/source.h"
 #include "image/store.h"
 #include "image/store_internal.h"
@@ -211,7 +212,7 @@ static void abandon(struct store *st, const char *volume)
 
 /* Checks everything and makes the folder; after it the name is taken. */
 static int reserve_locked(struct store *st, const char *verb, const char *volume, uint64_t size, const char *group,
-			  struct err *e) REQUIRES(st->names)
+			  const struct based_args *base, struct err *e) REQUIRES(st->names)
 {
 	_cleanup_free_ struct repl_meta *m = NULL;
 	int rc;
@@ -225,19 +226,19 @@ static int reserve_locked(struct store *st, const char *verb, const char *volume
 		return store_refuse(e, -rc, verb, volume, "making pending/%s in store %s: %s", volume, store_path(st),
 				    err_short(rc));
 	}
-	rc = volume_create(store_storage(st), volume, size, store_info(st)->durability, e);
+	rc = volume_create_over(store_storage(st), volume, size, base, store_info(st)->durability, e);
 	if (rc < 0)
 		abandon(st, volume);
 	return rc;
 }
 
 static int reserve(struct store *st, const char *verb, const char *volume, uint64_t size, const char *group,
-		   struct err *e)
+		   const struct based_args *base, struct err *e)
 {
 	int rc;
 
 	mutex_lock(&st->names);
-	rc = reserve_locked(st, verb, volume, size, group, e);
+	rc = reserve_locked(st, verb, volume, size, group, base, e);
 	mutex_unlock(&st->names);
 	return rc;
 }
@@ -311,7 +312,7 @@ static bool surely_unnamed(struct store *st, const char *group, const char *volu
 
 /* Puts the volume into its group's record. On failure *ret_abandon says whether its folder may go. */
 static int settle_locked(struct store *st, const char *verb, const char *volume, uint64_t size, const char *group,
-			 bool *ret_abandon, struct err *e) REQUIRES(st->names)
+			 bool written, bool *ret_abandon, struct err *e) REQUIRES(st->names)
 {
 	_cleanup_free_ struct repl_meta *m = NULL;
 	struct repl_volume *rv;
@@ -332,8 +333,8 @@ static int settle_locked(struct store *st, const char *verb, const char *volume,
 	rv->id = next_id(m);
 	rv->size = size;
 	m->n_volumes++;
-	/* An imported volume counts as written: a peer must never take it for a fresh one (SPEC 8). */
-	if (strcmp(verb, "import") == 0 && m->lineage.current == 0) {
+	/* One that was imported or has a base counts as written: a peer must never take it for a fresh one (SPEC 8). */
+	if (written && m->lineage.current == 0) {
 		m->lineage.current = random_u64_nonzero();
 		m->alone = true;
 	}
@@ -346,13 +347,13 @@ static int settle_locked(struct store *st, const char *verb, const char *volume,
 }
 
 static int settle(struct store *st, const char *verb, const char *volume, uint64_t size, const char *group,
-		  struct err *e)
+		  bool written, struct err *e)
 {
 	bool may_go;
 	int rc;
 
 	mutex_lock(&st->names);
-	rc = settle_locked(st, verb, volume, size, group, &may_go, e);
+	rc = settle_locked(st, verb, volume, size, group, written, &may_go, e);
 	if (rc < 0 && may_go)
 		abandon(st, volume);
 	mutex_unlock(&st->names);
@@ -376,8 +377,59 @@ int store_create_volume(struct store *st, const char *volume, uint64_t size, con
 		return rc;
 	if ((rc = store_check_size(size, &why)) < 0)
 		return store_refuse(e, -rc, "create", volume, "%s", why.text);
-	rc = reserve(st, "create", volume, size, group, e);
-	return rc < 0 ? rc : settle(st, "create", volume, size, group, e);
+	rc = reserve(st, "create", volume, size, group, NULL, e);
+	return rc < 0 ? rc : settle(st, "create", volume, size, group, false, e);
+}
+
+/* ---- over a base image ---- */
+
+/* The base as it is to be recorded: opened, whole, and of a size that the volume can have. */
+static int open_base(const struct store_base_args *a, uint64_t *size, struct source **ret, struct err *e)
+{
+	struct source *s = NULL;
+	struct err why = {0};
+	int rc = source_open(a->file, NULL, a->backing_dir, &s, &why);
+
+	if (rc < 0)
+		return store_refuse(e, -rc, "create", a->volume, "%s", why.text);
+	POST(s != NULL);
+	*size = *size ? *size : s->size;
+	if (strncmp(s->format, "qcow", 4) != 0)
+		rc = store_refuse(
+		    e, ERR_USAGE, "create", a->volume,
+		    "%s is not a qcow or qcow2 image, and only those can be a base; to copy it, use import", a->file);
+	else if (*size < s->size)
+		rc =
+		    store_refuse(e, ERR_USAGE, "create", a->volume,
+				 "a volume can't be smaller than its base image, which has %" PRIu64 " bytes", s->size);
+	else if (store_check_size(*size, &why) < 0 || source_check(s, &why) < 0)
+		rc = store_refuse(e, why.code, "create", a->volume, "%s", why.text);
+	if (rc < 0)
+		source_close(s);
+	else
+		*ret = s;
+	return rc;
+}
+
+int store_create_over(struct store *st, const struct store_base_args *a, uint64_t size, uint64_t *ret_size,
+		      const char **ret_format, struct err *e)
+{
+	const char *group = a->group ? a->group : a->volume;
+	struct source *s;
+	int rc;
+
+	if ((rc = check_request("create", a->volume, group, e)) < 0 || (rc = open_base(a, &size, &s, e)) < 0)
+		return rc;
+	struct based_args base = {.source = s, .path = a->file, .backing_dir = a->backing_dir};
+	rc = reserve(st, "create", a->volume, size, group, &base, e);
+	if (rc == 0)
+		rc = settle(st, "create", a->volume, size, group, true, e);
+	if (rc == 0) {
+		*ret_size = size;
+		*ret_format = s->format;
+	}
+	source_close(s);
+	return rc;
 }
 
 /* ---- deleting ---- */
@@ -585,11 +637,11 @@ int store_import(struct store *st, const struct store_import_args *args, store_p
 	size = im.source->size;
 	if (ret_format)
 		*ret_format = im.source->format;
-	rc = reserve(st, "import", volume, size, group, e);
+	rc = reserve(st, "import", volume, size, group, NULL, e);
 	if (rc == 0) {
 		rc = import_into(st, &im, e);
 		if (rc == 0) {
-			rc = settle(st, "import", volume, size, group, e);
+			rc = settle(st, "import", volume, size, group, true, e);
 		} else {
 			mutex_lock(&st->names);
 			abandon(st, volume);

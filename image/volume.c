@@ -16,6 +16,7 @@
 #include <string.h>
 
 #include "core/check.h"
+#include "image/based.h"
 #include "image/volume_internal.h"
 
 /* ---- locks ---- */
@@ -25,7 +26,7 @@ static void check_zero(int r)
 	INVARIANT(r == 0);
 }
 
-static void rwlock_init(pthread_rwlock_t *l)
+void volume_rwlock_init(pthread_rwlock_t *l)
 {
 	pthread_rwlockattr_t attr;
 
@@ -178,13 +179,12 @@ static int stop_at_first(void *arg, const char *name)
 	return -ERR_EXIST;
 }
 
-static int create_disk(struct storage *s, const char *name, uint64_t size, bool power)
+static int create_raw(struct storage *s, const char *name, uint64_t size, bool power)
 {
-	char folder[VOLUME_PATH_SIZE], path[VOLUME_PATH_SIZE];
+	char path[VOLUME_PATH_SIZE];
 	struct disk *d;
 	int rc;
 
-	volume_path(name, "", folder);
 	volume_path(name, DISK_FILE, path);
 	rc = storage_open(s, path, STORAGE_CREATE | STORAGE_EXCL, &d);
 	if (rc < 0)
@@ -193,16 +193,39 @@ static int create_disk(struct storage *s, const char *name, uint64_t size, bool 
 	if (rc == 0 && power)
 		rc = disk_sync(d);
 	disk_close(d);
+	return rc;
+}
+
+static int create_disk(struct storage *s, const char *name, uint64_t size, const struct based_args *base, bool power,
+		       struct err *e)
+{
+	char folder[VOLUME_PATH_SIZE];
+	int rc;
+
+	if (base) {
+		rc = based_create(s, name, size, base, power, e);
+		if (rc < 0)
+			return rc;
+	} else {
+		rc = create_raw(s, name, size, power);
+	}
+	volume_path(name, "", folder);
 	if (rc == 0 && power)
 		rc = storage_sync_dir(s, folder);
 	if (rc == 0 && power)
 		rc = storage_sync_dir(s, "volumes");
 	if (rc == 0 && power)
 		rc = storage_sync_dir(s, "");
-	return rc;
+	return rc < 0 ? err_set(e, -rc, "create volume %s: making its disk: %s", name, err_short(rc)) : 0;
 }
 
 int volume_create(struct storage *s, const char *name, uint64_t size, enum volume_durability dur, struct err *e)
+{
+	return volume_create_over(s, name, size, NULL, dur, e);
+}
+
+int volume_create_over(struct storage *s, const char *name, uint64_t size, const struct based_args *base,
+		       enum volume_durability dur, struct err *e)
 {
 	char folder[VOLUME_PATH_SIZE];
 	int rc;
@@ -225,12 +248,10 @@ int volume_create(struct storage *s, const char *name, uint64_t size, enum volum
 		rc = storage_mkdir(s, folder);
 	if (rc < 0)
 		return err_set(e, -rc, "create volume %s: making its folder: %s", name, err_short(rc));
-	rc = create_disk(s, name, size, dur == DURABILITY_POWER);
-	if (rc < 0) {
+	rc = create_disk(s, name, size, base, dur == DURABILITY_POWER, e);
+	if (rc < 0)
 		(void)volume_delete(s, name, NULL);
-		return err_set(e, -rc, "create volume %s: making its disk: %s", name, err_short(rc));
-	}
-	return 0;
+	return rc;
 }
 
 int volume_delete(struct storage *s, const char *name, struct err *e)
@@ -363,20 +384,41 @@ static int disk_fit(struct volume *v, uint64_t size, struct err *e)
 	return 0;
 }
 
-static int open_disk(struct volume *v, uint64_t size, struct err *e)
+/* disk.raw, or else the disk over a base. */
+static int open_disk_at(struct volume *v, uint64_t size, struct disk **ret, struct err *e)
 {
 	char path[VOLUME_PATH_SIZE];
 	int rc;
 
 	volume_path(v->name, DISK_FILE, path);
-	rc = storage_open(v->storage, path, STORAGE_FRESH, &v->disk);
-	if (rc == -ERR_NOENT)
-		return err_set(e, ERR_CORRUPT,
-			       "open volume %s: %s is missing; restore it from a backup, or delete the volume", v->name,
-			       path);
-	if (rc < 0)
+	rc = storage_open(v->storage, path, STORAGE_FRESH, ret);
+	if (rc == 0)
+		return 0;
+	if (rc != -ERR_NOENT)
 		return err_set(e, -rc, "open volume %s: opening %s: %s", v->name, path, err_short(rc));
-	return disk_fit(v, size, e);
+	rc = based_open(v->storage, v->name, size, v->power, ret, e);
+	if (rc != -ERR_NOENT)
+		return rc;
+	return err_set(e, ERR_CORRUPT, "open volume %s: %s is missing; restore it from a backup, or delete the volume",
+		       v->name, path);
+}
+
+static int open_disk(struct volume *v, uint64_t size, struct err *e)
+{
+	int rc = open_disk_at(v, size, &v->disk, e);
+
+	if (rc < 0)
+		return rc;
+	if (!based_is(v->disk))
+		return disk_fit(v, size, e);
+	v->base = strdup(based_path(v->disk, &v->base_format));
+	return v->base ? 0 : err_set(e, ERR_NOMEM, "open volume %s: %s", v->name, err_short(ERR_NOMEM));
+}
+
+const char *volume_base(const struct volume *v, const char **ret_format)
+{
+	*ret_format = v->base_format;
+	return v->base;
 }
 
 static int open_layer(struct volume *v, enum layer_kind kind, uint64_t id, uint64_t size, struct layer **ret,
@@ -437,6 +479,7 @@ static void free_volume(struct volume *v)
 	layer_unref(v->prepared_active);
 	layer_unref(v->prepared_clone);
 	disk_close(v->disk);
+	free(v->base);
 	scratch_free_all(v);
 	for (unsigned i = 0; i < STRIPES; i++)
 		check_zero(pthread_rwlock_destroy(&v->stripes[i]));
@@ -471,11 +514,11 @@ int volume_open(struct storage *s, const struct volume_open_args *args, struct v
 	(void)snprintf(v->name, sizeof(v->name), "%s", args->name);
 	v->size = args->size;
 	v->power = args->durability == DURABILITY_POWER;
-	rwlock_init(&v->sync_lock);
-	rwlock_init(&v->chain_lock);
-	rwlock_init(&v->tap_lock);
+	volume_rwlock_init(&v->sync_lock);
+	volume_rwlock_init(&v->chain_lock);
+	volume_rwlock_init(&v->tap_lock);
 	for (unsigned i = 0; i < STRIPES; i++)
-		rwlock_init(&v->stripes[i]);
+		volume_rwlock_init(&v->stripes[i]);
 	mutex_init(&v->prepare_lock);
 	mutex_init(&v->merge_lock);
 	mutex_init(&v->reap_lock);
@@ -524,22 +567,21 @@ int volume_sync(struct volume *v)
 
 int volume_reopen(struct volume *v, struct err *e)
 {
-	char path[VOLUME_PATH_SIZE];
-	struct disk *fresh;
+	struct err why = {0};
+	struct disk *fresh = NULL;
 	uint64_t size = 0;
 	int rc;
 
-	volume_path(v->name, DISK_FILE, path);
-	rc = storage_open(v->storage, path, STORAGE_FRESH, &fresh);
+	rc = open_disk_at(v, volume_size(v), &fresh, &why);
 	if (rc < 0)
-		return err_set(e, -rc, "reopen volume %s: opening %s: %s", v->name, path, err_short(rc));
+		return err_set(e, -rc, "reopen volume %s: %s", v->name, why.text);
 	rc = disk_get_size(fresh, &size);
 	if (rc == 0 && size != volume_size(v))
 		rc = -ERR_CORRUPT;
 	if (rc < 0) {
 		disk_close(fresh);
-		return err_set(e, -rc, "reopen volume %s: %s has %" PRIu64 " bytes and should have %" PRIu64, v->name,
-			       path, size, volume_size(v));
+		return err_set(e, -rc, "reopen volume %s: its disk has %" PRIu64 " bytes and should have %" PRIu64,
+			       v->name, size, volume_size(v));
 	}
 	check_zero(pthread_rwlock_wrlock(&v->sync_lock));
 	volume_lock_exclusive(v);

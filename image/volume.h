@@ -7,7 +7,8 @@
  * overlay of its own over the image of the checkpoint that it was made of.
  *
  * Files in the store (docs/format.md): volumes/NAME/disk.raw, volumes/NAME/undo-K.{data,map},
- * volumes/NAME/active-A.{data,map}, volumes/NAME/clone-C.{data,map}, volumes/NAME/intent.
+ * volumes/NAME/active-A.{data,map}, volumes/NAME/clone-C.{data,map}, volumes/NAME/intent. A volume over a base image
+ * has other files for its disk (image/based.h); all here works on a struct disk and does not know.
  *
  * Invariants
  *   V1 A block of the disk changes only after the live undo overlay has its old content (if there is a chain):
@@ -50,6 +51,10 @@ struct volume_req {
 /* Makes volumes/NAME with a sparse disk of `size` bytes; -ERR_EXIST if the folder is there.
  * Durable (folder entries synced) when durability is POWER. */
 int volume_create(struct storage *s, const char *name, uint64_t size, enum volume_durability dur, struct err *e);
+/* The same over a base image. NULL: a sparse disk. */
+struct based_args;
+int volume_create_over(struct storage *s, const char *name, uint64_t size, const struct based_args *base,
+		       enum volume_durability dur, struct err *e);
 /* Removes everything of volumes/NAME. Idempotent. */
 int volume_delete(struct storage *s, const char *name, struct err *e);
 
@@ -69,11 +74,14 @@ struct volume_open_args {
 };
 /* Opens it; overlay files that args do not name are leftovers of a switch that never happened and are removed.
  * A disk whose size is not args->size, or a missing overlay, is -ERR_CORRUPT, named; only a disk that is longer by
- * nothing but a hole is cut back: a resize that was cut off before its metadata write. Returns owned. */
+ * nothing but a hole is cut back: a resize that was cut off before its metadata write. -ERR_STATE: its base image is
+ * missing or not what it was. Returns owned. */
 int volume_open(struct storage *s, const struct volume_open_args *args, struct volume **ret, struct err *e);
 void volume_close(struct volume *v);
 
 uint64_t volume_size(const struct volume *v);
+/* Path, as it was named, and format of its base image; borrowed. NULL: it has none. */
+const char *volume_base(const struct volume *v, const char **ret_format);
 
 /* Reads. view: active over image(base); base 0 = the disk below active. ckpt: image(k); -ERR_NOENT if k is not kept. */
 int volume_read_disk(struct volume *v, uint64_t off, uint64_t len, void *buf);

@@ -84,6 +84,8 @@ struct clone {
 struct volume {
 	struct storage *storage;
 	struct disk *disk;
+	char *base; /* path of its base image as it was named; NULL: none */
+	const char *base_format;
 	char name[NAME_SIZE];
 	bool power;
 	uint64_t size; /* changes under chain_lock exclusively; volume_size() reads it without */
@@ -143,6 +145,7 @@ static inline uint64_t volume_blocks(const struct volume *v)
 	return overlay_blocks_in(v->size);
 }
 
+void volume_rwlock_init(pthread_rwlock_t *l); /* one that prefers writers */
 void volume_lock_shared(struct volume *v);
 void volume_lock_exclusive(struct volume *v);
 void volume_unlock(struct volume *v);

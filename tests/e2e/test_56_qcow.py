@@ -4,13 +4,14 @@ it, or refused by name (docs/qcow.md); which backing files are followed."""
 
 import os
 import random
+import re
 import struct
 import subprocess
 import sys
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "lib"))
 import repfs_e2e as e2e  # noqa: E402
-from repfs_e2e import KIB, MIB, Host, check, check_eq  # noqa: E402
+from repfs_e2e import KIB, MIB, Host, Pair, check, check_eq  # noqa: E402
 
 V1, V2, V3 = ("qcow",), ("qcow2", "compat=0.10"), ("qcow2", "compat=1.1")
 
@@ -417,6 +418,217 @@ def test_cut_and_damaged():
             data[at] = m.rng.choice([0, 0xff, data[at] ^ 1 << m.rng.randrange(8)])
         look(bytes(data), fmt, False)
     print("  %d refused, %d read" % (refused, same))
+
+
+# ---- volumes over a base image ---------------------------------------------------------------------------------------
+
+
+def own(host, name):
+    return os.path.join(host.store, "volumes", name, "own.data")
+
+
+def want_file(m, image):
+    """What the volume holds at first, as a bytearray that the test goes on with."""
+    with open(m.expected(image), "rb") as f:
+        return bytearray(f.read())
+
+
+def expect(path, want, what):
+    with open(path, "rb") as f:
+        got = f.read()
+    check_eq(len(got), len(want), "size of " + what)
+    for at in range(0, len(want), 4096):
+        check(got[at:at + 4096] == want[at:at + 4096], "%s differs in the block at %d" % (what, at))
+
+
+def chain(m):
+    """A compressed image under one of another cluster size, the disk's size no multiple of a block."""
+    m.raw()
+    m.convert("under", V3, flags=["-c"])
+    m.create("base", V3, 4 * MIB + 512, "cluster_size=4096", backing="under")
+    m.io("base", "write -P 1 10k 70k", "write -z 300k 64k", "write -P 2 3500k 5k")
+    return m.path("base")
+
+
+def test_base_is_read_and_written_over():
+    m = Images()
+    base, h = chain(m), Host("a").start()
+    before = e2e.sha(base)
+    want = want_file(m, "base")
+    doc = h.repctl("create", "vm1", "--base", base, json=True)
+    check_eq((doc["size"], doc["format"], doc["base"]), (len(want), "qcow2", base), "what create says")
+    check(e2e.allocated(own(h, "vm1")) == 0, "something was copied")
+    v = h.volume("vm1")
+    expect(v, want, "the new volume")
+    # true holes and sizes
+    check(any(not x for x in data_map(v)), "no holes are shown")
+    check(os.stat(v).st_blocks > 0, "no blocks: tar would take it for one hole")
+    check_eq(h.repctl("list", json=True)["volumes"][0]["base"], base, "base in list")
+    show = h.repctl("show", "vm1", json=True)
+    check_eq((show["base"], show["base_format"], show["store_path"]), (base, "qcow2", own(h, "vm1")), "show")
+    h.repctl("show", "vm1").says(base, "qcow2")
+    check_eq(h.status("vm1")["volumes"][0]["base"], base, "base in status")
+    rng = random.Random(7)
+
+    def scribble(n):
+        for _ in range(n):
+            at, length, kind = rng.randrange(len(want)), rng.randrange(1, 60000), rng.randrange(4)
+            length = min(length, len(want) - at)
+            if kind == 0:
+                e2e.punch(v, at, length)
+                want[at:at + length] = bytes(length)
+            elif kind == 1:
+                e2e.zero_range(v, at, length)
+                want[at:at + length] = bytes(length)
+            else:
+                data = rng.randbytes(length)
+                e2e.pwrite(v, at, data, direct=False)
+                want[at:at + length] = data
+
+    scribble(60)
+    expect(v, want, "the volume after writes and discards")
+    h.kill9()
+    h.start()
+    expect(v, want, "the volume after kill -9")
+    scribble(30)
+    h.restart()
+    expect(v, want, "the volume after a restart")
+    out = m.path("flat.raw")
+    h.repctl("export", "vm1", out)
+    expect(out, want, "the export")
+    e2e.run(["qemu-img", "compare", "-f", "raw", "-F", "raw", out, v])
+    h.stop()
+    h.repctl("show", "vm1").says(base, "own.data")
+    h.repctl("check")
+    os.unlink(out)
+    h.repctl("export", "vm1", out)
+    expect(out, want, "the export without a daemon")
+    check_eq(e2e.sha(base), before, "checksum of the base")
+    h.repctl("create", "vm2", "--base", base, "--size", "6M", json=True)  # without a daemon, and larger
+    h.start()
+    larger = want_file(m, "base") + bytearray(6 * MIB - 4 * MIB - 512)
+    expect(h.volume("vm2"), larger, "one that is larger than its base")
+    h.repctl("-y", "delete", "vm2")
+    h.repctl("create", "raw", "--base", m.path("src.raw"), code=2).says("not a qcow")
+    h.repctl("create", "small", "--base", base, "--size", "1M", code=2).says("smaller than its base")
+    h.repctl("create", "none", "--base", m.path("none"), code=1).says("no file")
+    m.convert("bad", V3)
+    with open(m.path("bad"), "r+b") as f:
+        f.truncate(2 * MIB)
+    h.repctl("create", "cut", "--base", m.path("bad"), code=1).says("past the end of the file")
+    check_eq([x["name"] for x in h.ctl("list")["volumes"]], ["vm1"], "volumes left behind")
+    # QEMU does not get to write to it meanwhile
+    r = e2e.run(["qemu-io", "-f", "qcow2", "-c", "write 0 512", base], code=None)
+    check(r.returncode != 0 and "lock" in r.stderr, "QEMU wrote to a base in use: %r" % r.stderr)
+
+
+def data_map(path):
+    """Whether each MiB has data by SEEK_DATA."""
+    extents = e2e.data_extents(path)
+    return [any(o < at + MIB and o + n > at for o, n in extents) for at in range(0, os.path.getsize(path), MIB)]
+
+
+def test_base_that_changed_or_is_gone():
+    m = Images()
+    base, h = chain(m), Host("a").start()
+    h.repctl("create", "vm1", "--base", base)
+    h.repctl("create", "other", "--size", "1M")
+    e2e.pwrite(h.volume("vm1"), 0, b"x" * 5000, direct=False)
+    want = want_file(m, "base")
+    want[:5000] = b"x" * 5000
+
+    def served(yes, *words):
+        h.restart()
+        names = [x["name"] for x in h.ctl("list")["volumes"]]
+        check_eq(names, ["other", "vm1"] if yes else ["other"], "volumes served")
+        e2e.pwrite(h.volume("other"), 0, b"y" * 512, direct=False)
+        if yes:
+            return expect(h.volume("vm1"), want, "the volume over its base that is back")
+        for verb in ("show", "checkpoint", "status"):
+            h.repctl(verb, "vm1", code=5).says("not served", *words)
+        h.repctl("list").says("not served", *words)
+        h.repctl("status", "--exit-code", code=7).says("vm1", "not served", *words)
+        h.repctl("create", "more", "--size", "1M", "--group", "vm1", code=5).says("not served")
+        check(re.search("error vm1: the group is not served", h.log_tail()), "nothing is in the log", h.log_tail)
+
+    def with_file(name, change, *words):
+        path, keep = m.path(name), m.path(name) + ".kept"
+        e2e.run(["cp", "-p", path, keep])
+        change(path)
+        served(False, *words)
+        e2e.run(["mv", keep, path])  # another inode, and the same file
+        served(True)
+
+    with_file("base", os.unlink, "base", "no file")
+    with_file("under", os.unlink, "under", "no file")
+    with_file("under", lambda p: os.utime(p), "under", "time of change", "touch -d @")
+    with_file("base", lambda p: os.truncate(p, os.path.getsize(p) + 512), "base", "another size")
+
+    def rewrite(path):
+        st = os.stat(path)
+        with open(path, "r+b") as f:
+            f.seek(70)
+            f.write(b"\x01")
+        os.utime(path, ns=(st.st_atime_ns, st.st_mtime_ns))
+
+    with_file("base", rewrite, "base", "content differs")
+    # gone for good: the volume can still be deleted
+    os.unlink(base)
+    h.restart()
+    h.repctl("create", "vm1", "--size", "1M", code=(1, 5))
+    h.repctl("-y", "delete", "vm1")
+    check(not os.path.exists(os.path.dirname(own(h, "vm1"))), "the files of the deleted volume are there")
+    h.create("vm1", MIB)
+    h.stop()
+    check_eq(h.repctl("check").code, 0, "check")
+
+
+def test_base_is_replicated_flat():
+    m = Images()
+    base = chain(m)
+    p = Pair()
+    p.a.repctl("create", "vm1", "--base", base)
+    want = want_file(m, "base")
+    v = p.a.volume("vm1")
+    e2e.pwrite(v, 100000, b"z" * 9000, direct=False)
+    want[100000:109000] = b"z" * 9000
+    p.protect("vm1")
+    expect(p.b.disk("vm1"), want, "the peer's copy, a flat raw file")
+    check(e2e.allocated(p.b.disk("vm1")) < len(want), "the peer's copy is not sparse")
+    check_eq(p.b.status("vm1")["volumes"][0]["base"], None, "base on the peer")
+    n = p.checkpoint()
+    at_checkpoint = bytes(want)
+    # first writes over the base, and discards of what the base holds
+    e2e.pwrite(v, 12345, b"w" * 70000, direct=False)
+    want[12345:82345] = b"w" * 70000
+    e2e.punch(v, 3500 * KIB, 8 * KIB)
+    want[3500 * KIB:3508 * KIB] = bytes(8 * KIB)
+    e2e.fsync(v)
+    p.a.wait_synced("vm1")
+    n2 = p.checkpoint()
+    expect(p.b.disk("vm1"), want, "the peer's copy after writes")
+    expect(p.b.checkpoint_file("vm1", n), at_checkpoint, "the first checkpoint")
+    expect(p.b.checkpoint_file("vm1", n2), want, "the second checkpoint")
+    # a failover and back: the volume over the base follows, and keeps old content of the base in its overlays
+    p.b.repctl("-y", "failover", "vm1", "--wait")
+    w = p.b.volume("vm1")
+    e2e.pwrite(w, 600000, b"q" * 30000, direct=False)
+    want[600000:630000] = b"q" * 30000
+    e2e.fsync(w)
+    p.b.repctl("failback", "vm1", "--peer", p.a.listen, "--wait")
+    p.b.wait_synced("vm1")
+    n3 = int(p.b.repctl("checkpoint", "vm1").out)
+    old = bytes(want)
+    e2e.pwrite(w, 1200000, b"r" * 50000, direct=False)
+    want[1200000:1250000] = b"r" * 50000
+    e2e.fsync(w)
+    n4 = int(p.b.repctl("checkpoint", "vm1").out)
+    expect(p.a.checkpoint_file("vm1", n3), old, "a checkpoint over the base")
+    expect(p.a.checkpoint_file("vm1", n4), want, "the next one")
+    check_eq(p.a.status("vm1")["volumes"][0]["base"], base, "base of the one that follows")
+    p.a.restart()
+    p.b.wait_synced("vm1")
+    expect(p.a.checkpoint_file("vm1", n3), old, "a checkpoint over the base after a restart")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,17 @@
 #!/usr/bin/env python3
 """A real VM on a protected volume: ext4, files with fsync, checkpoints, the loss of the primary's host, a failover, and a
-guest on the survivor that runs fsck and finds what has to be there."""
+guest on the survivor that runs fsck and finds what has to be there. And a guest over a compressed qcow2 image."""
 
+import hashlib
 import os
+import random
+import shutil
 import sys
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "lib"))
 import repfs_e2e as e2e  # noqa: E402
 import repfs_vm as vm  # noqa: E402
-from repfs_e2e import MIB, Pair, check, check_eq  # noqa: E402
+from repfs_e2e import MIB, Host, Pair, check, check_eq  # noqa: E402
 from repfs_vm import Guest  # noqa: E402
 
 SIZE = 64 * MIB
@@ -165,6 +168,55 @@ def test_two_volumes():
     check(whole, "the checkpoint holds none of the files; too early to tell anything")
     s.sh("umount /a /b")
     s.poweroff()
+
+
+@e2e.limit(200)
+def test_vm_over_a_compressed_base():
+    """A guest whose filesystem, programs included, is a compressed image that nothing was copied of."""
+    e2e.need("mkfs.ext4", "busybox", "qemu-img")
+    d, h, rng = e2e.tmp(), Host("a"), random.Random(60)
+    base, raw, root = (os.path.join(d, name) for name in ("base.qcow2", "base.raw", "root"))
+    os.makedirs(os.path.join(root, "bin"))
+    os.mkdir(os.path.join(root, "data"))
+    e2e.run(["cp", shutil.which("busybox"), os.path.join(root, "bin", "busybox")])
+    files = {}
+    for name in ("one", "two", "three"):
+        data = rng.randbytes(1000) * rng.randrange(200, 600)
+        with open(os.path.join(root, "data", name), "wb") as f:
+            f.write(data)
+        files[name] = hashlib.sha256(data).hexdigest()
+    with open(raw, "wb") as f:
+        f.truncate(48 * MIB)
+    e2e.run(["mkfs.ext4", "-q", "-F", "-d", root, raw])
+    e2e.run(["qemu-img", "convert", "-c", "-O", "qcow2", raw, base])
+    check(os.path.getsize(base) < 4 * MIB, "the image is not compressed")
+    before = e2e.sha(base)
+    h.repctl("create", "vm1", "--base", base)
+    h.start()
+    g = Guest([h.volume("vm1")])
+    g.sh("mount -t ext4 /dev/vda /a")
+    in_guest = "chroot /a /bin/busybox "
+
+    def sums():
+        out = g.sh(in_guest + "sh -c '/bin/busybox sha256sum /data/*'")
+        return {f[6:]: s for s, f in (line.split() for line in out.splitlines())}
+
+    check_eq(sums(), files, "files out of the image")
+    g.sh(in_guest + "sh -c '/bin/busybox seq 200000 > /data/new; /bin/busybox rm /data/two; /bin/busybox sync'")
+    files["new"] = hashlib.sha256("".join("%d\n" % i for i in range(1, 200001)).encode()).hexdigest()
+    del files["two"]
+    g.sh("umount /a")
+    g.fsck("/dev/vda")
+    g.sh("mount -t ext4 /dev/vda /a")
+    check_eq(sums(), files, "files over the image")
+    g.sh("umount /a")
+    g.poweroff()
+    h.stop()
+    check(e2e.allocated(h.disk("vm1").replace("disk.raw", "own.data")) < 16 * MIB, "more than what was written is in the store")
+    out = os.path.join(d, "out.raw")
+    h.repctl("export", "vm1", out)
+    e2e.run(["e2fsck", "-fn", out])
+    check_eq(e2e.sha(base), before, "checksum of the base")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@
 #define CS_FILE_MAX (256U << 10)
 #define CS_PAGES (CS_FILE_MAX / BLOCK_SIZE)
 #define CS_INODES 64
-#define CS_NAMES 16
+#define CS_NAMES 24
 #define CS_HISTORY 16
 #define CS_OPS 512
 

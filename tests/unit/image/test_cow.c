@@ -500,6 +500,19 @@ FAULT_TEST(create, 1)
 FAULT_TEST(resize, 1)
 FAULT_TEST(sync, 1)
 
+Test(cow_fault, over_a_base)
+{
+	struct tmp_store t;
+
+	tmp_store_open(&t);
+	model_over_open(&t, ODD_SIZE * 2 / 3 / 512 * 512);
+	every_fault(try_batch, DURABILITY_POWER, 1);
+	every_fault(try_discard, DURABILITY_PROCESS, 1);
+	every_fault(try_sync, DURABILITY_POWER, 1);
+	model_over_close();
+	tmp_store_close(&t);
+}
+
 /* No room for old blocks, and it stays so: the disk is untouched, every write says so, images stay; a request whose
  * blocks are saved already goes through. */
 Test(cow_fault, no_room_for_saving)
@@ -1095,4 +1108,18 @@ Test(cow, kills_at_any_operation)
 {
 	for (uint64_t seed = 1; seed <= 100; seed++)
 		crash_run(DURABILITY_PROCESS, seed);
+}
+
+Test(cow, power_cuts_and_kills_over_a_base)
+{
+	struct tmp_store t;
+
+	tmp_store_open(&t);
+	model_over_open(&t, ODD_SIZE * 2 / 3 / 512 * 512);
+	for (uint64_t seed = 1; seed <= 60; seed++) {
+		crash_run(DURABILITY_POWER, seed);
+		crash_run(DURABILITY_PROCESS, seed);
+	}
+	model_over_close();
+	tmp_store_close(&t);
 }

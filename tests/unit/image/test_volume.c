@@ -95,6 +95,20 @@ Test(volume, random_operations_on_a_volume_smaller_than_a_block)
 		random_run(512, DURABILITY_PROCESS, seed, 120);
 }
 
+/* The same over a base image, which is shorter. */
+Test(volume, random_operations_over_a_base_match_the_model)
+{
+	struct tmp_store t;
+
+	tmp_store_open(&t);
+	model_over_open(&t, ODD_SIZE * 2 / 3 / 512 * 512);
+	for (uint64_t seed = 1; seed <= 4; seed++)
+		random_run(ODD_SIZE, DURABILITY_PROCESS, seed, 200);
+	random_run(ODD_SIZE, DURABILITY_POWER, 101, 60);
+	model_over_close();
+	tmp_store_close(&t);
+}
+
 /* ---- single properties ---- */
 
 static struct tmp_store store;

@@ -12,6 +12,7 @@
 #include <unistd.h>
 
 #include "core/check.h"
+#include "image/based.h"
 #include "image/overlay.h"
 #include "image/volume.h"
 
@@ -103,6 +104,38 @@ static inline void model_open_volume(struct model *m)
 		     (unsigned long long)m->start_seed, m->step, e.text);
 }
 
+/* When it is set, model_init makes the volume over this base. */
+static struct source *model_over;
+
+/* A base of `size` bytes with data and holes, as a file in the tmp_store. */
+static inline void model_over_open(struct tmp_store *t, uint64_t size)
+{
+	char path[300];
+	uint8_t block[3000];
+	struct err e = {0};
+	FILE *f;
+
+	snprintf(path, sizeof(path), "%s/base.img", t->path);
+	f = fopen(path, "we");
+	cr_assert_not_null(f);
+	for (uint64_t off = 0; off < size; off += sizeof(block)) {
+		memset(block, (int)(1 + off / sizeof(block) % 250), sizeof(block));
+		cr_assert_eq(fseek(f, (long)off, SEEK_SET), 0);
+		if (off / 20000 % 3)
+			cr_assert_eq(fwrite(block, 1, min_u64(sizeof(block), size - off), f),
+				     min_u64(sizeof(block), size - off));
+	}
+	cr_assert_eq(fclose(f), 0);
+	cr_assert_eq(truncate(path, (off_t)size), 0);
+	cr_assert_eq(source_open(path, "raw", NULL, &model_over, &e), 0, "%s", e.text);
+}
+
+static inline void model_over_close(void)
+{
+	source_close(model_over);
+	model_over = NULL;
+}
+
 static inline void model_init(struct model *m, struct storage *s, uint64_t size, enum volume_durability dur,
 			      uint64_t seed)
 {
@@ -112,7 +145,15 @@ static inline void model_init(struct model *m, struct storage *s, uint64_t size,
 	m->disk = calloc(1, size);
 	m->active = calloc(m->blocks, BLOCK_SIZE);
 	m->active_has = calloc(m->blocks, sizeof(bool));
-	cr_assert_eq(volume_create(s, "vol", size, dur, NULL), 0);
+	if (model_over) {
+		struct based_args a = {.source = model_over, .path = model_over->files[0].path};
+		struct err e = {0};
+
+		cr_assert_eq(volume_create_over(s, "vol", size, &a, dur, &e), 0, "%s", e.text);
+		cr_assert_eq(disk_read(model_over->disk, 0, m->disk, (size_t)model_over->size), 0);
+	} else {
+		cr_assert_eq(volume_create(s, "vol", size, dur, NULL), 0);
+	}
 	model_open_volume(m);
 }
 

@@ -1,0 +1,377 @@
+/* A disk over a base image, alone: power cuts and kills at any operation, its record, writers at once. Below undo
+ * overlays it is tested with the volume's model (test_volume.c, test_cow.c), over real images in
+ * tests/e2e/test_56_qcow.py. */
+#include <criterion/criterion.h>
+#include <inttypes.h>
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "image/based.h"
+#include "image/meta.h"
+#include "tests/unit/image/crashstore.h"
+#include "tests/unit/image/tmpdir.h"
+
+#define BASE_SIZE (40U * BLOCK_SIZE + 1536)
+#define SIZE (50U * BLOCK_SIZE + 512)
+#define SECTORS (SIZE / SECTOR_SIZE)
+#define VERSIONS 64
+
+static struct tmpdir dir;
+static struct err e;
+static uint8_t base_bytes[BASE_SIZE];
+static struct source *base;
+
+static void begin(void)
+{
+	tmpdir_make(&dir);
+	memset(&e, 0, sizeof(e));
+	for (size_t i = 0; i < sizeof(base_bytes); i++)
+		base_bytes[i] = (uint8_t)(1 + i / SECTOR_SIZE % 251);
+	tmpdir_write(&dir, "base", base_bytes, sizeof(base_bytes), 0);
+	/* Blocks 8 to 15 are a hole. */
+	memset(base_bytes + 8 * BLOCK_SIZE, 0, 8 * BLOCK_SIZE);
+	int fd = open(tmpdir_at(&dir, "base"), O_WRONLY | O_CLOEXEC);
+	cr_assert_eq(fallocate(fd, 0x03 /* KEEP_SIZE, PUNCH_HOLE */, 8 * BLOCK_SIZE, 8 * BLOCK_SIZE), 0);
+	cr_assert_eq(close(fd), 0);
+	cr_assert_eq(source_open(tmpdir_at(&dir, "base"), "raw", NULL, &base, &e), 0, "%s", e.text);
+}
+
+static void end(void)
+{
+	source_close(base);
+	tmpdir_remove(&dir);
+}
+
+TestSuite(based, .init = begin, .fini = end);
+
+static void make(struct storage *s, bool durable)
+{
+	struct based_args a = {.source = base, .path = base->files[0].path};
+
+	cr_assert_eq(based_create(s, "vol", SIZE, &a, durable, &e), 0, "%s", e.text);
+	cr_assert_eq(storage_sync_dir(s, "volumes/vol"), 0);
+}
+
+static struct disk *open_it(struct storage *s, bool durable)
+{
+	struct disk *d;
+
+	cr_assert_eq(based_open(s, "vol", SIZE, durable, &d, &e), 0, "%s", e.text);
+	return d;
+}
+
+/* ---- power cuts and kills ---- */
+
+/* What each sector may hold after a power cut: what it held at the last sync, and all that was written since. */
+struct crash {
+	struct crashstore cs;
+	struct disk *d;
+	uint8_t now[SIZE];
+	uint8_t versions[SECTORS][VERSIONS][SECTOR_SIZE];
+	unsigned n[SECTORS];
+	uint64_t seed;
+};
+
+static void remember(struct crash *c, uint64_t off, uint64_t len)
+{
+	for (uint64_t s = off / SECTOR_SIZE; s <= (off + len - 1) / SECTOR_SIZE; s++) {
+		cr_assert_lt(c->n[s], VERSIONS);
+		memcpy(c->versions[s][c->n[s]++], c->now + s * SECTOR_SIZE, SECTOR_SIZE);
+	}
+}
+
+static void flushed(struct crash *c)
+{
+	memset(c->n, 0, sizeof(c->n));
+	remember(c, 0, SIZE);
+}
+
+/* Sector-aligned, as a guest's requests are; some end inside blocks, some cover many. */
+static int step(struct crash *c)
+{
+	static uint8_t data[SIZE];
+	uint64_t off = cs_random(&c->cs, SECTORS) * SECTOR_SIZE, len;
+	int kind = (int)cs_random(&c->cs, 8), rc;
+
+	if (kind == 0) {
+		rc = disk_sync(c->d);
+		if (rc == 0)
+			flushed(c);
+		return rc;
+	}
+	len = (1 + cs_random(&c->cs, kind == 1 ? 100 : 20)) * SECTOR_SIZE;
+	len = min_u64(len, SIZE - off);
+	for (uint64_t i = 0; i < len; i++)
+		data[i] = kind <= 2 ? 0 : (uint8_t)cs_random(&c->cs, 256);
+	memcpy(c->now + off, data, len);
+	/* Done or not: these bytes may be there now. */
+	remember(c, off, len);
+	return kind <= 2 ? disk_zero(c->d, off, len, kind == 1) : disk_write(c->d, off, data, len);
+}
+
+static void verify(struct crash *c, bool exact, uint64_t ops)
+{
+	static uint8_t got[SIZE];
+
+	memset(got, 0xa7, sizeof(got));
+	cr_assert_eq(disk_read(c->d, 0, got, SIZE), 0);
+	for (unsigned s = 0; s < SECTORS; s++) {
+		const uint8_t *p = got + (size_t)s * SECTOR_SIZE;
+		bool found = false;
+
+		/* A kill loses nothing of what was written; but the last step was cut off. */
+		for (unsigned i = exact && c->n[s] > 2 ? c->n[s] - 2 : 0; i < c->n[s] && !found; i++)
+			found = memcmp(p, c->versions[s][i], SECTOR_SIZE) == 0;
+		cr_assert(found,
+			  "seed %" PRIu64 ", stopped after %" PRIu64 ": sector %u holds what was never written there",
+			  c->seed, ops, s);
+	}
+	memcpy(c->now, got, SIZE);
+	flushed(c);
+}
+
+static void run(bool power, uint64_t seed)
+{
+	struct crash *c = calloc(1, sizeof(*c));
+
+	cr_assert_not_null(c);
+	c->seed = seed;
+	cs_init(&c->cs, seed);
+	make(&c->cs.storage, power);
+	c->d = open_it(&c->cs.storage, power);
+	memcpy(c->now, base_bytes, BASE_SIZE);
+	flushed(c);
+	for (unsigned round = 0; round < 6; round++) {
+		uint64_t ops = cs_random(&c->cs, 100);
+		int rc = 0;
+
+		c->cs.ops_left = (long)ops;
+		for (unsigned i = 0; rc == 0 && i < 40; i++)
+			rc = step(c);
+		cr_assert(rc == 0 || c->cs.stopped, "seed %" PRIu64 ": error %d without a reason", seed, rc);
+		c->cs.stopped = true;
+		disk_close(c->d);
+		if (power)
+			cs_power_cut(&c->cs);
+		else
+			cs_killed(&c->cs);
+		c->d = open_it(&c->cs.storage, power);
+		verify(c, !power, ops);
+	}
+	disk_close(c->d);
+	cs_free(&c->cs);
+	free(c);
+}
+
+Test(based, power_cuts_at_any_operation)
+{
+	for (uint64_t seed = 1; seed <= 150; seed++)
+		run(true, seed);
+}
+
+Test(based, kills_at_any_operation)
+{
+	for (uint64_t seed = 1; seed <= 100; seed++)
+		run(false, seed);
+}
+
+/* ---- what is copied, and what is not ---- */
+
+static uint64_t own_blocks(struct storage *s)
+{
+	uint64_t size = 0, n = 0;
+	uint8_t word[4];
+	struct disk *d;
+
+	cr_assert_eq(storage_open(s, "volumes/vol/own.map", STORAGE_RDONLY, &d), 0);
+	cr_assert_eq(disk_get_size(d, &size), 0);
+	for (uint64_t at = 0; at < size; at += 4) {
+		cr_assert_eq(disk_read(d, at, word, 4), 0);
+		n += word[0] | word[1] | word[2] | word[3] ? 1 : 0;
+	}
+	disk_close(d);
+	return n;
+}
+
+static struct storage *folder(void)
+{
+	struct storage *s;
+
+	cr_assert_eq(storage_posix_open(dir.path, &s), 0);
+	cr_assert_eq(storage_mkdir(s, "volumes"), 0);
+	cr_assert_eq(storage_mkdir(s, "volumes/vol"), 0);
+	return s;
+}
+
+Test(based, a_hole_of_the_base_stays_one_and_data_is_zeroed_by_its_map)
+{
+	struct storage *s = folder();
+	struct extent x;
+	uint64_t n = 0;
+
+	make(s, true);
+	struct disk *d = open_it(s, true);
+	/* Whole holes of the base, and what lies past its end: nothing is recorded. */
+	cr_assert_eq(disk_zero(d, 9 * BLOCK_SIZE, 6 * BLOCK_SIZE, true), 0);
+	cr_assert_eq(disk_zero(d, 45 * BLOCK_SIZE, 5 * BLOCK_SIZE, true), 0);
+	cr_assert_eq(own_blocks(s), 0);
+	/* Over data: recorded, and without data of its own. */
+	cr_assert_eq(disk_zero(d, 20 * BLOCK_SIZE, 4 * BLOCK_SIZE, true), 0);
+	cr_assert_eq(own_blocks(s), 4);
+	cr_assert_eq(tmpdir_allocated(&dir, "volumes/vol/own.data"), 0);
+	cr_assert_eq(disk_extent(d, 20 * BLOCK_SIZE, SIZE, &x), 0);
+	cr_assert(!x.data && x.off == 20 * BLOCK_SIZE && x.len == 4 * BLOCK_SIZE);
+	/* One byte takes its block along, no more. */
+	cr_assert_eq(disk_write(d, 30 * BLOCK_SIZE + 5, "!", 1), 0);
+	cr_assert_eq(own_blocks(s), 5);
+	cr_assert_eq(based_own_allocated(s, "vol", &n), 0);
+	cr_assert_lt(n, 32768);
+	cr_assert_eq(disk_write(d, SIZE - 1, "xx", 2), -ERR_RANGE);
+	disk_close(d);
+	storage_close(s);
+}
+
+/* ---- growing ---- */
+
+Test(based, growing_shows_zeroes)
+{
+	struct storage *s = folder();
+	uint8_t buf[3 * BLOCK_SIZE];
+	uint64_t size;
+
+	make(s, true);
+	struct disk *d = open_it(s, true);
+	cr_assert_eq(disk_write(d, SIZE - 512, base_bytes, 512), 0);
+	cr_assert_eq(disk_set_size(d, SIZE + 4 * BLOCK_SIZE), 0);
+	cr_assert_eq(disk_get_size(d, &size), 0);
+	cr_assert_eq(size, SIZE + 4 * BLOCK_SIZE);
+	memset(buf, 0xa7, sizeof(buf));
+	cr_assert_eq(disk_read(d, SIZE - 512, buf, sizeof(buf)), 0);
+	cr_assert_arr_eq(buf, base_bytes, 512);
+	for (size_t i = 512; i < sizeof(buf); i++)
+		cr_assert_eq(buf[i], 0);
+	cr_assert_eq(disk_write(d, SIZE + 3 * BLOCK_SIZE, base_bytes, BLOCK_SIZE), 0);
+	/* Not below the base. */
+	cr_assert_eq(disk_set_size(d, BASE_SIZE - 512), -ERR_RANGE);
+	disk_close(d);
+	storage_close(s);
+}
+
+/* ---- the record ---- */
+
+static void refused(struct storage *s, int code, const char *words)
+{
+	struct disk *d;
+
+	cr_assert_eq(based_open(s, "vol", SIZE, true, &d, &e), -code, "%s", e.text);
+	cr_assert_not_null(strstr(e.text, words), "\"%s\" is not in \"%s\"", words, e.text);
+	cr_assert_eq(strncmp(e.text, "open volume vol: ", 17), 0, "%s", e.text);
+}
+
+Test(based, records_that_do_not_check_out)
+{
+	struct storage *s = folder();
+	_Alignas(8) uint8_t payload[200] = {0};
+	struct disk *d;
+	char path[SOURCE_PATH_MAX];
+	const char *format;
+
+	cr_assert_eq(based_open(s, "vol", SIZE, true, &d, &e), -ERR_NOENT);
+	make(s, true);
+	cr_assert_eq(based_look(s, "vol", path, &format, &e), 0);
+	cr_assert_str_eq(path, base->files[0].path);
+	cr_assert_str_eq(format, "raw");
+	for (size_t len = 0; len <= sizeof(payload); len += 10) {
+		memset(payload, (int)len, sizeof(payload));
+		cr_assert_eq(meta_save(s, "volumes/vol", "volumes/vol/base", "BASE", 1, payload, len, true, &e), 0,
+			     "%s", e.text);
+		refused(s, ERR_CORRUPT, "hold no record of a base image");
+	}
+	cr_assert_eq(meta_save(s, "volumes/vol", "volumes/vol/base", "BASE", 2, payload, 1, true, &e), 0);
+	cr_assert_eq(based_open(s, "vol", SIZE, true, &d, &e), -ERR_VERSION);
+	storage_close(s);
+}
+
+Test(based, a_base_that_changed_is_refused)
+{
+	struct storage *s = folder();
+	uint8_t byte = 0xff;
+
+	make(s, true);
+	source_close(base);
+	base = NULL;
+	tmpdir_write(&dir, "base", &byte, 1, 70000); /* in the middle: what it has is another time */
+	refused(s, ERR_STATE, "another time of change");
+	refused(s, ERR_STATE, "touch -d @");
+	tmpdir_write(&dir, "base", &byte, 1, 10);
+	refused(s, ERR_STATE, "its content differs");
+	tmpdir_write(&dir, "base", &byte, 1, BASE_SIZE);
+	refused(s, ERR_STATE, "another size");
+	cr_assert_eq(unlink(tmpdir_at(&dir, "base")), 0);
+	refused(s, ERR_STATE, "there is no file");
+	storage_close(s);
+}
+
+/* ---- many at once ---- */
+
+#define WRITERS 4U
+
+struct writer {
+	struct disk *d;
+	unsigned me;
+	int rc;
+};
+
+/* Every fourth block, from two requests each, read back between others' first writes. */
+static void *write_some(void *arg)
+{
+	struct writer *w = arg;
+	uint8_t half[BLOCK_SIZE / 2], got[BLOCK_SIZE];
+
+	for (uint64_t b = w->me; b < 40 && w->rc == 0; b += WRITERS) {
+		for (unsigned i = 0; i < 2 && w->rc == 0; i++) {
+			memset(half, (int)(b * 2 + i + 1), sizeof(half));
+			w->rc = disk_write(w->d, b * BLOCK_SIZE + i * sizeof(half), half, sizeof(half));
+		}
+		if (w->rc == 0)
+			w->rc = disk_read(w->d, b * BLOCK_SIZE, got, sizeof(got));
+		for (size_t i = 0; i < sizeof(got) && w->rc == 0; i++)
+			w->rc = got[i] == (uint8_t)(b * 2 + i / sizeof(half) + 1) ? 0 : -ERR_CORRUPT;
+	}
+	return NULL;
+}
+
+Test(based, writers_at_once)
+{
+	struct storage *s = folder();
+	struct writer w[WRITERS];
+	pthread_t t[WRITERS];
+	uint8_t *got = malloc(SIZE);
+
+	make(s, true);
+	struct disk *d = open_it(s, true);
+	for (unsigned i = 0; i < WRITERS; i++) {
+		w[i] = (struct writer){d, i, 0};
+		cr_assert_eq(pthread_create(&t[i], NULL, write_some, &w[i]), 0);
+	}
+	for (unsigned i = 0; i < WRITERS; i++) {
+		cr_assert_eq(pthread_join(t[i], NULL), 0);
+		cr_assert_eq(w[i].rc, 0);
+	}
+	cr_assert_eq(disk_sync(d), 0);
+	disk_close(d);
+	d = open_it(s, true);
+	cr_assert_eq(disk_read(d, 0, got, SIZE), 0);
+	for (size_t i = 0; i < SIZE; i++) {
+		uint8_t want = i < 40 * BLOCK_SIZE
+				   ? (uint8_t)(i / BLOCK_SIZE * 2 + i % BLOCK_SIZE / (BLOCK_SIZE / 2) + 1)
+			       : i < BASE_SIZE ? base_bytes[i]
+					       : 0;
+
+		cr_assert_eq(got[i], want, "byte %zu", i);
+	}
+	free(got);
+	disk_close(d);
+	storage_close(s);
+}
