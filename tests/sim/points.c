@@ -7,8 +7,8 @@
  *
  *   main      some 280 operations: replication, checkpoints, resyncs, failovers, a stop, a split brain;
  * on_io_error=pass detach    the primary's disk fails; its guest goes on through the peer; it is rebuilt; then that
- * again, and a failover commands  pause, settings, stop and start, failover and failback, unprotect and protect, on
- * both hosts
+ * again, and a failover commands  pause, settings, stop and start, failover and failback, switchover both ways,
+ * unprotect and protect, on both hosts
  *
  * A script goes on after that as well as it can; then the faults are over, and all has to come right as after a seed.
  */
@@ -258,6 +258,25 @@ static void script_detach(struct script *x)
 	guest(x, 6);
 }
 
+/* The guest moves with the role, under its own requests. */
+static void switchover(struct script *x)
+{
+	struct sim *s = x->s;
+
+	x->ops++;
+	for (unsigned i = 0; i < 4; i++)
+		io(x, s->vm, i % 3 == 2 ? WORLD_FLUSH : WORLD_WRITE);
+	if (!s->switchover_asked &&
+	    world_command(s->w, s->vm, &(struct repl_command){.cmd = CMD_SWITCHOVER}, &s->switchover)) {
+		s->switchover_asked = true;
+		s->switchover_host = s->vm;
+	}
+	io(x, s->vm, WORLD_WRITE);
+	run(x, 100 * MS);
+	guest(x, 6);
+	sync_up(x);
+}
+
 static void script_commands(struct script *x)
 {
 	const struct repl_meta *m;
@@ -294,6 +313,8 @@ static void script_commands(struct script *x)
 	guest(x, 8);
 	sync_up(x);
 	checkpoint(x);
+	switchover(x);
+	switchover(x);
 	command(x, x->s->vm, (struct repl_command){.cmd = CMD_UNPROTECT});
 	run(x, 200 * MS);
 	command(x, !x->s->vm, (struct repl_command){.cmd = CMD_UNPROTECT});
