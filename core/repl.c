@@ -682,6 +682,7 @@ void repl_gate_run(struct repl *r)
 static void ev_io(struct repl *r, struct repl_io *io)
 {
 	PRE(io->len > 0 || is_flush(io));
+	io->asked_ns = r->now_ns;
 	primary_congestion(r);
 	if (r->gated.head || !gate_open(r, io)) {
 		if (r->shutdown) {

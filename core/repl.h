@@ -111,7 +111,7 @@ struct repl_io {
 	bool parked; /* has been: it is not counted among the writes in flight */
 	int error;
 	uint64_t session;
-	uint64_t start_ns;
+	uint64_t start_ns, asked_ns; /* asked: when it came, though it may have waited at the gate */
 	struct reqset_claim claim;
 	struct repl_io *next, *prev;
 	struct repl_list *list;

@@ -336,8 +336,10 @@ bool detach_read_failed(struct repl *r, struct repl_io *io, int error)
 
 bool detach_flush(struct repl *r, struct repl_io *io)
 {
-	if (r->unflushed_untold || (r->unflushed_ns && io->start_ns <= r->unflushed_ns)) {
-		r->unflushed_untold = false;
+	if (r->unflushed_untold || (r->unflushed_ns && io->asked_ns <= r->unflushed_ns)) {
+		/* One that came before the last of those writes was answered tells nothing to who waited for that. */
+		if (io->asked_ns > r->strict_ns)
+			r->unflushed_untold = false;
 		repl_set_error(r, ERR_PEER, "flush", -1, 0, 0,
 			       "the peer was lost with writes of a detached disk that it had not flushed; if it lost "
 			       "power, they are gone: the flush is answered with an error");

@@ -257,9 +257,12 @@ struct repl {
 	uint64_t stale;	    /* the local disk is not current: I/O goes through the peer */
 	uint64_t rebuild;   /* of those, being rebuilt: `todo` is what the local disk lacks */
 	uint64_t detach_seq, attach_seq;
-	uint64_t strict_seq;	  /* of this session: the last answered write of a detached disk */
-	bool unflushed_untold;	  /* such writes may be lost with a peer that was; the next flush has to say so */
-	uint64_t unflushed_ns;	  /* when; 0: never. So have those that began before */
+	uint64_t strict_seq; /* of this session: the last answered write of a detached disk */
+	uint64_t strict_ns;  /* when it was answered */
+	/* Such writes may be lost with a peer that was: a flush that came after the last of them was answered has to
+	 * say so. */
+	bool unflushed_untold;
+	uint64_t unflushed_ns;	  /* when that was; 0: never. So have all flushes that came before */
 	bool detach_saving;	  /* confirmed, and being recorded here */
 	uint64_t detach_retry_ns; /* that failed: not again before */
 	bool lineage_pending;	  /* `detach_lineage` may be the peer's, and is not in the record */

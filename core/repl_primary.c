@@ -79,8 +79,10 @@ static bool acknowledged(const struct repl *r, const struct repl_io *io)
 
 static void ack_complete(struct repl *r, struct repl_io *io)
 {
-	if (io->strict && io->kind != REPL_FLUSH)
+	if (io->strict && io->kind != REPL_FLUSH) {
 		r->strict_seq = max_u64(r->strict_seq, io->seq);
+		r->strict_ns = r->now_ns;
+	}
 	repl_complete(r, io, 0);
 }
 

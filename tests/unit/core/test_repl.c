@@ -5254,6 +5254,7 @@ Test(repl, flushes_say_that_a_lost_peer_had_not_flushed_what_only_it_has)
 	struct host *h = detached_primary();
 	ack(h, 5, 5, 4);
 	EXPECT(h, "done:a");
+	h->now++;
 	guest(h, 'f', REPL_FLUSH, 0, 0);
 	guest(h, 'g', REPL_FLUSH, 0, 0);
 	fin(h, "f"); /* waits for the peer; the other one for the disks that are not detached */
@@ -5266,6 +5267,52 @@ Test(repl, flushes_say_that_a_lost_peer_had_not_flushed_what_only_it_has)
 	EXPECT(h, "dial");
 	guest(h, 'f', REPL_FLUSH, 0, 0); /* of what came after */
 	EXPECT(h, "");
+	host_free(h);
+	/* The one under way came before the write was answered: who wrote it has not heard. */
+	h = detached_primary();
+	guest(h, 'f', REPL_FLUSH, 0, 0);
+	fin(h, "f");
+	forget(h);
+	h->now++;
+	ack(h, 5, 5, 4);
+	EXPECT(h, "done:a");
+	h->now++;
+	link_down(h);
+	EXPECT(h, "done:f=ERR_IO");
+	tick(h, 1);
+	guest(h, 'f', REPL_FLUSH, 0, 0);
+	EXPECT(h, "dial done:f=ERR_IO");
+	guest(h, 'f', REPL_FLUSH, 0, 0);
+	EXPECT(h, "");
+	host_free(h);
+	/* Those that wait at the gate as the peer is lost were under way too, all of them. */
+	h = detached_primary();
+	ack(h, 5, 5, 4);
+	EXPECT(h, "done:a");
+	struct settings s = repl_meta(h->r)->settings;
+	s.on_disconnect = ON_DISCONNECT_FREEZE;
+	set_now(h, s);
+	frame(h, WIRE_SETTINGS_ACK, 1, 0, 0, NULL, 0);
+	forget(h);
+	frame(h, WIRE_GOODBYE, 0, 0, 0, NULL, 0);
+	h->now++;
+	guest(h, 'f', REPL_FLUSH, 0, 0);
+	guest(h, 'g', REPL_FLUSH, 0, 0);
+	EXPECT(h, "close");
+	link_down(h);
+	tick(h, 3 * SEC);
+	EXPECT(h, "dial");
+	link_up(h, true);
+	peer_meta.lineage = repl_meta(h->r)->lineage;
+	peer_meta.settings = s;
+	peer_meta.volumes[0].flags = VOLUME_PEER_STALE;
+	join_frame(h, &peer_meta, 0);
+	frame(h, WIRE_DIRTY_END, 0, 0, 0, NULL, 0);
+	fin(h, "intents");
+	saved(h);
+	EXPECT(h, "send:JOIN do:intents/own save:primary/RUNNING send:RESYNC_DONE#1 done:f=ERR_IO done:g=ERR_IO");
+	guest(h, 'f', REPL_FLUSH, 0, 0);
+	EXPECT(h, "send:FLUSH#2 do:f/disk");
 	host_free(h);
 	/* None was under way: the next one. */
 	h = detached_primary();
