@@ -317,7 +317,10 @@ static void request_answer(struct hub_request *q)
 		f.length_payload = zero ? 0 : (uint32_t)q->len;
 		bytes = zero ? NULL : q->data;
 	}
-	(void)link_send(q->c->link, &f, bytes, request_sent, q);
+	/* It may have left, and the request be gone with its reference, before link_send has returned. */
+	struct conn *c = conn_ref(q->c);
+	(void)link_send(c->link, &f, bytes, request_sent, q);
+	daemon_conn_put(c);
 }
 
 /* Why a request on this volume failed, for a person. */
