@@ -480,7 +480,7 @@ static int request_begin(struct hub_request *q, struct err *e)
 		starts += x->type == WIRE_START_PROTECT;
 	if (atomic_load(&d->ending))
 		err = err_set(e, ERR_CANCELED, "repfs is ending on that host");
-	else if (h->n_requests >= HUB_REQUESTS_ALL_MAX || (q->c && atomic_load(&q->c->asked) > HUB_REQUESTS_MAX))
+	else if (h->n_requests >= HUB_REQUESTS_ALL_MAX || (q->c && atomic_load(&q->c->asked) > HUB_REQUESTS_LAX))
 		err = err_set(e, ERR_BUSY,
 			      "more requests at once than %u on a connection, or %u of all; wait for an answer first",
 			      HUB_REQUESTS_MAX, HUB_REQUESTS_ALL_MAX);

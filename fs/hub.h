@@ -16,11 +16,12 @@
 #include "core/os/thread.h"
 #include "core/wire.h"
 
-#define HUB_THREADS 4		   /* of their own: what they wait for is done by the workers */
-#define HUB_STARTS_MAX 2	   /* START_PROTECTs under way: each holds a thread */
-#define HUB_REQUESTS_MAX 16	   /* of one connection, under way or with the answer not sent yet */
-#define HUB_REQUESTS_ALL_MAX 64	   /* of all connections and verbs */
-#define HUB_ASKED_MAX 256	   /* with those refused, of one connection: beyond it is closed */
+#define HUB_THREADS 4		/* of their own: what they wait for is done by the workers */
+#define HUB_STARTS_MAX 2	/* START_PROTECTs under way: each holds a thread */
+#define HUB_REQUESTS_MAX 16	/* of one connection, under way or with the answer not sent yet, that a peer may have */
+#define HUB_REQUESTS_LAX 32	/* so many are taken: what has answers there already may count here still */
+#define HUB_REQUESTS_ALL_MAX 64 /* of all connections and verbs */
+#define HUB_ASKED_MAX 256	/* with those refused, of one connection: beyond it is closed */
 #define HUB_QUEUED_MAX (17U << 20) /* bytes of answers on a host-wide connection: it does not read them */
 #define HUB_CALLS_MAX 256	   /* of verbs, waiting for peers' answers or given up */
 #define HUB_VOLUMES_MAX 16384	   /* in a peer's report */
