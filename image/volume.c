@@ -824,8 +824,7 @@ static struct layer *view_resolve(const struct view *w, uint64_t from, uint64_t 
 
 /* ---- reads ---- */
 
-/* Bytes [off, off + len), all in blocks that l holds. */
-static int layer_read(struct volume *v, struct layer *l, uint64_t off, uint64_t len, uint8_t *buf)
+int layer_read(struct volume *v, struct layer *l, uint64_t off, uint64_t len, uint8_t *buf)
 {
 	bool replaced = l->kind != LAYER_KIND_UNDO;
 

@@ -185,6 +185,25 @@ int volume_changed(struct volume *v, uint64_t from, uint64_t to, bool active,
  * range. */
 int volume_commit(struct volume *v, uint64_t base, uint64_t off, uint64_t len, uint64_t *ret_written);
 
+/* One step of a look at all saved blocks against their checksums: undo overlays, oldest first, then active. It goes on
+ * from (layer, off) and sets both to where the next step goes on; an overlay that left the chain meanwhile is passed
+ * over, one that came is looked at in its place. At most `budget` bytes of blocks, and as many bad ranges as there is
+ * room for. Runs beside reads, writes, switches and merges: a block counts once its bit is set. */
+#define VOLUME_SCRUB_ACTIVE UINT64_MAX
+#define VOLUME_SCRUB_BAD_MAX 64U
+struct volume_scrub {
+	uint64_t layer, off; /* in, out; 0, 0: the beginning. layer: a checkpoint, or VOLUME_SCRUB_ACTIVE */
+	bool end;	     /* out: that was the last step */
+	uint64_t bytes;	     /* out: of blocks looked at */
+	uint64_t left;	     /* out: of blocks that are left, about */
+	uint32_t n;
+	struct {
+		uint64_t layer, off, len;
+		int error; /* -ERR_CORRUPT: the checksum does not fit; else why it could not be read */
+	} bad[VOLUME_SCRUB_BAD_MAX];
+};
+void volume_scrub(struct volume *v, struct volume_scrub *s, uint64_t budget);
+
 /* Grow only; -ERR_RANGE to shrink; -ERR_BUSY between volume_prepare and its end. Overlays follow: what lies past the
  * old size reads as zeroes in every older image. */
 int volume_resize(struct volume *v, uint64_t size);

@@ -176,6 +176,8 @@ int view_make(struct volume *v, enum volume_layer layer, uint64_t ckpt, struct v
 uint64_t view_next_held(const struct view *w, uint64_t from, uint64_t end);
 uint64_t view_next_free(const struct view *w, uint64_t from, uint64_t end);
 int view_read(struct volume *v, const struct view *w, uint64_t off, uint64_t len, void *buf);
+/* Bytes [off, off + len), all in blocks that l holds. chain_lock held. */
+int layer_read(struct volume *v, struct layer *l, uint64_t off, uint64_t len, uint8_t *buf);
 /* The first bit in [from, end) that is set (clear); `end` if there is none. Bounded by the range. */
 uint64_t bits_next_set(const struct bitmap *b, uint64_t from, uint64_t end);
 uint64_t bits_next_clear(const struct bitmap *b, uint64_t from, uint64_t end);

@@ -60,6 +60,27 @@ static void random_step(struct model *m)
 	}
 }
 
+/* All that the overlays hold is looked at, however small the steps, and fits. */
+static void scrub_all(struct model *m)
+{
+	struct volume_scrub s = {0};
+	uint64_t held = volume_active_blocks(m->v), bytes = 0;
+
+	for (unsigned i = 0; i < m->n_ckpts; i++)
+		held += volume_undo_blocks(m->v, m->ckpts[i].number);
+	do {
+		uint64_t layer = s.layer, off = s.off;
+
+		volume_scrub(m->v, &s, BLOCK_SIZE * (1 + model_random(m, 20)));
+		cr_assert_eq(s.n, 0);
+		bytes += s.bytes;
+		cr_assert(s.end || s.layer > layer || (s.layer == layer && s.off > off));
+		cr_assert_leq(bytes + s.left, (held + held) * BLOCK_SIZE);
+	} while (!s.end);
+	cr_assert_eq(bytes, held * BLOCK_SIZE);
+	cr_assert_eq(s.left, 0);
+}
+
 static void random_run(uint64_t size, enum volume_durability dur, uint64_t seed, unsigned steps)
 {
 	struct tmp_store t;
@@ -71,6 +92,8 @@ static void random_run(uint64_t size, enum volume_durability dur, uint64_t seed,
 		random_step(&m);
 		if (m.step % 4 == 0)
 			model_check(&m);
+		if (m.step % 16 == 0)
+			scrub_all(&m);
 	}
 	model_reopen(&m);
 	model_check(&m);
@@ -164,6 +187,57 @@ static void make_file(const char *file)
 	f = fopen(path, "w");
 	cr_assert_not_null(f);
 	fclose(f);
+}
+
+static void flip(const char *file, uint64_t off)
+{
+	char path[512];
+	uint8_t byte;
+	FILE *f;
+
+	file_path(path, sizeof(path), file);
+	f = fopen(path, "r+");
+	cr_assert_not_null(f);
+	cr_assert_eq(fseek(f, (long)off, SEEK_SET), 0);
+	cr_assert_eq(fread(&byte, 1, 1, f), 1);
+	byte ^= 0x10;
+	cr_assert_eq(fseek(f, (long)off, SEEK_SET), 0);
+	cr_assert_eq(fwrite(&byte, 1, 1, f), 1);
+	fclose(f);
+}
+
+Test(volume_one, a_scrub_names_blocks_that_are_not_what_was_saved)
+{
+	struct volume_scrub s = {0};
+
+	write_at(&model, VOLUME_WRITE, 0, ODD_SIZE, 0x11);
+	model_checkpoint(&model, false);
+	write_at(&model, VOLUME_WRITE, 0, ODD_SIZE, 0x22);
+	model_checkpoint(&model, true);
+	write_at(&model, VOLUME_WRITE, 8192, 4096, 0x33);
+	uint64_t first = model.ckpts[0].number, second = model.ckpts[1].number;
+	char data[64], map[64];
+	(void)snprintf(data, sizeof(data), "undo-%llu.data", (unsigned long long)first);
+	(void)snprintf(map, sizeof(map), "undo-%llu.map", (unsigned long long)second);
+	flip(data, 4096);
+	flip(data, 8191 + 4096);
+	flip(data, ODD_SIZE - 1); /* the short last block */
+	flip(map, 2 * 4);	  /* a checksum itself */
+	volume_scrub(model.v, &s, UINT64_MAX);
+	cr_assert(s.end);
+	cr_assert_eq(s.n, 3);
+	cr_assert(s.bad[0].layer == first && s.bad[0].off == 4096 && s.bad[0].len == 8192);
+	cr_assert(s.bad[1].layer == first && s.bad[1].off == ODD_SIZE - 1536 && s.bad[1].len == 1536);
+	cr_assert(s.bad[2].layer == second && s.bad[2].off == 8192 && s.bad[2].len == 4096);
+	for (unsigned i = 0; i < s.n; i++)
+		cr_assert_eq(s.bad[i].error, -ERR_CORRUPT);
+	/* From the middle, and behind a checkpoint that is gone. */
+	s = (struct volume_scrub){.layer = first, .off = 12288};
+	volume_scrub(model.v, &s, BLOCK_SIZE);
+	cr_assert(!s.end && s.layer == first && s.off == 16384 && s.n == 0);
+	s = (struct volume_scrub){.layer = first + 1};
+	volume_scrub(model.v, &s, UINT64_MAX);
+	cr_assert(s.end && s.n == 1 && s.bad[0].layer == second);
 }
 
 Test(volume_one, create_refuses_a_folder_that_is_there)
