@@ -36,9 +36,10 @@ struct cli_opt {
 	const char *arg;     /* the value's name in help; NULL: a flag */
 	const char *choices; /* "a|b|c": the values allowed; NULL: any */
 	const char *help;
-	char letter; /* 0: none */
-	bool later;  /* known, and not in this release */
-	bool needed; /* the verb cannot do without it (shown without brackets; the verb checks) */
+	char letter;   /* 0: none */
+	bool later;    /* known, and not in this release */
+	bool optional; /* its value may be left out; given only as --name=value */
+	bool needed;   /* the verb cannot do without it (shown without brackets; the verb checks) */
 };
 
 struct cli_verb {
@@ -173,6 +174,7 @@ int cmd_clone(struct cli *c);
 int cmd_extents(struct cli *c);
 int cmd_discard(struct cli *c);
 int cmd_resync(struct cli *c);
+int cmd_verify(struct cli *c);
 int cmd_set(struct cli *c);
 int cmd_get(struct cli *c);
 int cmd_read(struct cli *c);

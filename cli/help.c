@@ -12,6 +12,8 @@ static void put_opt(FILE *f, const struct cli_opt *o)
 	const char *open = o->needed ? "" : "[", *close = o->needed ? "" : "]";
 	if (!o->arg)
 		(void)fprintf(f, " %s--%s%s", open, o->name, close);
+	else if (o->optional)
+		(void)fprintf(f, " %s--%s[=%s]%s", open, o->name, o->choices ? o->choices : o->arg, close);
 	else
 		(void)fprintf(f, " %s--%s %s%s", open, o->name, o->choices ? o->choices : o->arg, close);
 }
@@ -36,10 +38,14 @@ static void help_opts(FILE *f, const struct cli_opt *opts)
 		char letter[8] = "    ";
 		if (o->letter)
 			(void)snprintf(letter, sizeof(letter), "-%c, ", o->letter);
-		(void)snprintf(left, sizeof(left), "%s--%s%s%s", letter, o->name, o->arg ? " " : "",
+		(void)snprintf(left, sizeof(left), "%s--%s%s%s%s", letter, o->name,
+			       o->optional ? "[="
+			       : o->arg	   ? " "
+					   : "",
 			       !o->arg	    ? ""
 			       : o->choices ? o->choices
-					    : o->arg);
+					    : o->arg,
+			       o->optional ? "]" : "");
 		(void)fprintf(f, "  %-*s  %s%s\n", HELP_COLUMN, left, o->help,
 			      o->later ? " (comes in a later release)" : "");
 	}
@@ -137,10 +143,16 @@ static bool opt_is_path(const struct cli_opt *o)
 	return o->arg && (strcmp(o->arg, "STORE") == 0 || strcmp(o->arg, "SOCKET") == 0);
 }
 
+/* The next word is its value. */
+static bool takes_word(const struct cli_opt *o)
+{
+	return o->arg && !o->optional;
+}
+
 static void bash_values(FILE *f, const struct cli_opt *opts)
 {
 	for (const struct cli_opt *o = opts; o && o->name; o++) {
-		if (!o->arg || o->later)
+		if (!takes_word(o) || o->later)
 			continue;
 		(void)fprintf(f, "\t\t--%s", o->name);
 		if (o->letter)
@@ -185,7 +197,7 @@ static void completion_bash(FILE *f)
 	}
 	for (const struct cli_verb *v = cli_verbs; v->name; v++)
 		for (const struct cli_opt *o = v->opts; o && o->name; o++)
-			if (o->arg && !o->later)
+			if (takes_word(o) && !o->later)
 				(void)fprintf(f, "|--%s", o->name);
 	(void)fputs(") skip=1 ;;\n"
 		    "\t\t-*) ;;\n"
@@ -198,7 +210,7 @@ static void completion_bash(FILE *f)
 	(void)fputs("\tesac\n\tcase $verb:$prev in\n", f);
 	for (const struct cli_verb *v = cli_verbs; v->name; v++) {
 		for (const struct cli_opt *o = v->opts; o && o->name; o++) {
-			if (!o->arg || o->later)
+			if (!takes_word(o) || o->later)
 				continue;
 			(void)fprintf(f, "\t%s:--%s)", v->name, o->name);
 			if (o->choices) {
@@ -282,12 +294,13 @@ static void zsh_opts(FILE *f, const struct cli_opt *opts, const char *indent)
 			if (form)
 				(void)fprintf(f, "'-%c%s", o->letter, o->arg ? "+" : "");
 			else
-				(void)fprintf(f, "'--%s%s", o->name, o->arg ? "=" : "");
+				(void)fprintf(f, "'--%s%s", o->name, o->optional ? "=-" : o->arg ? "=" : "");
 			(void)fputc('[', f);
 			put_quoted(f, o->help, "[]:\\");
 			(void)fputc(']', f);
 			if (o->arg) {
-				(void)fprintf(f, ":%s:", strchr(o->arg, ':') ? "value" : o->arg);
+				(void)fprintf(f,
+					      o->optional ? "::%s:" : ":%s:", strchr(o->arg, ':') ? "value" : o->arg);
 				if (o->choices) {
 					(void)fputc('(', f);
 					put_choices(f, o->choices);
@@ -368,7 +381,7 @@ static void fish_opts(FILE *f, const struct cli_opt *opts, const char *verb)
 			(void)fprintf(f, " -s %c", o->letter);
 		if (opt_is_path(o)) {
 			(void)fputs(" -r -F", f);
-		} else if (o->arg) {
+		} else if (takes_word(o)) {
 			(void)fputs(" -x", f);
 			if (o->choices) {
 				(void)fputs(" -a '", f);

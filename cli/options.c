@@ -95,6 +95,14 @@ static const struct cli_opt resync_opts[] = {
     {.name = "wait", .help = "return when the disk is whole again"},
     {.name = NULL},
 };
+static const struct cli_opt verify_opts[] = {
+    {.name = "repair",
+     .arg = "from-peer",
+     .choices = "from-peer",
+     .optional = true,
+     .help = "give the secondary the primary's content where they differ; from-peer: the other way"},
+    {.name = NULL},
+};
 static const struct cli_opt status_opts[] = {
     {.name = "watch", .help = "again every second until interrupted"},
     {.name = "exit-code", .help = "exit 7 if a group is degraded, 8 on split brain"},
@@ -164,6 +172,8 @@ const struct cli_verb cli_verbs[] = {
      cmd_resolve},
     {"discard", "GROUP", 1, 1, "drop what the secondary side wrote itself", NULL, cmd_discard},
     {"resync", "GROUP", 1, 1, "rebuild a detached disk of the primary from the peer", resync_opts, cmd_resync},
+    {"verify", "GROUP", 1, 1, "on the primary: compare both disks, and all overlays with their checksums", verify_opts,
+     cmd_verify},
     {"error", "GROUP", 1, 1, "the error that stands; exit 7 if one does or the peer is not in sync", NULL, cmd_error},
     {"status", "[GROUP]", 0, 1, "how replication is doing", status_opts, cmd_status},
     {"wait", "GROUP", 1, 1, "wait for a state", wait_opts, cmd_wait},
@@ -187,7 +197,6 @@ const struct cli_verb cli_verbs[] = {
     {"completion", "bash|zsh|fish", 1, 1, "a completion script for the shell", NULL, cmd_completion},
     {"help", "[VERB]", 0, 1, "this text, or that of a verb", NULL, cmd_help},
 
-    {"verify", "GROUP", 0, 0, "compare both disks", NULL, NULL},
     {"resize", "NAME SIZE", 0, 0, "grow a volume", NULL, NULL},
     {"events", "", 0, 0, "follow what happens", NULL, NULL},
     {"metrics", "", 0, 0, "counters as Prometheus text", NULL, NULL},
@@ -304,7 +313,7 @@ static int parse_long(struct cli *c, int argc, char *const argv[], int *i, struc
 	if (!o->arg) {
 		if (value)
 			return err_set(e, ERR_USAGE, "--%s takes no value", o->name);
-	} else if (!value) {
+	} else if (!value && !o->optional) {
 		if (*i + 1 >= argc)
 			return err_set(e, ERR_USAGE, "--%s needs a value: %s", o->name, o->arg);
 		value = argv[++*i];

@@ -708,6 +708,10 @@ void repl_ready_claims(struct repl *r, struct reqset_claim *ready)
 		struct reqset_claim *c = ready;
 		ready = c->next_ready;
 		struct repl_io *io = CONTAINER_OF(c, struct repl_io, claim);
+		if (io->verify) {
+			verify_granted(r, io);
+			continue;
+		}
 		switch (io->kind) {
 		case REPL_RESYNC_SCAN:
 		case REPL_RESYNC_READ:
@@ -898,6 +902,10 @@ void repl_mark_written(struct repl *r, const struct repl_io *io)
 
 static void io_local(struct repl *r, struct repl_io *io)
 {
+	if (io->verify) {
+		verify_marked(r, io);
+		return;
+	}
 	io->phase = PHASE_IO;
 	if (active_target(r)) {
 		if (committing_state(r->meta)) {
@@ -1014,7 +1022,9 @@ static void guest_io_done(struct repl *r, struct repl_io *io, int error)
 
 static void ev_io_done(struct repl *r, struct repl_io *io, int error)
 {
-	if (io == &r->cycle_io)
+	if (io->verify)
+		verify_io_done(r, io, error);
+	else if (io == &r->cycle_io)
 		primary_cycle_done(r, error);
 	else if (io == &r->clear_io) {
 		primary_clear_done(r, error);
@@ -1061,6 +1071,7 @@ static void ev_shutdown(struct repl *r)
 	r->shutdown = true;
 	repl_fail_list(r, &r->gated, -ERR_IO);
 	repl_fail_list(r, &r->frozen, -ERR_IO);
+	verify_end(r, -ERR_CANCELED, "the daemon is shutting down");
 	detach_shutdown(r);
 	if (r->link != LINK_DOWN) {
 		session_send(r, WIRE_GOODBYE, 0, WIRE_BYE_SHUTDOWN, 0, 0, NULL, 0);
@@ -1090,6 +1101,7 @@ static void ev_tick(struct repl *r, const struct repl_event *ev)
 		save_again(r);
 	session_tick(r);
 	primary_tick(r);
+	verify_pump(r);
 	detach_tick(r);
 	secondary_tick(r, ev->usage);
 	switchover_tick(r);
@@ -1136,6 +1148,7 @@ void repl_step(struct repl *r, const struct repl_event *ev)
 			r->counters.sent_bytes += ev->bytes;
 			r->queue_bytes -= min_u64(r->queue_bytes, ev->bytes);
 			resync_pump(r);
+			verify_pump(r);
 			primary_catch_up(r);
 			repl_gate_run(r);
 		}
@@ -1219,6 +1232,7 @@ void repl_init(struct repl *r, const struct repl_init_args *a)
 	r->redial_wait_ns = REDIAL_MIN_NS;
 	r->tick_ns = a->now_ns;
 	detach_init(r);
+	verify_init(r);
 	if (r->meta->state == STATE_FAILOVER)
 		failover_commit_start(r);
 }

@@ -46,6 +46,11 @@ enum repl_kind {
 	REPL_RESYNC_BEGIN,
 	REPL_HASH, /* compare the disk with payload's hashes: shell sets ext_len, a mask of the regions that differ */
 	REPL_RESYNC_DONE,
+	/* of the peer's stream: compare the disk with payload's hashes, or with zeroes (hole); the shell puts the
+	 * ranges that do not fit in their place, as VERIFY_ANSWER's payload, ext_len bytes. TARGET_OWN, the core's own:
+	 * the hashes, seeded with hash_seed, into a buffer that the following ACT_SEND of this io sends; `bad`: blocks
+	 * that can't be read */
+	REPL_VERIFY,
 	/* the core's own; see enum repl_target for what the shell does */
 	REPL_RESYNC_SCAN, /* find the extent at off: shell sets hole, ext_len (<= len) */
 	REPL_RESYNC_READ, /* read [off, off + len) into a buffer that the following ACT_SEND of this io sends */
@@ -63,6 +68,7 @@ enum repl_kind {
 	REPL_DETACH,  /* of the peer's stream, a barrier: volume, lineage */
 	REPL_ATTACH,  /* of the peer's stream, a barrier: volume */
 	REPL_REBUILD, /* the core's own: write the bytes that came with ACT_SUBMIT (none: zeroes) to the disk */
+	REPL_SCRUB,   /* one step of a look at the volume's overlays, into *scrub */
 	REPL_REOPEN,  /* the core's own: open the disks of the volumes in the mask `arg` anew (volume_reopen) */
 };
 
@@ -86,18 +92,21 @@ struct repl_io {
 	enum repl_kind kind;
 	uint32_t volume; /* index in the group */
 	uint64_t off, len;
-	bool resync;		 /* of the peer's stream: RESYNC_WRITE, RESYNC_ZERO */
-	bool internal;		 /* the core's own object */
-	uint64_t seq;		 /* of the peer's stream: the frame's. Of a primary: the core's, when it was sent */
-	uint64_t arg;		 /* CHECKPOINT, MERGE: number. RESYNC_BEGIN: the source's generation */
-	uint32_t flags;		 /* CHECKPOINT: enum wire_ckpt_flags. MERGE: REPL_MERGE_FOR_ROOM */
-	struct lineage lineage;	 /* RESYNC_DONE: the source's. */
-	uint64_t hash_seed;	 /* RESYNC_HASH */
-	enum repl_target target; /* with ACT_SUBMIT */
+	bool resync;		     /* of the peer's stream: RESYNC_WRITE, RESYNC_ZERO */
+	bool internal;		     /* the core's own object */
+	uint64_t seq;		     /* of the peer's stream: the frame's. Of a primary: the core's, when it was sent */
+	uint64_t arg;		     /* CHECKPOINT, MERGE: number. RESYNC_BEGIN: the source's generation */
+	uint32_t flags;		     /* CHECKPOINT: enum wire_ckpt_flags. MERGE: REPL_MERGE_FOR_ROOM */
+	struct lineage lineage;	     /* RESYNC_DONE: the source's. */
+	uint64_t hash_seed;	     /* RESYNC_HASH, VERIFY */
+	struct wire_scrubbed *scrub; /* SCRUB: next_* say where to begin; the core's */
+	enum repl_target target;     /* with ACT_SUBMIT */
 	uint64_t mark_first, mark_units; /* TARGET_INTENT */
 	/* results the shell sets before EV_IO_DONE */
 	bool hole;		    /* RESYNC_SCAN. MARK: active is not empty */
-	uint64_t ext_len;	    /* RESYNC_SCAN; HASH: which regions differ */
+	uint64_t ext_len;	    /* RESYNC_SCAN; HASH: which regions differ; VERIFY: bytes of the answer */
+	uint64_t bad[2];	    /* VERIFY, the core's own: a bit for each block that can't be read here */
+	bool scrub_end;		    /* SCRUB: that was the last step of this volume */
 	bool save_failed;	    /* old content could not be saved: the disk was not touched */
 	uint64_t failed;	    /* FLUSH of disks: a bit for each volume whose sync failed */
 	void *payload;		    /* the shell's own: bytes of a RESYNC_READ or of a stream's WRITE */
@@ -109,6 +118,7 @@ struct repl_io {
 	bool strict; /* completes when the peer has applied (flushed) it, whatever the protocol */
 	bool tried;  /* the local disk was tried */
 	bool parked; /* has been: it is not counted among the writes in flight */
+	bool verify; /* one of repl_verify.c's */
 	int error;
 	uint64_t session;
 	uint64_t start_ns, asked_ns; /* asked: when it came, though it may have waited at the gate */
@@ -152,6 +162,10 @@ enum repl_cmd {
 	 * name is the shell's to know. The record holds its checkpoint, durably, until CMD_UNCLONE (text). */
 	CMD_CLONE,
 	CMD_UNCLONE,
+	/* flags: enum repl_repair; verify: what is found, filled in until it is done */
+	CMD_VERIFY,
+	/* verify: of the one that is to end, with -ERR_INTR; it may have ended by itself */
+	CMD_VERIFY_CANCEL,
 };
 #define HOLDER_SIZE 80		/* who holds a checkpoint, terminated */
 #define PROTECT_HASH (1U << 31) /* compare hashes before anything is sent, until the first time in sync */
@@ -161,6 +175,37 @@ enum repl_cmd {
 enum repl_discard { DISCARD_LOCAL, DISCARD_PEER };
 enum repl_failover_flags { FAILOVER_FORCE = 1, FAILOVER_DISCARD_ACTIVE = 2 };
 
+/* What CMD_VERIFY does about what differs: nothing; the secondary gets the primary's content; the other way. */
+enum repl_repair { REPAIR_NONE, REPAIR_PEER, REPAIR_FROM_PEER };
+
+#define VERIFY_DIFFERENCES_MAX 1024U
+enum repl_problem {
+	PROBLEM_DIFFERS,    /* the two disks */
+	PROBLEM_UNREADABLE, /* a disk or an overlay */
+	PROBLEM_CHECKSUM,   /* an overlay's block is not what was saved */
+};
+enum repl_where { WHERE_BOTH, WHERE_PRIMARY, WHERE_SECONDARY };
+
+/* What a verify says; the shell's memory, zeroed; written by the core until its command is done. */
+struct repl_verify {
+	uint64_t done, total; /* bytes, of disks and overlays on both hosts; total may still grow */
+	uint64_t bytes;	      /* of disks compared */
+	uint64_t found;	      /* of what is wrong, in bytes, all of it */
+	uint64_t repaired;    /* of that: made equal, and compared again */
+	uint64_t ckpt;	      /* the pinned checkpoint before the first repair; 0: none was needed */
+	uint64_t kept;	      /* FROM_PEER: the checkpoint here whose overlay has this disk's old content; 0: nothing */
+	bool wrote_here;      /* FROM_PEER: this disk was written */
+	uint64_t more;	      /* ranges that the list has no room for */
+	uint32_t n;
+	struct repl_difference {
+		uint32_t volume; /* index in the group */
+		uint8_t problem, where;
+		bool overlay, repaired;
+		uint64_t layer; /* overlay: its checkpoint, or WIRE_SCRUB_ACTIVE */
+		uint64_t off, len;
+	} list[VERIFY_DIFFERENCES_MAX];
+};
+
 /* A command under way; owned by the shell until ACT_CMD_DONE. */
 struct repl_command {
 	enum repl_cmd cmd;
@@ -169,6 +214,7 @@ struct repl_command {
 	uint64_t number;
 	struct settings settings;
 	uint32_t ids[GROUP_VOLUMES_MAX]; /* by index */
+	struct repl_verify *verify;	 /* CMD_VERIFY: the shell's */
 	/* results */
 	uint64_t result, result2, result3;
 	uint64_t result_time_ns;
@@ -229,6 +275,8 @@ enum repl_action_type {
 	ACT_CMD_DONE,  /* command, error */
 	ACT_LOG,       /* level 0..2 (error, warning, info), text */
 	ACT_SERVING,   /* the way I/O is served changed: role, state, hold (repl_serving) */
+	ACT_CHANGED,   /* the disks' content changed under the guests: cached pages are dropped, before commands of this
+			* step are answered */
 };
 
 struct repl_action {

@@ -1,6 +1,6 @@
 /* Commands of the host's administrator: what refuses each, and what it begins. A refusal names the state and what to do
  * instead. Those with a part of their own are there: failover (repl_failover.c), resync of a detached disk
- * (repl_detach.c), the drop of a checkpoint (repl_history.c), who holds one (repl_hold.c).
+ * (repl_detach.c), the drop of a checkpoint (repl_history.c), who holds one (repl_hold.c), verify (repl_verify.c).
  */
 #include "core/repl_internal.h"
 
@@ -396,6 +396,12 @@ void repl_command(struct repl *r, struct repl_command *c)
 		break;
 	case CMD_SWITCHOVER:
 		switchover_command(r, c);
+		break;
+	case CMD_VERIFY:
+		verify_begin(r, c);
+		break;
+	case CMD_VERIFY_CANCEL:
+		verify_cancel(r, c);
 		break;
 	}
 }

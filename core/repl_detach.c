@@ -254,7 +254,7 @@ void detach_park(struct repl *r, struct repl_io *io)
 	list_push(&r->parked, io);
 }
 
-static void send_read(struct repl *r, struct repl_io *io)
+void detach_send_read(struct repl *r, struct repl_io *io)
 {
 	struct repl_action a = {.type = ACT_SEND};
 	io->phase = PHASE_REMOTE;
@@ -289,7 +289,7 @@ bool detach_route(struct repl *r, struct repl_io *io)
 	}
 	if (io->kind == REPL_READ) {
 		repl_release_claim(r, io); /* its place in the stream is taken with the frame */
-		send_read(r, io);
+		detach_send_read(r, io);
 		return true;
 	}
 	bool rebuilding = (r->rebuild & mask_of(io->volume)) != 0;
@@ -330,7 +330,7 @@ bool detach_read_failed(struct repl *r, struct repl_io *io, int error)
 		       "a local read of %s failed: %s; the peer's copy of the range is read",
 		       r->meta->volumes[io->volume].name, err_short(error));
 	repl_release_claim(r, io);
-	send_read(r, io);
+	detach_send_read(r, io);
 	return true;
 }
 
@@ -453,7 +453,9 @@ void detach_session_lost(struct repl *r)
 	}
 	for (uint64_t n = r->reads.count; n; n--) {
 		struct repl_io *io = list_pop(&r->reads);
-		if (io->internal)
+		if (io->verify)
+			verify_read_lost(r, io);
+		else if (io->internal)
 			rebuild_ended(r, io, false);
 		else
 			detach_park(r, io);
@@ -594,7 +596,7 @@ void detach_rebuild_granted(struct repl *r, struct repl_io *io)
 	if (!ready(r) || !(r->rebuild & mask_of(io->volume)))
 		rebuild_ended(r, io, false);
 	else
-		send_read(r, io);
+		detach_send_read(r, io);
 }
 
 static void rebuild_done(struct repl *r, struct repl_io *io, int error)
@@ -700,6 +702,10 @@ void detach_read_reply(struct repl *r, const struct repl_event *ev)
 	struct repl_action a = {.type = ACT_SUBMIT, .io = io, .data = zero ? NULL : ev->payload};
 	a.data_len = zero ? 0 : f->length_payload;
 	list_remove(io);
+	if (io->verify) {
+		verify_read_reply(r, io, f->flags & WIRE_READ_ERROR ? -ERR_IO : 0, a.data, a.data_len);
+		return;
+	}
 	if (f->flags & WIRE_READ_ERROR) {
 		struct wire_refuse x = {.code = ERR_IO};
 		(void)wire_refuse_decode(&x, ev->payload, f->length_payload, NULL);

@@ -10,7 +10,9 @@
 #define REBUILDS_MAX 4
 #define RESYNC_RETRY_NS UINT64_C(2000000000) /* after a local read for a resync failed */
 #define RESYNC_READ_MAX (512U << 10)
-#define HASHES_MAX 16 /* hashed ranges whose answer is not there, or that are to be sent */
+#define HASHES_MAX 16			     /* hashed ranges whose answer is not there, or that are to be sent */
+#define VERIFY_SLOTS 16			     /* chunks of a verify under way */
+#define VERIFY_SPAN_MAX (UINT64_C(64) << 20) /* of zeroes, in one frame */
 #define RATE_SAMPLES 16
 #define RATE_SAMPLE_NS UINT64_C(500000000)
 #define RATE_BURST_NS UINT64_C(250000000)
@@ -279,6 +281,41 @@ struct repl {
 	struct repl_command *rebuilding;
 	uint64_t rs_retry_ns; /* a local read for a resync failed: not before */
 
+	/* verify (repl_verify.c) */
+	struct {
+		struct repl_command *c; /* NULL: none is under way */
+		uint64_t run;		/* what belongs to another one ends by itself */
+		enum repl_repair repair;
+		uint32_t vol; /* the cursor over the disks; data_*: a part that is known to be no hole */
+		uint64_t off, data_off, data_end;
+		uint64_t allow_ns; /* resync_rate */
+		uint64_t ckpt_asked, asked_ns;
+		bool ckpt_wanted;
+		struct verify_slot {
+			struct repl_io io;
+			uint8_t phase; /* enum verify_phase */
+			bool failed, checking, counted;
+			uint64_t run, off, len, seq; /* the chunk, and its frame */
+			uint64_t lo, hi, at;	     /* being repaired: of it, up to where */
+			uint32_t first, n;	     /* of what was found in it, in the list */
+		} slot[VERIFY_SLOTS];
+		struct verify_scrub { /* of this host's overlays, and of the peer's */
+			uint32_t vol;
+			bool busy;
+			uint64_t run, total; /* of this volume, as counted in */
+			uint64_t token;
+			struct wire_scrubbed s;
+		} own, peer;
+		struct repl_io own_io;
+		struct wire_scrubbed own_step; /* own_io's: the shell's while that is under way */
+	} vf;
+	/* a target's answer to SCRUB */
+	struct repl_io scrub_io;
+	struct wire_scrubbed scrub;
+	bool scrub_busy;
+	uint64_t scrub_waits;	      /* the session of scrub_next; 0: none */
+	struct wire_frame scrub_next; /* waits for the end of one that an ended session asked for */
+
 	/* secondary */
 	uint64_t in_seq;     /* last received */
 	uint64_t in_applied; /* all up to it applied */
@@ -432,7 +469,27 @@ void resync_sample(struct repl *r);	    /* of its rate, for status */
 bool resync_unanswered(const struct repl *r, const struct repl_io *io);
 uint32_t resync_hash_payload(uint64_t len); /* bytes of a HASH frame's payload */
 
+/* repl_verify.c */
+void verify_init(struct repl *r);
+void verify_begin(struct repl *r, struct repl_command *c);
+void verify_cancel(struct repl *r, struct repl_command *c);
+void verify_end(struct repl *r, int error, const char *why); /* if one is under way */
+void verify_pump(struct repl *r);
+void verify_granted(struct repl *r, struct repl_io *io);
+void verify_marked(struct repl *r, struct repl_io *io); /* its intent bits are durable */
+void verify_io_done(struct repl *r, struct repl_io *io, int error);
+void verify_read_lost(struct repl *r, struct repl_io *io);
+/* The peer's answer to its READ_REQ: data NULL with error 0: zeroes. */
+void verify_read_reply(struct repl *r, struct repl_io *io, int error, const void *data, uint32_t len);
+void verify_answer(struct repl *r, const struct repl_event *ev);
+void verify_scrubbed(struct repl *r, const struct repl_event *ev);
+void verify_checkpoint(struct repl *r, uint64_t number, bool taken);
+void verify_scrub_asked(struct repl *r, const struct wire_frame *f); /* target */
+void verify_scrub_done(struct repl *r);				     /* target: a step */
+void verify_answer_send(struct repl *r, struct repl_io *io);	     /* target */
+
 /* repl_detach.c */
+void detach_send_read(struct repl *r, struct repl_io *io); /* READ_REQ; in `reads` until the reply */
 void detach_init(struct repl *r);
 /* The volume is, or is being, or now begins to be, detached. io: what failed, NULL: a sync. */
 bool detach_failed(struct repl *r, uint32_t volume, const struct repl_io *io, int error);

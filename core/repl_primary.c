@@ -275,6 +275,7 @@ static void on_ack(struct repl *r, const struct repl_event *ev)
 static void on_checkpoint_ack(struct repl *r, const struct wire_frame *f)
 {
 	uint64_t number = f->offset;
+	verify_checkpoint(r, number, f->length == WIRE_VOID_NONE);
 	r->progress_ns = r->now_ns;
 	bool stopping = r->stopping && number == r->stop_number && r->handing < HAND_SAVE;
 	bool asked = stopping || number == r->auto_ckpt;
@@ -401,6 +402,12 @@ void primary_frame(struct repl *r, const struct repl_event *ev)
 		break;
 	case WIRE_RESYNC_ACK:
 		resync_acked(r, f);
+		break;
+	case WIRE_VERIFY_ANSWER:
+		verify_answer(r, ev);
+		break;
+	case WIRE_SCRUBBED:
+		verify_scrubbed(r, ev);
 		break;
 	case WIRE_IO_ERROR:
 		on_io_error(r, ev);
@@ -705,6 +712,7 @@ static void acks_alone(struct repl *r)
 static void fall_behind(struct repl *r, enum wire_behind why)
 {
 	PRE(primary_forwarding(r));
+	verify_end(r, -ERR_STATE, "the pair fell out of sync; give it again when it is in sync");
 	bool congested = why == WIRE_BEHIND_CONGESTED;
 	if (!congested || !r->congestion_said)
 		repl_log(r, 1, "%s; writes are tracked here and sent later",
@@ -785,6 +793,7 @@ static void pause_saved(struct repl *r, struct tx *t, int error)
 
 void primary_session_lost(struct repl *r)
 {
+	verify_end(r, -ERR_PEER, "the connection to the peer was lost");
 	detach_session_lost(r);
 	for (uint32_t i = 0; i < r->meta->n_volumes; i++) {
 		struct repl_volume_state *v = &r->vol[i];
@@ -827,7 +836,7 @@ void primary_tick(struct repl *r)
 	if (!primary_live(r))
 		return;
 	/* Something outstanding made no progress for four times peer_timeout: a hung disk behind a live daemon. */
-	bool outstanding = r->seq > r->applied || r->setting || r->reads.head;
+	bool outstanding = r->seq > r->applied || r->setting || r->reads.head || r->vf.peer.busy;
 	if (outstanding && r->now_ns - r->progress_ns > 4 * s->peer_timeout_ms * UINT64_C(1000000)) {
 		repl_set_error(r, ERR_TIMEOUT, "peer", -1, 0, 0,
 			       "the peer made no progress for four times peer_timeout");

@@ -49,6 +49,8 @@ static const char *out_of_order(const struct repl *r, const struct repl_io *io)
 		return r->in_phase == STREAM_RESYNC || (r->in_phase == STREAM_CLOSED && r->in_whole)
 			   ? NULL
 			   : "RESYNC_DONE out of order";
+	if (io->kind == REPL_VERIFY)
+		return r->in_phase == STREAM_OPEN ? NULL : "VERIFY outside of SYNCED";
 	if (io->resync)
 		return r->in_phase == STREAM_RESYNC ? NULL : "resync data outside a resync";
 	return r->in_phase == STREAM_CLOSED ? "data before RESYNC_BEGIN" : NULL;
@@ -196,7 +198,7 @@ void secondary_run(struct repl *r)
 		io->phase = PHASE_CLAIM;
 		list_push(&r->window, io);
 		repl_claim_blocks(io);
-		io->claim.shared = io->kind == REPL_READ;
+		io->claim.shared = io->kind == REPL_READ || io->kind == REPL_VERIFY;
 		if (reqset_add(&r->claims, &io->claim))
 			secondary_granted(r, io);
 	}
@@ -296,6 +298,8 @@ void secondary_apply_end(struct repl *r, struct repl_io *io, int error)
 	bool counts = current(r, io) && !r->apply_stopped;
 	if (io->kind == REPL_HASH && counts) /* before the ACK that covers it, so the source clears nothing too early */
 		session_send(r, WIRE_HASH_ANSWER, io->seq, io->ext_len, 0, 0, NULL, 0);
+	if (io->kind == REPL_VERIFY && counts)
+		verify_answer_send(r, io);
 	repl_complete(r, io, error);
 	if (counts)
 		count_applied(r);
@@ -810,6 +814,8 @@ void secondary_internal_done(struct repl *r, struct repl_io *io, int error)
 		synced(r, error);
 	else if (io == &r->merge_io)
 		history_merged(r, error);
+	else if (io == &r->scrub_io)
+		verify_scrub_done(r);
 	else if (!error || !room_wait(r, io, error))
 		failover_commit_end(r, io, error);
 	repl_tx_run(r);

@@ -891,6 +891,8 @@ void session_frame(struct repl *r, const struct repl_event *ev)
 		secondary_stream(r, ev->io);
 	else if (r->is_target && f->type == WIRE_BEHIND)
 		secondary_behind(r, f);
+	else if (r->is_target && f->type == WIRE_SCRUB)
+		verify_scrub_asked(r, f);
 	else if (r->is_target && f->type == WIRE_SETTINGS) {
 		struct settings s = r->meta->settings;
 		struct rbuf b = {.data = ev->payload, .size = f->length_payload};

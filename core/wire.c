@@ -70,14 +70,15 @@ CODE_IS(ERR_INTR, 24);
 /* ---- what each type may carry ---- */
 
 enum range_rule {
-	RANGE_FREE,  /* offset and length are not a range */
-	RANGE_DATA,  /* length bytes of payload, at least one */
-	RANGE_SPAN,  /* 1 to WIRE_SPAN_MAX bytes, no payload */
-	RANGE_ANY,   /* may be empty */
-	RANGE_READ,  /* 1 to length_max bytes */
-	RANGE_REPLY, /* the same range: its bytes as payload, unless the flags say otherwise */
-	RANGE_NAMED, /* length_max at most: that many bytes of payload behind a name; may be empty with a flush */
-	RANGE_HASH,  /* as many regions as the payload has hashes for */
+	RANGE_FREE,   /* offset and length are not a range */
+	RANGE_DATA,   /* length bytes of payload, at least one */
+	RANGE_SPAN,   /* 1 to WIRE_SPAN_MAX bytes, no payload */
+	RANGE_ANY,    /* may be empty */
+	RANGE_READ,   /* 1 to length_max bytes */
+	RANGE_REPLY,  /* the same range: its bytes as payload, unless the flags say otherwise */
+	RANGE_NAMED,  /* length_max at most: that many bytes of payload behind a name; may be empty with a flush */
+	RANGE_HASH,   /* as many regions as the payload has hashes for */
+	RANGE_VERIFY, /* as many blocks as the payload has hashes for, or a span without payload */
 };
 
 struct type_rule {
@@ -145,6 +146,14 @@ static const struct type_rule rules[] = {
     [WIRE_VOLUME_DATA] = {SEQUENCED, PAYLOAD(0, WIRE_RANGE_MAX), .range = RANGE_REPLY, .length_max = WIRE_RANGE_MAX,
 			  .flags = WIRE_READ_ZERO | WIRE_READ_ERROR},
     [WIRE_DONE] = {SEQUENCED, PAYLOAD(0, REFUSE_MAX), .flags = WIRE_DONE_ERROR},
+    [WIRE_VERIFY] = {SEQUENCED, PAYLOAD(0, 8 + WIRE_HASH_SIZE * WIRE_VERIFY_BLOCKS_MAX), .range = RANGE_VERIFY,
+		     .flags = WIRE_VERIFY_ZERO},
+    [WIRE_VERIFY_ANSWER] = {SEQUENCED, PAYLOAD(0, WIRE_VERIFY_RANGE_SIZE *WIRE_VERIFY_RANGES_MAX),
+			    .payload_entry = WIRE_VERIFY_RANGE_SIZE},
+    [WIRE_SCRUB] = {SEQUENCED, .offset_max = VOLUME_SIZE_MAX},
+    [WIRE_SCRUBBED] = {SEQUENCED,
+		       PAYLOAD(WIRE_SCRUBBED_HEAD, WIRE_SCRUBBED_HEAD + WIRE_SCRUBBED_ENTRY * WIRE_SCRUBBED_MAX),
+		       .payload_entry = WIRE_SCRUBBED_ENTRY, .flags = WIRE_SCRUBBED_END},
 };
 
 const char *wire_type_name(unsigned type)
@@ -219,6 +228,14 @@ static int range_check(const struct wire_frame *f, const struct type_rule *rule,
 	    (f->length == 0 || f->length > (uint64_t)WIRE_HASH_REGION * WIRE_HASH_REGIONS_MAX ||
 	     f->length_payload != 8 + WIRE_HASH_SIZE * units_of(f->length, WIRE_HASH_SHIFT)))
 		return frame_bad(e, f, "length", "not that of its hashes");
+	if (rule->range == RANGE_VERIFY) {
+		bool zero = f->flags & WIRE_VERIFY_ZERO;
+		if (f->length == 0 || f->length > (zero ? WIRE_SPAN_MAX : WIRE_VERIFY_BLOCK * WIRE_VERIFY_BLOCKS_MAX) ||
+		    f->length_payload != (zero ? 0 : 8 + WIRE_HASH_SIZE * units_of(f->length, WIRE_VERIFY_SHIFT)))
+			return frame_bad(e, f, "length", "not that of its hashes");
+		if (f->offset % WIRE_VERIFY_BLOCK)
+			return frame_bad(e, f, "offset", "not a block's");
+	}
 	if (rule->range == RANGE_SPAN && (f->length == 0 || f->length > WIRE_SPAN_MAX))
 		return frame_bad(e, f, "length", "out of bounds");
 	if ((rule->range == RANGE_READ || rule->range == RANGE_REPLY) &&
@@ -786,4 +803,80 @@ int wire_report_decode(struct wire_report_volume *v, uint32_t max, const void *b
 	int n = report_walk(NULL, max, buf, len, e);
 
 	return n < 0 ? n : report_walk(v, max, buf, len, e);
+}
+
+/* ---- verify ---- */
+
+void wire_verify_range_put(uint8_t out[WIRE_VERIFY_RANGE_SIZE], const struct wire_verify_range *r)
+{
+	put_u64(out, r->off);
+	put_u64(out + 8, r->len);
+	put_u64(out + 16, r->problem);
+}
+
+int wire_verify_answer_decode(struct wire_verify_range *r, uint64_t off, uint64_t len, const void *buf, size_t length,
+			      struct err *e)
+{
+	const uint8_t *p = buf;
+	size_t n = length / WIRE_VERIFY_RANGE_SIZE;
+	uint64_t at = off;
+
+	if (length % WIRE_VERIFY_RANGE_SIZE || n > WIRE_VERIFY_RANGES_MAX)
+		return err_set(e, ERR_PROTO, "VERIFY_ANSWER: not a whole number of ranges, or too many");
+	for (size_t i = 0; i < n; i++, p += WIRE_VERIFY_RANGE_SIZE) {
+		struct wire_verify_range x = {get_u64(p), get_u64(p + 8), get_u64(p + 16)};
+		if (x.len == 0 || x.off < at || x.off >= off + len || x.len > off + len - x.off)
+			return err_set(e, ERR_PROTO, "VERIFY_ANSWER, range %zu: outside of what was asked", i);
+		if (x.problem != WIRE_VERIFY_DIFFERS && x.problem != WIRE_VERIFY_UNREADABLE)
+			return err_set(e, ERR_PROTO, "VERIFY_ANSWER, range %zu: its problem is not a known one", i);
+		at = x.off + x.len;
+		r[i] = x;
+	}
+	return (int)n;
+}
+
+int wire_scrubbed_encode(const struct wire_scrubbed *s, void *buf, size_t size)
+{
+	struct wbuf w = {.data = buf, .size = size};
+
+	PRE(s->n <= WIRE_SCRUBBED_MAX);
+	wbuf_u64(&w, s->next_layer);
+	wbuf_u64(&w, s->next_off);
+	wbuf_u64(&w, s->bytes);
+	wbuf_u64(&w, s->left);
+	for (uint32_t i = 0; i < s->n; i++) {
+		wbuf_u64(&w, s->bad[i].layer);
+		wbuf_u64(&w, s->bad[i].off);
+		wbuf_u64(&w, s->bad[i].len);
+		wbuf_u64(&w, s->bad[i].unreadable);
+	}
+	return w.failed ? -ERR_LIMIT : (int)w.len;
+}
+
+int wire_scrubbed_decode(struct wire_scrubbed *s, const void *buf, size_t len, struct err *e)
+{
+	struct rbuf r = {.data = buf, .size = len};
+	struct wire_scrubbed out = {0};
+
+	if (len < WIRE_SCRUBBED_HEAD || (len - WIRE_SCRUBBED_HEAD) % WIRE_SCRUBBED_ENTRY ||
+	    (len - WIRE_SCRUBBED_HEAD) / WIRE_SCRUBBED_ENTRY > WIRE_SCRUBBED_MAX)
+		return err_set(e, ERR_PROTO, "SCRUBBED: not a whole number of entries, or too many");
+	out.next_layer = rbuf_u64(&r);
+	out.next_off = rbuf_u64(&r);
+	out.bytes = rbuf_u64(&r);
+	out.left = rbuf_u64(&r);
+	out.n = (uint32_t)((len - WIRE_SCRUBBED_HEAD) / WIRE_SCRUBBED_ENTRY);
+	if (out.next_off > VOLUME_SIZE_MAX || out.bytes > VOLUME_SIZE_MAX || out.left > UINT64_C(1) << 62)
+		return err_set(e, ERR_PROTO, "SCRUBBED: what it says of its progress is out of bounds");
+	for (uint32_t i = 0; i < out.n; i++) {
+		struct wire_scrub_bad *b = &out.bad[i];
+		b->layer = rbuf_u64(&r);
+		b->off = rbuf_u64(&r);
+		b->len = rbuf_u64(&r);
+		b->unreadable = rbuf_u64(&r);
+		if (b->len == 0 || b->off > VOLUME_SIZE_MAX || b->len > VOLUME_SIZE_MAX - b->off || b->unreadable > 1)
+			return err_set(e, ERR_PROTO, "SCRUBBED, entry %u: not a range of an overlay", i);
+	}
+	*s = out;
+	return 0;
 }

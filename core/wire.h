@@ -72,6 +72,10 @@ enum wire_features {
 	X(HISTORY_LOST, 56)  /* secondary → primary: no checkpoint is valid until the next; payload: wire_refuse */  \
 	X(TAKE_OVER, 57)     /* primary → secondary, which it is itself from now on; offset: the checkpoint */       \
 	X(TOOK_OVER, 58)     /* secondary → primary, which it is itself from now on; offset: the same */             \
+	X(VERIFY, 60)	     /* seq volume offset length; payload: u64 seed, then a hash for each block */             \
+	X(VERIFY_ANSWER, 61) /* seq: of VERIFY; payload: (u64 offset, u64 length, u64 wire_verify_problem)* */         \
+	X(SCRUB, 62)	     /* seq: token; volume; offset: from here; length: of this overlay on */                   \
+	X(SCRUBBED, 63)	     /* seq: token; payload: wire_scrubbed */                                                  \
 	X(REPORT_WANT, 70)   /* seq: token of the REPORT that answers */                                               \
 	X(START_PROTECT, 71) /* seq: token; flags: enum wire_start_flags; payload: wire_start */                       \
 	X(VOLUME_READ, 72)   /* seq: token; offset length; payload: the volume's name */                               \
@@ -97,6 +101,19 @@ enum wire_void { WIRE_VOID_NONE, WIRE_VOID_ACTIVE = 1, WIRE_VOID_ERROR = 2 };
 #define WIRE_HASH_REGION (1U << WIRE_HASH_SHIFT)
 #define WIRE_HASH_REGIONS_MAX 64U
 #define WIRE_HASH_SIZE 16U
+/* VERIFY: one hash for each WIRE_VERIFY_BLOCK bytes of its range, or WIRE_VERIFY_ZERO and none. */
+#define WIRE_VERIFY_SHIFT 12
+#define WIRE_VERIFY_BLOCK (1U << WIRE_VERIFY_SHIFT)
+#define WIRE_VERIFY_BLOCKS_MAX 128U
+#define WIRE_VERIFY_RANGES_MAX 128U /* in a VERIFY_ANSWER */
+#define WIRE_VERIFY_RANGE_SIZE 24U
+enum wire_verify_flags { WIRE_VERIFY_ZERO = 1 << 0 }; /* the sender's disk holds zeroes there */
+enum wire_verify_problem { WIRE_VERIFY_DIFFERS = 1, WIRE_VERIFY_UNREADABLE = 2 };
+#define WIRE_SCRUB_ACTIVE UINT64_MAX /* the active overlay, behind all checkpoints' */
+#define WIRE_SCRUBBED_HEAD 32U
+#define WIRE_SCRUBBED_ENTRY 32U
+#define WIRE_SCRUBBED_MAX 64U
+#define WIRE_SCRUBBED_END (1U << 0) /* flag: that was the last of the volume */
 enum wire_behind { WIRE_BEHIND_PAUSED, WIRE_BEHIND_CONGESTED, WIRE_BEHIND_FAILED };
 enum wire_read_flags {
 	WIRE_READ_ZERO = 1 << 0,  /* the range is all zeroes: no payload */
@@ -162,6 +179,32 @@ int wire_ack_decode(struct wire_ack *a, const void *buf, size_t len, struct err 
 
 void wire_lineage_encode(const struct lineage *l, struct wbuf *w);
 void wire_lineage_decode(struct lineage *l, struct rbuf *r);
+
+/* A range of VERIFY_ANSWER. */
+struct wire_verify_range {
+	uint64_t off, len;
+	uint64_t problem; /* enum wire_verify_problem */
+};
+void wire_verify_range_put(uint8_t out[WIRE_VERIFY_RANGE_SIZE], const struct wire_verify_range *r);
+/* n = length / WIRE_VERIFY_RANGE_SIZE of them into r[WIRE_VERIFY_RANGES_MAX]; ascending, without overlaps, whole
+ * inside [off, off + len). Returns n. */
+int wire_verify_answer_decode(struct wire_verify_range *r, uint64_t off, uint64_t len, const void *buf, size_t length,
+			      struct err *e);
+
+/* What one step of a scrub found: of the overlays of one volume. */
+struct wire_scrubbed {
+	uint64_t next_layer, next_off; /* where to go on; ignored with WIRE_SCRUBBED_END */
+	uint64_t bytes;		       /* of blocks that were looked at */
+	uint64_t left;		       /* of blocks that are left in this volume, about */
+	uint32_t n;
+	struct wire_scrub_bad {
+		uint64_t layer; /* checkpoint, or WIRE_SCRUB_ACTIVE */
+		uint64_t off, len;
+		uint64_t unreadable; /* 1: could not be read; 0: its checksum does not fit */
+	} bad[WIRE_SCRUBBED_MAX];
+};
+int wire_scrubbed_encode(const struct wire_scrubbed *s, void *buf, size_t size); /* length */
+int wire_scrubbed_decode(struct wire_scrubbed *s, const void *buf, size_t len, struct err *e);
 
 enum wire_join_flags {
 	WIRE_JOIN_PROTECT = 1 << 0,	  /* make (or adopt) the recovery volumes */

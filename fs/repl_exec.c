@@ -169,6 +169,140 @@ static void hash_compare(struct repl_exec *x, struct repl_io *io)
 			io->ext_len |= UINT64_C(1) << i;
 }
 
+/* ---- verify ---- */
+
+/* Whole, or block by block: those that can't be read get a bit in *bad, and zeroes. */
+static void read_blocks(struct repl_exec *x, const struct repl_io *io, uint8_t *buf, uint64_t bad[static 2])
+{
+	bad[0] = bad[1] = 0;
+	if (volume_read_disk(x->vols[io->volume], io->off, io->len, buf) == 0)
+		return;
+	for (uint64_t at = 0, i = 0; at < io->len; at += BLOCK_SIZE, i++) {
+		uint64_t n = min_u64(io->len - at, BLOCK_SIZE);
+		if (volume_read_disk(x->vols[io->volume], io->off + at, n, buf + at) == 0)
+			continue;
+		memset(buf + at, 0, n);
+		bad[i / 64] |= UINT64_C(1) << i % 64;
+	}
+}
+
+static void hash_block(const uint8_t *buf, uint64_t len, uint64_t seed, uint8_t out[WIRE_HASH_SIZE])
+{
+	XXH128_canonicalFromHash((XXH128_canonical_t *)out, XXH3_128bits_withSeed(buf, len, seed));
+}
+
+/* The payload of a VERIFY: seed, and a hash for each block. */
+static int verify_hash(struct repl_exec *x, struct repl_io *io)
+{
+	_cleanup_free_ uint8_t *buf = malloc(io->len);
+	uint8_t *out = malloc(8 + WIRE_HASH_SIZE * units_of(io->len, WIRE_VERIFY_SHIFT));
+	if (buf == NULL || out == NULL) {
+		free(out);
+		return -ERR_NOMEM;
+	}
+	read_blocks(x, io, buf, io->bad);
+	put_u64(out, io->hash_seed);
+	io->payload = out;
+	out += 8;
+	for (uint64_t at = 0; at < io->len; at += WIRE_VERIFY_BLOCK, out += WIRE_HASH_SIZE)
+		hash_block(buf + at, min_u64(io->len - at, WIRE_VERIFY_BLOCK), io->hash_seed, out);
+	return 0;
+}
+
+/* The ranges of an answer. Neighbours of a kind are one; when there is no room left, the last one grows over what is
+ * still found. */
+struct answer {
+	struct wire_verify_range r[WIRE_VERIFY_RANGES_MAX];
+	uint32_t n;
+};
+
+static void answer_add(struct answer *a, uint64_t off, uint64_t len, enum wire_verify_problem problem)
+{
+	struct wire_verify_range *last = a->n ? &a->r[a->n - 1] : NULL;
+	if (last && ((last->problem == problem && last->off + last->len == off) || a->n == WIRE_VERIFY_RANGES_MAX))
+		last->len = off + len - last->off;
+	else
+		a->r[a->n++] = (struct wire_verify_range){off, len, problem};
+}
+
+static void compare_hashes(struct repl_exec *x, const struct repl_io *io, uint8_t *buf, struct answer *a)
+{
+	const uint8_t *theirs = (const uint8_t *)io->payload + 8;
+	uint64_t seed = get_u64(io->payload), bad[2], i = 0;
+	read_blocks(x, io, buf, bad);
+	for (uint64_t at = 0; at < io->len; at += WIRE_VERIFY_BLOCK, theirs += WIRE_HASH_SIZE, i++) {
+		uint64_t n = min_u64(io->len - at, WIRE_VERIFY_BLOCK);
+		uint8_t mine[WIRE_HASH_SIZE];
+		hash_block(buf + at, n, seed, mine);
+		if (bad[i / 64] >> i % 64 & 1)
+			answer_add(a, io->off + at, n, WIRE_VERIFY_UNREADABLE);
+		else if (memcmp(mine, theirs, WIRE_HASH_SIZE) != 0)
+			answer_add(a, io->off + at, n, WIRE_VERIFY_DIFFERS);
+	}
+}
+
+static bool all_zero(const uint8_t *buf, uint64_t len)
+{
+	return len == 0 || (buf[0] == 0 && memcmp(buf, buf + 1, len - 1) == 0);
+}
+
+/* What the source has zeroes for: only data is read. */
+static void compare_zeroes(struct repl_exec *x, const struct repl_io *io, uint8_t *buf, struct answer *a)
+{
+	for (uint64_t off = io->off, end = io->off + io->len, n; off < end; off += n) {
+		struct extent ext = {off, end - off, true};
+		if (volume_extent(x->vols[io->volume], LAYER_DISK, 0, off, &ext) < 0)
+			ext = (struct extent){off, end - off, true}; /* then the reads tell */
+		n = min_u64(ext.off + ext.len, end) - off;
+		if (!ext.data)
+			continue;
+		n = min_u64(n, WIRE_VERIFY_BLOCK - off % WIRE_VERIFY_BLOCK);
+		if (volume_read_disk(x->vols[io->volume], off, n, buf) < 0)
+			answer_add(a, off, n, WIRE_VERIFY_UNREADABLE);
+		else if (!all_zero(buf, n))
+			answer_add(a, off, n, WIRE_VERIFY_DIFFERS);
+	}
+}
+
+/* Of the peer's stream. Without memory nothing can be said of the range: as if it could not be read. */
+static void verify_compare(struct repl_exec *x, struct repl_io *io)
+{
+	_cleanup_free_ uint8_t *buf = malloc(io->hole ? WIRE_VERIFY_BLOCK : io->len);
+	struct answer a = {.n = 0};
+	if (buf == NULL)
+		answer_add(&a, io->off, io->len, WIRE_VERIFY_UNREADABLE);
+	else if (io->hole)
+		compare_zeroes(x, io, buf, &a);
+	else
+		compare_hashes(x, io, buf, &a);
+	free(io->payload);
+	io->payload = NULL;
+	io->ext_len = 0;
+	if (a.n == 0)
+		return;
+	uint8_t *out = io->payload = malloc((size_t)a.n * WIRE_VERIFY_RANGE_SIZE);
+	for (uint32_t i = 0; out && i < a.n; i++)
+		wire_verify_range_put(out + (size_t)i * WIRE_VERIFY_RANGE_SIZE, &a.r[i]);
+	io->ext_len = (uint64_t)a.n * WIRE_VERIFY_RANGE_SIZE; /* without memory for it the session ends */
+}
+
+/* One step: so much is read under the volume's locks, and between two questions of the peer. */
+#define SCRUB_STEP (UINT64_C(1) << 20)
+
+static int scrub(struct repl_exec *x, struct repl_io *io)
+{
+	struct wire_scrubbed *w = io->scrub;
+	struct volume_scrub s = {.layer = w->next_layer, .off = w->next_off};
+	volume_scrub(x->vols[io->volume], &s, SCRUB_STEP);
+	io->scrub_end = s.end;
+	*w = (struct wire_scrubbed){
+	    .next_layer = s.layer, .next_off = s.off, .bytes = s.bytes, .left = s.left, .n = s.n};
+	for (uint32_t i = 0; i < s.n; i++)
+		w->bad[i] =
+		    (struct wire_scrub_bad){s.bad[i].layer, s.bad[i].off, s.bad[i].len, s.bad[i].error != -ERR_CORRUPT};
+	return 0;
+}
+
 /* ---- writes, flushes ---- */
 
 static struct volume_req req_of(const struct repl_io *io, const void *buf)
@@ -178,11 +312,6 @@ static struct volume_req req_of(const struct repl_io *io, const void *buf)
 	if (io->kind == REPL_WRITE)
 		q.buf = buf;
 	return q;
-}
-
-static bool all_zero(const uint8_t *buf, uint64_t len)
-{
-	return len == 0 || (buf[0] == 0 && memcmp(buf, buf + 1, len - 1) == 0);
 }
 
 /* Of a resync: only what does not read as zeroes already is changed, so that a copy that is equal costs no undo blocks.
@@ -217,7 +346,8 @@ static int resync_zero(struct repl_exec *x, struct repl_io *io)
 bool repl_exec_is_apply(const struct repl_io *io)
 {
 	return io->target == TARGET_DISK &&
-	       (io->kind == REPL_WRITE || io->kind == REPL_ZERO || io->kind == REPL_DISCARD || io->kind == REPL_HASH);
+	       (io->kind == REPL_WRITE || io->kind == REPL_ZERO || io->kind == REPL_DISCARD || io->kind == REPL_HASH ||
+		io->kind == REPL_VERIFY);
 }
 
 void repl_exec_apply(struct repl_exec *x, struct repl_io *const *ios, unsigned n, int *errors)
@@ -229,6 +359,10 @@ void repl_exec_apply(struct repl_exec *x, struct repl_io *const *ios, unsigned n
 		errors[i] = 0;
 		if (ios[i]->kind == REPL_HASH) {
 			hash_compare(x, ios[i]);
+			continue;
+		}
+		if (ios[i]->kind == REPL_VERIFY) {
+			verify_compare(x, ios[i]);
 			continue;
 		}
 		if (ios[i]->resync && ios[i]->kind == REPL_ZERO) {
@@ -570,6 +704,10 @@ int repl_exec_io(struct repl_exec *x, struct repl_io *io, const void *buf, void 
 		return read_for_resync(x, io);
 	case REPL_RESYNC_HASH:
 		return hash_for_resync(x, io);
+	case REPL_VERIFY:
+		return verify_hash(x, io);
+	case REPL_SCRUB:
+		return scrub(x, io);
 	case REPL_MARK:
 		return mark(x, io);
 	case REPL_COMMIT:
@@ -594,7 +732,7 @@ int repl_exec_io(struct repl_exec *x, struct repl_io *io, const void *buf, void 
 bool repl_exec_is_stream(unsigned type)
 {
 	return (type >= WIRE_WRITE && type <= WIRE_RESYNC_DONE) || type == WIRE_RESYNC_BEGIN || type == WIRE_HASH ||
-	       (type >= WIRE_DETACH && type <= WIRE_READ_REQ);
+	       type == WIRE_VERIFY || (type >= WIRE_DETACH && type <= WIRE_READ_REQ);
 }
 
 static enum repl_kind stream_kind(unsigned type)
@@ -614,6 +752,8 @@ static enum repl_kind stream_kind(unsigned type)
 		return REPL_RESYNC_BEGIN;
 	case WIRE_HASH:
 		return REPL_HASH;
+	case WIRE_VERIFY:
+		return REPL_VERIFY;
 	case WIRE_RESYNC_DONE:
 		return REPL_RESYNC_DONE;
 	case WIRE_DETACH:
@@ -685,7 +825,8 @@ const char *repl_exec_stream_io(struct repl_exec *x, const struct wire_frame *f,
 	} else if (io->kind != REPL_FLUSH) {
 		why = stream_range(x, f, io);
 	}
-	if (why == NULL && (io->kind == REPL_WRITE || io->kind == REPL_HASH))
+	io->hole = f->type == WIRE_VERIFY && (f->flags & WIRE_VERIFY_ZERO) != 0;
+	if (why == NULL && (io->kind == REPL_WRITE || io->kind == REPL_HASH || (io->kind == REPL_VERIFY && !io->hole)))
 		io->payload = payload;
 	return why;
 }

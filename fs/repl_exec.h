@@ -39,8 +39,9 @@ int repl_exec_make(struct store *st, const struct wire_join *j, struct repl_meta
 void repl_exec_unmake(struct store *st, const struct repl_meta *m);
 
 /* ACT_SUBMIT. buf: the bytes of a WRITE, borrowed; base: of the view, for TARGET_ACTIVE, whose caller keeps the epoch
- * from being switched meanwhile. A RESYNC_READ, and a READ of the
- * peer's stream leave their bytes, owned, in io->payload; a guest's READ goes to `into`, which is NULL for all others.
+ * from being switched meanwhile. A RESYNC_READ, a VERIFY and a READ
+ * that is no guest's leave their bytes, owned, in io->payload; a guest's READ goes to `into`, which is NULL for all
+ * others.
  */
 int repl_exec_io(struct repl_exec *x, struct repl_io *io, const void *buf, void *into, uint64_t base);
 /* Of the peer's stream: whether it is one for repl_exec_apply. Else it is one for repl_exec_io. */

@@ -234,6 +234,9 @@ static void emit(void *arg, const struct repl_action *a)
 	case ACT_SERVING:
 		o->wake = true;
 		return;
+	case ACT_CHANGED:
+		o->invalidate = true;
+		return;
 	}
 }
 
@@ -280,7 +283,7 @@ static void io_done(struct group *g, struct repl_io *io, int error)
 	struct outbox o;
 	outbox_init(&o);
 	lock_with(g, &o);
-	bool read = io->kind == REPL_RESYNC_READ || io->kind == REPL_RESYNC_HASH;
+	bool read = io->internal && io->kind != REPL_REBUILD;
 	step(g, &ev);
 	if (read) { /* not sent after all: its session had ended. It is not read again before the lock is released. */
 		free(io->payload);
@@ -943,11 +946,14 @@ struct shell_command *shell_command_new(enum repl_cmd cmd)
 
 void shell_command_unref(struct shell_command *c)
 {
-	if (c && atomic_fetch_sub(&c->refs, 1) == 1)
-		free(c);
+	if (c == NULL || atomic_fetch_sub(&c->refs, 1) != 1)
+		return;
+	if (c->c.cmd == CMD_VERIFY)
+		free(c->c.verify);
+	free(c);
 }
 
-int group_command(struct group *g, struct shell_command *c, struct ctl_conn *ctl, uint64_t deadline_ns, struct err *e)
+void group_command_start(struct group *g, struct shell_command *c)
 {
 	struct outbox o;
 	outbox_init(&o);
@@ -958,26 +964,35 @@ int group_command(struct group *g, struct shell_command *c, struct ctl_conn *ctl
 	step(g, &ev);
 	unlock_with(g);
 	outbox_run(g, &o);
-	int err = 0;
+}
+
+bool group_command_wait(struct group *g, struct shell_command *c, uint64_t until_ns, int *ret, struct err *e)
+{
+	bool in_time = true;
 	mutex_lock(&g->lock);
-	while (!c->done) {
-		uint64_t now = clock_mono_ns();
-		if (deadline_ns && now >= deadline_ns) {
-			err = err_set(e, ERR_TIMEOUT, "it has not ended in the time given; it goes on");
-			break;
-		}
-		if (ctl && ctl_canceled(ctl)) {
-			err = atomic_load(&g->d->ending) ? err_set(e, ERR_CANCELED, "the daemon is shutting down")
-							 : err_set(e, ERR_INTR, "interrupted; it goes on");
-			break;
-		}
-		uint64_t until = now + 200 * NS_PER_MS;
-		(void)cond_wait_until(&g->cond, &g->lock, deadline_ns ? min_u64(until, deadline_ns) : until);
-	}
-	if (c->done && c->error)
-		err = err_set(e, -c->error, "%s", c->c.err.text);
+	while (!c->done && in_time)
+		in_time = cond_wait_until(&g->cond, &g->lock, until_ns);
+	bool done = c->done;
+	if (done)
+		*ret = c->error ? err_set(e, -c->error, "%s", c->c.err.text) : 0;
 	mutex_unlock(&g->lock);
-	return err;
+	return done;
+}
+
+int group_command(struct group *g, struct shell_command *c, struct ctl_conn *ctl, uint64_t deadline_ns, struct err *e)
+{
+	int err = 0;
+	group_command_start(g, c);
+	for (;;) {
+		uint64_t until = clock_mono_ns() + 200 * NS_PER_MS;
+		if (group_command_wait(g, c, deadline_ns ? min_u64(until, deadline_ns) : until, &err, e))
+			return err;
+		if (deadline_ns && clock_mono_ns() >= deadline_ns)
+			return err_set(e, ERR_TIMEOUT, "it has not ended in the time given; it goes on");
+		if (ctl && ctl_canceled(ctl))
+			return atomic_load(&g->d->ending) ? err_set(e, ERR_CANCELED, "the daemon is shutting down")
+							  : err_set(e, ERR_INTR, "interrupted; it goes on");
+	}
 }
 
 /* ---- a group's life ---- */

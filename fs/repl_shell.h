@@ -154,6 +154,9 @@ void group_tick(struct group *g);
 void group_io(struct group *g, struct gio *io);
 /* Starts it and waits: for its end, for `deadline_ns` (0: none), for the client's hang-up. */
 int group_command(struct group *g, struct shell_command *c, struct ctl_conn *ctl, uint64_t deadline_ns, struct err *e);
+/* The two halves of it, for who has to look meanwhile. wait: true: it has ended, with *ret (and *e). */
+void group_command_start(struct group *g, struct shell_command *c);
+bool group_command_wait(struct group *g, struct shell_command *c, uint64_t until_ns, int *ret, struct err *e);
 struct shell_command *shell_command_new(enum repl_cmd cmd);
 void shell_command_unref(struct shell_command *c);
 /* An accepted connection that asks for this group, with its JOIN frame. Takes over conn->g. */

@@ -98,6 +98,9 @@ int verb_do_backup(const struct call *c);
 int verb_do_jobs(const struct call *c);
 int verb_do_job(const struct call *c);
 
+/* verbs_verify.c */
+int verb_do_verify(const struct call *c);
+
 /* verbs_history.c */
 int verb_do_checkpoints(const struct call *c);
 int verb_do_extents(const struct call *c);

@@ -231,8 +231,23 @@ static void switchover(struct sim *s)
 	}
 }
 
-static void (*const kinds[])(struct sim *s) = {clock_jump, path_errors, no_room,  burst, replace,   tune,
-					       idle,	   blunder,	takeover, job,	 switchover};
+/* Compares the hosts while the guest goes on, and repairs what can't be read; now and then somebody hangs up. */
+static void verify(struct sim *s)
+{
+	struct world *w = s->w;
+	struct repl_command c = {.cmd = CMD_VERIFY, .flags = (uint32_t)world_more(w, 3)};
+	if (world_more(w, 4)) /* else at any moment */
+		(void)world_run_until(w, sim_in_sync, SEC);
+	(void)world_command(w, world_more(w, 20) ? s->vm : !s->vm, &c, NULL);
+	if (world_more(w, 6))
+		return;
+	world_run(w, world_more(w, 20 * MS));
+	c.cmd = CMD_VERIFY_CANCEL;
+	(void)world_command(w, s->vm, &c, NULL);
+}
+
+static void (*const kinds[])(struct sim *s) = {clock_jump, path_errors, no_room,  burst, replace,    tune,
+					       idle,	   blunder,	takeover, job,	 switchover, verify};
 
 #define KINDS (sizeof(kinds) / sizeof(kinds[0]))
 

@@ -580,7 +580,9 @@ void model_sent(struct host *h, const struct repl_action *a, struct sim_io *s, s
 		sent->n = UNITS_IN(a->frame.length);
 		ver *str = h->str[sent->vol] + sent->first;
 		bool hash = a->frame.type == WIRE_HASH;
-		if (hash || a->frame.type == WIRE_RESYNC_WRITE || a->frame.type == WIRE_RESYNC_ZERO) {
+		bool verify = a->frame.type == WIRE_VERIFY;
+		/* Without s: a repair. */
+		if (hash || verify || !s || a->frame.type == WIRE_RESYNC_WRITE || a->frame.type == WIRE_RESYNC_ZERO) {
 			/* [RSLOCK] the region is read and sent while nobody writes it. */
 			sent->vers = simdup(h->disk[sent->vol].now + sent->first, sent->n * sizeof(ver));
 			for (struct running *r = h->running; r; r = r->next)
@@ -589,7 +591,7 @@ void model_sent(struct host *h, const struct repl_action *a, struct sim_io *s, s
 					world_fail(w, "host %u: a resync sends units %u+%u while %u+%u are written",
 						   h->id, sent->first, sent->n, r->x.first, r->x.n);
 			/* By its hash: what is equal there counts as this write; what is not follows. */
-			for (uint32_t i = 0; i < sent->n; i++)
+			for (uint32_t i = 0; i < sent->n && !verify; i++)
 				if (!hash || model_shows(w, str[i]) == model_shows(w, sent->vers[i]))
 					str[i] = sent->vers[i];
 		} else {
@@ -654,6 +656,30 @@ void model_hashed(struct host *h, const struct sim_io *s)
 		world_fail(w, "host %u: hashes of units %u+%u of volume %u say that %" PRIx64 " differ, not %" PRIx64,
 			   h->id, sent->first, sent->n, sent->vol, s->io.ext_len, differ);
 	hash_equal(h, sent);
+}
+
+/* At its place in the stream both disks hold the same, block by block, whatever guests do meanwhile; what can't be read
+ * is said to be so. */
+void model_compared(struct host *h, const struct sim_io *s)
+{
+	struct world *w = h->w;
+	const struct sent *sent = s->sent;
+	struct wire_verify_range x[WIRE_VERIFY_RANGES_MAX];
+	if (h->dying || simstore_stopped(h->ss) || w->planted)
+		return;
+	for (uint32_t i = 0; i < sent->n; i++)
+		if (model_shows(w, sent->vers[i]) != model_shows(w, h->disk[sent->vol].now[sent->first + i]))
+			world_fail(w, "host %u: verify: unit %u of volume %u is %s there and %s here", h->id,
+				   sent->first + i, sent->vol, text_of(w, sent->vers[i]),
+				   text_of(w, h->disk[sent->vol].now[sent->first + i]));
+	int n = wire_verify_answer_decode(x, s->io.off, s->io.len, s->io.payload, s->io.ext_len, NULL);
+	for (int i = 0; i < n; i++)
+		/* A block that the source could not read differs from what it is said to be: it knows. */
+		if (!(x[i].problem == WIRE_VERIFY_UNREADABLE ? h : peer_of(h))->had_errors)
+			world_fail(w, "host %u: verify finds %" PRIu64 "+%" PRIu64 " of volume %u (%" PRIu64 ")", h->id,
+				   x[i].off, x[i].len, sent->vol, x[i].problem);
+	if (n < 0)
+		world_fail(w, "host %u: verify: an answer that does not decode", h->id);
 }
 
 void model_received(struct host *h, struct sim_io *s)
@@ -1256,11 +1282,32 @@ void model_done(struct host *h, struct sim_io *s, int error)
 		prom[u] = at_least(prom[u], d.v);
 }
 
+/* Nothing was turned over: only what could not be read may be named, and all of it was looked at. */
+static void verify_check(struct host *h, const struct repl_verify *v, int error)
+{
+	struct world *w = h->w;
+	uint64_t sizes = 0;
+	w->count.verifies++;
+	w->count.verify_ends += error == 0;
+	w->count.repairs += v->repaired != 0;
+	for (uint32_t i = 0; i < v->n; i++)
+		if (v->list[i].problem != PROBLEM_UNREADABLE || !(h->had_errors || peer_of(h)->had_errors))
+			world_fail(w, "host %u: verify finds %" PRIu64 "+%" PRIu64 " of volume %u (%u, %s)", h->id,
+				   v->list[i].off, v->list[i].len, v->list[i].volume, v->list[i].problem,
+				   v->list[i].overlay ? "overlay" : "disk");
+	for (uint32_t i = 0; i < WORLD_VOLUMES; i++)
+		sizes += w->size[i];
+	if (error == 0 && v->bytes != sizes)
+		world_fail(w, "host %u: verify looked at %" PRIu64 " of %" PRIu64 " bytes", h->id, v->bytes, sizes);
+}
+
 void model_command(struct host *h, const struct sim_command *s, int error)
 {
 	struct world *w = h->w;
 	const struct repl_command *c = &s->c;
 	status_command(h, s, error);
+	if (c->cmd == CMD_VERIFY && !w->planted)
+		verify_check(h, c->verify, error);
 	if (error || c->cmd != CMD_CHECKPOINT)
 		return;
 	/* I17: answered after the secondary's completion, and numbers only grow. */

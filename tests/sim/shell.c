@@ -83,7 +83,7 @@ void host_step(struct host *h, struct repl_event *ev)
 
 static void io_done(struct host *h, struct repl_io *io, int error)
 {
-	bool read = io->kind == REPL_RESYNC_READ || io->kind == REPL_RESYNC_HASH;
+	bool read = io->internal && io->kind != REPL_REBUILD;
 	host_step(h, &(struct repl_event){.type = EV_IO_DONE, .io = io, .error = error});
 	if (read) { /* not sent after all */
 		free(io->payload);
@@ -239,11 +239,15 @@ static void apply_job(void *arg)
 		if (n == 0 || h->dying)
 			break;
 		for (unsigned i = 0; i < n; i++)
-			x[i] = ios[i]->kind == REPL_HASH ? NULL : model_begin(h, ios[i], sim_io_of(ios[i]));
+			x[i] = ios[i]->kind == REPL_HASH || ios[i]->kind == REPL_VERIFY
+				   ? NULL
+				   : model_begin(h, ios[i], sim_io_of(ios[i]));
 		(void)WATCHED((repl_exec_apply(&h->x, ios, n, errors), 0));
 		for (unsigned i = 0; i < n; i++)
 			if (ios[i]->kind == REPL_HASH)
 				model_hashed(h, sim_io_of(ios[i]));
+			else if (ios[i]->kind == REPL_VERIFY)
+				model_compared(h, sim_io_of(ios[i]));
 			else
 				model_end(h, x[i], errors[i], ios[i]->save_failed);
 		report_delay(h);
@@ -439,6 +443,11 @@ static void command_end(struct sim_command *c, int error)
 	*at = c->next;
 	if (!h->dying)
 		model_command(h, c, error);
+	if (c->c.cmd == CMD_VERIFY) {
+		if (!h->dying)
+			h->verified = *c->c.verify;
+		simfree(c->c.verify);
+	}
 	if (c->ret)
 		*c->ret = (struct world_result){true, error, c->c.result, c->c.result2};
 	world_note(h->w, "host %u: command %d ends: %s %s", h->id, c->c.cmd, error ? err_name(error) : "ok",
@@ -457,6 +466,11 @@ bool world_command(struct world *w, unsigned host, const struct repl_command *cm
 	c->h = h;
 	c->ret = ret;
 	c->down = world_link(w, host) == LINK_DOWN;
+	if (cmd->cmd == CMD_VERIFY)
+		c->c.verify = simalloc(sizeof(*c->c.verify));
+	for (const struct sim_command *v = h->commands; v && cmd->cmd == CMD_VERIFY_CANCEL; v = v->next)
+		if (v->c.cmd == CMD_VERIFY)
+			c->c.verify = v->c.verify;
 	c->next = h->commands;
 	h->commands = c;
 	if (ret)
@@ -537,6 +551,7 @@ static void emit(void *arg, const struct repl_action *a)
 			world_fail(h->w, "host %u: %s", h->id, a->text);
 		return;
 	case ACT_SERVING:
+	case ACT_CHANGED:
 		return;
 	}
 }

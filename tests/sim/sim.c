@@ -455,6 +455,115 @@ void sim_settle(struct sim *s)
 	world_check_converged(w);
 }
 
+/* ---- bits turned over, and a verify that has to find them ---- */
+
+struct plant {
+	unsigned host;
+	uint32_t vol;
+	bool overlay;
+	uint64_t layer, off; /* of the block */
+};
+
+static void first_run(void *arg, uint64_t off, uint64_t len)
+{
+	uint64_t *at = arg;
+	(void)len;
+	*at = *at == UINT64_MAX ? off : *at;
+}
+
+static const char *const folders[WORLD_VOLUMES] = {"volumes/a", "volumes/b"};
+
+static bool plant_in_overlay(struct sim *s, struct plant *p)
+{
+	struct world *w = s->w;
+	const struct repl_meta *m = world_meta(w, p->host);
+	uint64_t size = 0;
+	char path[64];
+	if (m->n_ckpts == 0)
+		return false;
+	p->layer = m->ckpts[world_more(w, m->n_ckpts)].number;
+	p->off = UINT64_MAX;
+	world_quiet(&w->h[p->host], true);
+	(void)volume_changed(w->h[p->host].x.vols[p->vol], p->layer, p->layer, false, first_run, &p->off);
+	world_quiet(&w->h[p->host], false);
+	(void)snprintf(path, sizeof(path), "%s/undo-%" PRIu64 ".data", folders[p->vol], p->layer);
+	if (p->off == UINT64_MAX || simstore_peek_size(w->h[p->host].ss, path, false, &size) < 0 || size <= p->off)
+		return false;
+	return simstore_corrupt(w->h[p->host].ss, path, p->off + world_more(w, 100), 1) == 0;
+}
+
+static bool plant(struct sim *s, struct plant *p)
+{
+	struct world *w = s->w;
+	*p = (struct plant){.host = (unsigned)world_more(w, 2), .vol = (uint32_t)world_more(w, 2)};
+	if (world_more(w, 3) == 0) {
+		p->overlay = true;
+		return plant_in_overlay(s, p);
+	}
+	uint64_t at = world_more(w, w->size[p->vol]);
+	char path[64];
+	(void)snprintf(path, sizeof(path), "%s/disk.raw", folders[p->vol]);
+	p->off = at / BLOCK_SIZE * BLOCK_SIZE;
+	return simstore_corrupt(w->h[p->host].ss, path, at, 1) == 0;
+}
+
+static void verify_ends(struct sim *s, enum repl_repair repair, const struct plant *p, bool repaired)
+{
+	struct world *w = s->w;
+	struct world_result r = {0};
+	struct repl_command c = {.cmd = CMD_VERIFY, .flags = repair};
+	(void)world_command(w, s->vm, &c, &r);
+	for (unsigned i = 0; i < 600 && !r.done; i++)
+		world_run(w, 100 * MS);
+	const struct repl_verify *v = &w->h[s->vm].verified;
+	const struct repl_difference *d = &v->list[0];
+	if (!r.done || r.error || v->n != (p != NULL) || v->more)
+		world_fail(w, "faults are over, and a verify %s, with %u differences instead of %u",
+			   !r.done ? "does not end" : err_name(r.error), v->n, p != NULL);
+	if (p == NULL)
+		return;
+	bool primary = p->host == s->vm;
+	if (d->volume != p->vol || d->overlay != p->overlay || d->off != p->off ||
+	    d->len != (w->size[p->vol] - p->off < BLOCK_SIZE ? w->size[p->vol] - p->off : BLOCK_SIZE) ||
+	    (p->overlay && (d->layer != p->layer || d->problem != PROBLEM_CHECKSUM ||
+			    d->where != (primary ? WHERE_PRIMARY : WHERE_SECONDARY))) ||
+	    (!p->overlay && (d->problem != PROBLEM_DIFFERS || d->where != WHERE_BOTH)))
+		world_fail(w,
+			   "a byte in block %" PRIu64 " of volume %u of host %u: verify says %s %" PRIu64 "+%" PRIu64,
+			   p->off, p->vol, p->host, d->overlay ? "overlay" : "disk", d->off, d->len);
+	if (d->repaired != repaired || (repaired && (v->repaired != d->len || v->ckpt == 0)))
+		world_fail(w, "a byte in block %" PRIu64 " of volume %u of host %u: %srepaired", p->off, p->vol,
+			   p->host, d->repaired ? "" : "not ");
+	w->count.repairs += repaired;
+}
+
+/* The pair is in sync and quiet: a verify finds nothing, then exactly what is turned over; a repair undoes it. */
+static void sim_verify(struct sim *s)
+{
+	struct world *w = s->w;
+	struct plant p;
+	uint8_t before[BLOCK_SIZE], after[BLOCK_SIZE];
+	char path[64];
+	verify_ends(s, (enum repl_repair)world_more(w, 3), NULL, false);
+	w->planted = true;
+	if (!plant(s, &p))
+		return;
+	w->count.planted++;
+	verify_ends(s, REPAIR_NONE, &p, false);
+	enum repl_repair repair = p.host == s->vm ? REPAIR_FROM_PEER : REPAIR_PEER;
+	(void)snprintf(path, sizeof(path), "%s/disk.raw", folders[p.vol]);
+	(void)simstore_peek(w->h[!p.host].ss, path, false, p.off, before, sizeof(before));
+	verify_ends(s, repair, &p, !p.overlay);
+	for (unsigned h = 0; h < WORLD_HOSTS; h++) {
+		(void)simstore_peek(w->h[h].ss, path, false, p.off, after, sizeof(after));
+		if (memcmp(before, after, sizeof(after)) != 0)
+			world_fail(w, "after a repair block %" PRIu64 " of volume %u of host %u is not what was right",
+				   p.off, p.vol, h);
+	}
+	if (!p.overlay)
+		verify_ends(s, REPAIR_NONE, NULL, false);
+}
+
 static void settings_first(struct sim *s)
 {
 	struct world *w = s->w;
@@ -500,6 +609,8 @@ static void seed_run(uint64_t seed, bool plain, struct world_counters *total)
 			world_check(w);
 	}
 	sim_settle(&s);
+	if (!plain)
+		sim_verify(&s);
 	const uint64_t *from = (const uint64_t *)world_counters(w);
 	for (size_t i = 0; i < sizeof(*total) / sizeof(uint64_t); i++)
 		((uint64_t *)total)[i] += from[i];
@@ -564,11 +675,12 @@ static void run_range(unsigned job)
 	       " error windows %" PRIu64 " no room %" PRIu64 " applying stopped %" PRIu64 " cow errors %" PRIu64
 	       "/%" PRIu64 "/%" PRIu64 " (stop/drop-history/break) broken %" PRIu64 " dropped %" PRIu64
 	       " retained %" PRIu64 " thinned %" PRIu64 " hashed %" PRIu64 ", %" PRIu64
-	       " of them different, replaced %" PRIu64 ", made %" PRIu64 " holds %" PRIu64 "\n",
+	       " of them different, replaced %" PRIu64 ", made %" PRIu64 " holds %" PRIu64 " verified %" PRIu64
+	       "/%" PRIu64 " turned over %" PRIu64 " repaired %" PRIu64 "\n",
 	       job, total.clock_jumps, total.settings, total.aheads, total.queue_full, total.path_errors, total.no_room,
 	       total.apply_stops, total.cow_errors[0], total.cow_errors[1], total.cow_errors[2], total.broken,
 	       total.room_drops, total.retained, total.thinned, total.hashes, total.hashes_differ, total.replaced,
-	       total.made, total.holds);
+	       total.made, total.holds, total.verify_ends, total.verifies, total.planted, total.repairs);
 	fflush(stdout);
 }
 

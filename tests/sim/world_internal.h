@@ -206,6 +206,7 @@ struct host {
 	unsigned n_ios;
 	struct sim_command *commands;
 	int in_step;
+	struct repl_verify verified; /* what the last verify of this life said */
 
 	uint64_t stalled_until;
 	unsigned errors_one_in;
@@ -270,8 +271,9 @@ struct world {
 	bool calm;
 	uint64_t partition_until;
 	bool flip;
-	bool cruel; /* power is lost at the moments that matter, and nobody waits for the end of a commit */
-	bool shaky; /* most connections are cut, many of them early, and receivers are held up */
+	bool planted; /* bits of disks or overlays were turned over behind everybody's back */
+	bool cruel;   /* power is lost at the moments that matter, and nobody waits for the end of a commit */
+	bool shaky;   /* most connections are cut, many of them early, and receivers are held up */
 	/* the seed's temper */
 	unsigned stop_one_in; /* of storage calls that stop; 0: none */
 	uint64_t disk_ns, net_ns;
@@ -332,7 +334,8 @@ void model_fill(struct host *h,
 struct exec *model_begin(struct host *h, const struct repl_io *io, struct sim_io *s);
 void model_end(struct host *h, struct exec *x, int error, bool save_failed);
 void model_reopened(struct host *h, uint64_t volumes);
-void model_hashed(struct host *h, const struct sim_io *s); /* HASH of the stream was compared */
+void model_hashed(struct host *h, const struct sim_io *s);   /* HASH of the stream was compared */
+void model_compared(struct host *h, const struct sim_io *s); /* and VERIFY */
 void model_sync_begin(struct host *h, uint64_t *mark);
 #define MODEL_ACTIVES (-1)
 void model_synced(struct host *h, uint64_t mark, int disk); /* disk: a volume's, or MODEL_ACTIVES */

@@ -40,9 +40,10 @@ static void note(struct host *h, const char *fmt, ...)
 
 static const char *name_of(const struct repl_io *io)
 {
-	static const char *const kinds[] = {"write",   "zero",	"discard", "sync",   "ckpt",   "rbegin",  "hash",
-					    "rdone",   "scan",	"read",	   "rhash",  "mark",   "commit",  "iclear",
-					    "intents", "merge", "gread",   "detach", "attach", "rebuild", "reopen"};
+	static const char *const kinds[] = {"write",  "zero",	"discard", "sync",    "ckpt",  "rbegin",
+					    "hash",   "rdone",	"verify",  "scan",    "read",  "rhash",
+					    "mark",   "commit", "iclear",  "intents", "merge", "gread",
+					    "detach", "attach", "rebuild", "scrub",   "reopen"};
 	static char letter[2];
 	if (io->internal)
 		return kinds[io->kind];
@@ -100,6 +101,9 @@ static void emit(void *arg, const struct repl_action *a)
 		h->warnings += a->level == 1;
 		break;
 	case ACT_SERVING:
+		break;
+	case ACT_CHANGED:
+		note(h, "changed");
 		break;
 	}
 }
@@ -5802,5 +5806,347 @@ Test(repl, ids_change_only_while_there_is_no_peer)
 	h->cmd = (struct repl_command){.cmd = CMD_IDS, .ids = {81}};
 	step(h, (struct repl_event){.type = EV_COMMAND, .command = &h->cmd});
 	EXPECT(h, "cmd=ERR_BUSY");
+	host_free(h);
+}
+
+/* ---- verify ---- */
+
+static struct repl_verify verified;
+
+static void verify(struct host *h, enum repl_repair repair)
+{
+	memset(&verified, 0, sizeof(verified));
+	h->cmd = (struct repl_command){.cmd = CMD_VERIFY, .flags = repair, .verify = &verified};
+	h->cmd_count = 0;
+	step(h, (struct repl_event){.type = EV_COMMAND, .command = &h->cmd});
+}
+
+/* The step of the scrub that is under way here was the last, with what it found. */
+static void fin_scrub(struct host *h, const struct wire_scrubbed *found)
+{
+	for (unsigned i = 0; i < h->n_submitted; i++) {
+		if (h->submitted[i]->kind != REPL_SCRUB)
+			continue;
+		h->submitted[i]->scrub_end = true;
+		*h->submitted[i]->scrub = *found;
+	}
+	fin(h, "scrub");
+}
+
+static void scrubbed(struct host *h, uint64_t token, bool end, const struct wire_scrubbed *s)
+{
+	uint8_t buf[WIRE_SCRUBBED_HEAD + WIRE_SCRUBBED_ENTRY * WIRE_SCRUBBED_MAX];
+	int n = wire_scrubbed_encode(s, buf, sizeof(buf));
+	struct wire_frame f = {.type = WIRE_SCRUBBED, .seq = token, .length_payload = (uint32_t)n};
+	f.flags = end ? WIRE_SCRUBBED_END : 0;
+	step(h, (struct repl_event){.type = EV_FRAME, .session = h->session, .frame = &f, .payload = buf});
+}
+
+static void answer(struct host *h, uint64_t seq, uint64_t off, uint64_t len, uint64_t problem)
+{
+	uint8_t buf[WIRE_VERIFY_RANGE_SIZE];
+	wire_verify_range_put(buf, &(struct wire_verify_range){off, len, problem});
+	frame(h, WIRE_VERIFY_ANSWER, seq, 0, 0, buf, len ? sizeof(buf) : 0);
+}
+
+/* In sync under A, 64 KiB of data at the disk's start and nothing behind them, the overlays of both hosts looked at:
+ * the data is being hashed, the hole's frame is out. */
+static struct host *verifying(enum repl_repair repair)
+{
+	static const struct wire_scrubbed nothing;
+	struct host *h = warm_primary(PROTOCOL_A);
+	verify(h, repair);
+	EXPECT(h, "do:scrub/own send:SCRUB#1 do:scan/own");
+	scrubbed(h, 1, true, &nothing);
+	fin_scrub(h, &nothing);
+	fin_full(h, "scan", 0, false, 65536, false);
+	EXPECT(h, "do:verify/own do:scan/own");
+	cr_assert_eq(h->submitted[0]->len, 65536);
+	fin_full(h, "scan", 0, true, SIZE - 65536, false);
+	return h;
+}
+
+Test(repl, a_verify_reads_between_a_guests_writes_and_its_frame_is_between_theirs)
+{
+	struct host *h = verifying(REPAIR_NONE);
+	EXPECT(h, "send:VERIFY#4");
+	guest(h, 'w', REPL_WRITE, 4096, 4096);
+	guest(h, 'x', REPL_WRITE, 131072, 4096);
+	EXPECT(h, "do:x/disk"); /* the hole's claim has ended with its frame, the other write waits for the hash */
+	fin(h, "verify");
+	EXPECT(h, "send:VERIFY#5 do:w/disk");
+	fin(h, "w");
+	EXPECT(h, "send:WRITE#6 done:w");
+	fin(h, "x");
+	EXPECT(h, "send:WRITE#7 done:x");
+	answer(h, 4, 0, 0, 0);
+	EXPECT(h, "");
+	answer(h, 5, 0, 0, 0);
+	EXPECT(h, "cmd");
+	cr_assert_eq(verified.bytes, SIZE);
+	cr_assert_eq(verified.done, SIZE);
+	cr_assert_eq(verified.total, SIZE);
+	cr_assert_eq(verified.n + verified.found + verified.more, 0);
+	host_free(h);
+}
+
+Test(repl, a_verify_names_what_differs_and_what_neither_host_can_read)
+{
+	struct host *h = verifying(REPAIR_NONE);
+	h->submitted[0]->bad[0] = 6; /* the second and third block, here */
+	fin(h, "verify");
+	answer(h, 4, 1 << 20, 8192, WIRE_VERIFY_UNREADABLE);
+	answer(h, 5, 0, 16384, WIRE_VERIFY_DIFFERS); /* the two of them by what they were said to be only */
+	EXPECT(h, "send:VERIFY#4 send:VERIFY#5 cmd");
+	static const struct repl_difference want[] = {
+	    {.problem = PROBLEM_UNREADABLE, .where = WHERE_SECONDARY, .off = 1 << 20, .len = 8192},
+	    {.problem = PROBLEM_UNREADABLE, .where = WHERE_PRIMARY, .off = 4096, .len = 8192},
+	    {.problem = PROBLEM_DIFFERS, .where = WHERE_BOTH, .off = 0, .len = 4096},
+	    {.problem = PROBLEM_DIFFERS, .where = WHERE_BOTH, .off = 12288, .len = 4096},
+	};
+	cr_assert_eq(verified.n, 4);
+	for (unsigned i = 0; i < 4; i++)
+		cr_assert_eq(memcmp(&verified.list[i], &want[i], sizeof(want[i])), 0, "%u", i);
+	cr_assert_eq(verified.found, 8192 + 8192 + 8192);
+	host_free(h);
+}
+
+Test(repl, overlays_of_both_hosts_are_named_by_their_checkpoint)
+{
+	struct wire_scrubbed s = {.bytes = 8192, .n = 1, .bad = {{.layer = 7, .off = 4096, .len = 4096}}};
+	struct host *h = warm_primary(PROTOCOL_A);
+	verify(h, REPAIR_NONE);
+	fin_scrub(h, &s);
+	s.next_layer = 9;
+	s.bad[0].layer = WIRE_SCRUB_ACTIVE;
+	s.bad[0].unreadable = 1;
+	scrubbed(h, 1, false, &s);
+	EXPECT(h, "do:scrub/own send:SCRUB#1 do:scan/own send:SCRUB#2");
+	s.n = 0;
+	scrubbed(h, 2, true, &s);
+	fin_full(h, "scan", 0, true, SIZE, false);
+	answer(h, 4, 0, 0, 0);
+	EXPECT(h, "send:VERIFY#4 cmd");
+	cr_assert_eq(verified.n, 2);
+	cr_assert(verified.list[0].overlay && verified.list[0].where == WHERE_PRIMARY && verified.list[0].layer == 7 &&
+		  verified.list[0].problem == PROBLEM_CHECKSUM && verified.list[0].off == 4096);
+	cr_assert(verified.list[1].overlay && verified.list[1].where == WHERE_SECONDARY &&
+		  verified.list[1].layer == WIRE_SCRUB_ACTIVE && verified.list[1].problem == PROBLEM_UNREADABLE);
+	cr_assert_eq(verified.done, SIZE + 3 * 8192);
+	host_free(h);
+}
+
+/* The intent map is clean at 1 MiB: the bit is durable before the block is sent, the checkpoint before that. */
+Test(repl, a_repair_waits_for_its_checkpoint_and_its_dirty_bit)
+{
+	struct host *h = verifying(REPAIR_PEER);
+	fin(h, "verify");
+	forget(h);
+	answer(h, 5, 0, 0, 0);
+	answer(h, 4, 2 << 20, 4096, WIRE_VERIFY_DIFFERS);
+	EXPECT(h, "send:CHECKPOINT#6");
+	tick(h, SEC / 10);
+	cr_assert_not(dirty(h, 2 << 20));
+	forget(h);
+	frame(h, WIRE_CHECKPOINT_ACK, 0, 3, 0, NULL, 0);
+	EXPECT(h, "do:gread/intent save:primary/RUNNING");
+	saved(h);
+	guest(h, 'w', REPL_WRITE, 2 << 20, 4096);
+	EXPECT(h, ""); /* behind it */
+	cr_assert_not(dirty(h, 2 << 20));
+	fin(h, "gread");
+	EXPECT(h, "do:gread/disk");
+	cr_assert(dirty(h, 2 << 20));
+	fin(h, "gread");
+	EXPECT(h, "send:WRITE#8 do:w/disk"); /* #7: a clear cycle */
+	fin(h, "w");
+	EXPECT(h, "send:WRITE#9 do:verify/own done:w"); /* compared again behind what came meanwhile */
+	fin(h, "verify");
+	answer(h, 10, 0, 0, 0);
+	EXPECT(h, "send:VERIFY#10 cmd");
+	cr_assert_eq(verified.ckpt, 3);
+	cr_assert_eq(verified.repaired, 4096);
+	cr_assert(verified.list[0].repaired);
+	host_free(h);
+}
+
+Test(repl, a_repair_from_the_peer_reads_behind_all_that_was_sent_and_writes_under_its_claim)
+{
+	struct host *h = verifying(REPAIR_FROM_PEER);
+	uint8_t data[4096] = {1};
+	fin(h, "verify");
+	answer(h, 4, 0, 0, 0);
+	answer(h, 5, 8192, 4096, WIRE_VERIFY_DIFFERS);
+	frame(h, WIRE_CHECKPOINT_ACK, 0, 3, 0, NULL, 0);
+	saved(h);
+	EXPECT(h, "send:VERIFY#4 send:VERIFY#5 send:CHECKPOINT#6 send:READ_REQ#1 save:primary/RUNNING");
+	cr_assert(dirty(h, 8192));
+	guest(h, 'w', REPL_WRITE, 8192, 4096);
+	EXPECT(h, "");
+	frame(h, WIRE_READ_REPLY, 1, 8192, 4096, data, sizeof(data));
+	EXPECT(h, "do:rebuild/own");
+	fin(h, "rebuild");
+	EXPECT(h, "do:w/disk");
+	fin(h, "w");
+	fin(h, "verify");
+	answer(h, 8, 0, 0, 0);
+	EXPECT(h, "send:WRITE#7 do:verify/own done:w send:VERIFY#8 changed cmd");
+	cr_assert(verified.wrote_here);
+	cr_assert_eq(verified.repaired, 4096);
+	host_free(h);
+}
+
+Test(repl, a_repair_without_its_checkpoint_repairs_nothing)
+{
+	struct host *h = verifying(REPAIR_PEER);
+	fin(h, "verify");
+	answer(h, 5, 0, 4096, WIRE_VERIFY_DIFFERS);
+	forget(h);
+	frame(h, WIRE_CHECKPOINT_ACK, 0, 3, WIRE_VOID_ACTIVE, NULL, 0);
+	EXPECT(h, "cmd=ERR_STATE");
+	answer(h, 4, 0, 0, 0); /* too late: nobody asks any more */
+	EXPECT(h, "");
+	cr_assert_eq(verified.n, 1);
+	host_free(h);
+}
+
+/* What the secondary can't read it can't save either: a write to it would stop its applying. */
+Test(repl, what_the_secondary_cannot_read_is_left_alone)
+{
+	struct host *h = verifying(REPAIR_PEER);
+	fin(h, "verify");
+	answer(h, 4, 0, 0, 0);
+	forget(h);
+	answer(h, 5, 0, 4096, WIRE_VERIFY_UNREADABLE);
+	EXPECT(h, "cmd");
+	cr_assert_eq(verified.found, 4096);
+	cr_assert_eq(verified.repaired + verified.ckpt, 0);
+	host_free(h);
+}
+
+Test(repl, a_verify_ends_with_the_connection_with_sync_and_with_its_client)
+{
+	struct host *h = verifying(REPAIR_NONE);
+	forget(h);
+	link_down(h);
+	EXPECT(h, "cmd=ERR_PEER");
+	fin(h, "verify"); /* what was under way ends its claim */
+	guest(h, 'w', REPL_WRITE, 0, 4096);
+	saved(h);
+	EXPECT(h, "save:primary/RUNNING do:w/disk");
+	host_free(h);
+
+	h = verifying(REPAIR_NONE);
+	forget(h);
+	struct repl_command pause = {.cmd = CMD_PAUSE};
+	step(h, (struct repl_event){.type = EV_COMMAND, .command = &pause});
+	saved(h);
+	EXPECT(h, "save:primary/RUNNING cmd=ERR_STATE send:FLUSH#5 do:sync/disk send:BEHIND cmd");
+	host_free(h);
+
+	h = verifying(REPAIR_NONE);
+	forget(h);
+	struct repl_command cancel = {.cmd = CMD_VERIFY_CANCEL};
+	step(h, (struct repl_event){.type = EV_COMMAND, .command = &cancel});
+	EXPECT(h, "cmd"); /* of another one */
+	cancel.verify = &verified;
+	step(h, (struct repl_event){.type = EV_COMMAND, .command = &cancel});
+	EXPECT(h, "cmd=ERR_INTR cmd");
+	verify(h, REPAIR_NONE); /* the next one, while a request of the last is under way */
+	EXPECT(h, "do:scrub/own send:SCRUB#2 do:scan/own");
+	fin(h, "verify");
+	EXPECT(h, "");
+	host_free(h);
+}
+
+Test(repl, a_verify_keeps_resync_rate)
+{
+	struct host *h = warm_primary(PROTOCOL_A);
+	static const struct wire_scrubbed nothing;
+	struct repl_command set = {.cmd = CMD_SETTINGS, .number = SETTINGS_ALL};
+	set.settings = repl_meta(h->r)->settings;
+	set.settings.resync_rate = 1 << 20;
+	step(h, (struct repl_event){.type = EV_COMMAND, .command = &set});
+	saved(h);
+	frame(h, WIRE_SETTINGS_ACK, 1, 0, 0, NULL, 0);
+	verify(h, REPAIR_NONE);
+	scrubbed(h, 1, true, &nothing);
+	fin_scrub(h, &nothing);
+	fin_full(h, "scan", 0, false, SIZE, false);
+	uint64_t began = h->now, read = 0;
+	unsigned seq = 0;
+	for (unsigned i = 0; i < 200 && h->cmd_count == 0; i++) {
+		for (unsigned k = 0; k < h->n_submitted; k++) {
+			if (h->submitted[k]->kind != REPL_VERIFY)
+				continue;
+			read += h->submitted[k]->len;
+			forget(h);
+			fin(h, "verify");
+			const char *at = strstr(h->trace, "send:VERIFY#");
+			cr_assert_neq(at, NULL);
+			seq = (unsigned)atoi(at + strlen("send:VERIFY#"));
+			answer(h, seq, 0, 0, 0);
+			break;
+		}
+		if (seq)
+			ack(h, seq, seq, seq);
+		tick(h, SEC / 10);
+	}
+	cr_assert_eq(h->cmd_error, 0, "%s", h->cmd.err.text);
+	cr_assert_eq(read, SIZE);
+	cr_assert_geq(h->now - began, 6 * SEC, "%f s", (double)(h->now - began) / 1e9);
+	host_free(h);
+}
+
+Test(repl, a_verify_is_refused_where_there_is_nothing_to_compare)
+{
+	struct host *h = secondary();
+	verify(h, REPAIR_NONE);
+	EXPECT(h, "cmd=ERR_STATE");
+	host_free(h);
+	h = warm_primary(PROTOCOL_A);
+	link_down(h);
+	forget(h);
+	verify(h, REPAIR_NONE);
+	EXPECT(h, "cmd=ERR_PEER");
+	host_free(h);
+	h = verifying(REPAIR_NONE);
+	struct repl_command second = {.cmd = CMD_VERIFY, .verify = calloc(1, sizeof(struct repl_verify))};
+	forget(h);
+	step(h, (struct repl_event){.type = EV_COMMAND, .command = &second});
+	EXPECT(h, "cmd=ERR_BUSY");
+	free(second.verify);
+	host_free(h);
+}
+
+/* The target's side: its place is among overlapping writes, and the answer goes out before the ACK. */
+Test(repl, a_target_compares_at_the_frames_place_and_looks_at_its_overlays)
+{
+	struct host *h = secondary();
+	forget(h);
+	stream(h, 'a', WIRE_WRITE, REPL_WRITE, 2, 0, 4096);
+	stream(h, 'v', WIRE_VERIFY, REPL_VERIFY, 3, 0, 65536);
+	stream(h, 'b', WIRE_WRITE, REPL_WRITE, 4, 4096, 4096);
+	stream(h, 'u', WIRE_VERIFY, REPL_VERIFY, 5, 65536, 65536);
+	EXPECT(h, "do:a/disk do:u/disk");
+	fin(h, "a");
+	EXPECT(h, "do:v/disk done:a");
+	fin_full(h, "v", 0, false, WIRE_VERIFY_RANGE_SIZE, false);
+	EXPECT(h, "do:b/disk send:VERIFY_ANSWER#3 done:v");
+	fin(h, "u");
+	EXPECT(h, "send:VERIFY_ANSWER#5 done:u");
+	fin(h, "b");
+	EXPECT(h, "done:b");
+
+	frame(h, WIRE_SCRUB, 1, 4096, 3, NULL, 0);
+	EXPECT(h, "do:scrub/own");
+	cr_assert_eq(h->submitted[0]->scrub->next_layer, 3);
+	cr_assert_eq(h->submitted[0]->scrub->next_off, 4096);
+	fin_scrub(h, &(struct wire_scrubbed){.bytes = 4096});
+	EXPECT(h, "send:SCRUBBED#1");
+	frame(h, WIRE_SCRUB, 2, 0, 0, NULL, 0);
+	forget(h);
+	frame(h, WIRE_SCRUB, 3, 0, 0, NULL, 0);
+	EXPECT(h, "send:REFUSE close");
 	host_free(h);
 }

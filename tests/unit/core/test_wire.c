@@ -112,8 +112,12 @@ static struct wire_frame frame_min(unsigned type)
 		f.length = 1;
 		break;
 	case WIRE_HASH:
+	case WIRE_VERIFY:
 		f.length_payload = 24;
 		f.length = 1;
+		break;
+	case WIRE_SCRUBBED:
+		f.length_payload = 32;
 		break;
 	case WIRE_CHECKPOINT:
 	case WIRE_CHECKPOINT_ACK:
@@ -223,6 +227,9 @@ Test(wire_header, payload_bounds_of_each_type)
 	    {WIRE_VOLUME_WRITE, 4, WIRE_RANGE_MAX + 65, 1},
 	    {WIRE_VOLUME_DATA, 1, WIRE_RANGE_MAX, 1},
 	    {WIRE_DONE, 0, 483, 1},
+	    {WIRE_VERIFY, 0, 2056, 1},
+	    {WIRE_VERIFY_ANSWER, 0, 3072, 24},
+	    {WIRE_SCRUBBED, 32, 2080, 32},
 	};
 
 	for (unsigned i = 0; i < N_TYPES; i++) {
@@ -246,7 +253,10 @@ Test(wire_header, payload_bounds_of_each_type)
 		}
 		f.length_payload = max;
 		f.crc_payload = max != 0;
-		f.length = data ? max : types[i] == WIRE_HASH ? WIRE_HASH_REGIONS_MAX * WIRE_HASH_REGION : f.length;
+		f.length = data			     ? max
+			   : types[i] == WIRE_HASH   ? WIRE_HASH_REGIONS_MAX * WIRE_HASH_REGION
+			   : types[i] == WIRE_VERIFY ? WIRE_VERIFY_BLOCKS_MAX * WIRE_VERIFY_BLOCK
+						     : f.length;
 		if (types[i] == WIRE_VOLUME_WRITE)
 			f.length = WIRE_RANGE_MAX;
 		if (types[i] == WIRE_DONE)
@@ -347,16 +357,18 @@ Test(wire_header, flags_seq_and_reserved)
 {
 	for (unsigned i = 0; i < N_TYPES; i++) {
 		unsigned t = types[i];
-		uint16_t allowed = t == WIRE_CHECKPOINT				? 15
-				   : t == WIRE_START_PROTECT			? 3
-				   : t == WIRE_REPORT || t == WIRE_VOLUME_WRITE ? 1
-										: 0;
+		uint16_t allowed = t == WIRE_CHECKPOINT						      ? 15
+				   : t == WIRE_START_PROTECT					      ? 3
+				   : t == WIRE_REPORT || t == WIRE_VOLUME_WRITE || t == WIRE_SCRUBBED ? 1
+												      : 0;
 		for (unsigned bit = 0; bit < 16; bit++) {
 			struct wire_frame f = frame_min(t);
 			f.flags = (uint16_t)(1U << bit);
 			if (((t == WIRE_READ_REPLY || t == WIRE_VOLUME_DATA) && bit < 2) ||
 			    (t == WIRE_DONE && bit < 1)) /* each says what its payload is: a test of their own */
 				assert_refused(f, "length_payload");
+			else if (t == WIRE_VERIFY && bit == 0) /* no payload then */
+				assert_refused(f, "length");
 			else if ((allowed & f.flags) != 0)
 				assert_taken(f);
 			else
@@ -365,7 +377,8 @@ Test(wire_header, flags_seq_and_reserved)
 		struct wire_frame f = frame_min(t);
 		f.seq = 0;
 		if ((t >= WIRE_WRITE && t <= WIRE_RESYNC_DONE) || t == WIRE_RESYNC_BEGIN || t == WIRE_HASH ||
-		    (t >= WIRE_DETACH && t <= WIRE_READ_REPLY) || (t >= WIRE_REPORT_WANT && t <= WIRE_DONE))
+		    (t >= WIRE_VERIFY && t <= WIRE_SCRUBBED) || (t >= WIRE_DETACH && t <= WIRE_READ_REPLY) ||
+		    (t >= WIRE_REPORT_WANT && t <= WIRE_DONE))
 			assert_refused(f, "seq");
 		else
 			assert_taken(f);
@@ -429,6 +442,112 @@ Test(wire_header, ranges)
 		else
 			assert_taken(f);
 	}
+}
+
+Test(wire_header, verify_lengths)
+{
+	static const struct {
+		uint64_t length;
+		uint32_t hashes;
+		bool zero, taken;
+	} cases[] = {{1, 1, false, true},
+		     {0, 1, false, false},
+		     {4096, 1, false, true},
+		     {4096, 2, false, false},
+		     {4097, 2, false, true},
+		     {1 << 19, 128, false, true},
+		     {(1 << 19) + 1, 128, false, false},
+		     {UINT64_MAX, 1, false, false},
+		     {1, 0, true, true},
+		     {0, 0, true, false},
+		     {WIRE_SPAN_MAX, 0, true, true},
+		     {WIRE_SPAN_MAX + 1, 0, true, false},
+		     {4096, 1, true, false}};
+
+	for (unsigned i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
+		struct wire_frame f = frame_min(WIRE_VERIFY);
+		f.length = cases[i].length;
+		f.flags = cases[i].zero;
+		f.length_payload = cases[i].hashes ? 8 + 16 * cases[i].hashes : 0;
+		f.crc_payload = cases[i].hashes != 0;
+		if (cases[i].taken)
+			assert_taken(f);
+		else
+			assert_refused(f, "length");
+	}
+	struct wire_frame f = frame_min(WIRE_VERIFY);
+	f.offset = 512;
+	assert_refused(f, "offset");
+	f.offset = VOLUME_SIZE_MAX;
+	assert_refused(f, "offset");
+}
+
+Test(wire_verify, answers_are_ranges_of_what_was_asked_in_order)
+{
+	uint8_t buf[WIRE_VERIFY_RANGE_SIZE * (WIRE_VERIFY_RANGES_MAX + 1)];
+	struct wire_verify_range out[WIRE_VERIFY_RANGES_MAX];
+	struct err e;
+	static const struct {
+		struct wire_verify_range r[2];
+		bool taken;
+	} cases[] = {
+	    {{{4096, 512, 1}, {8192, 1, 2}}, true},	    {{{4096, 4096, 1}, {8192, 4096, 1}}, true},
+	    {{{4096, 4097, 1}, {8192, 1, 1}}, false},	    {{{8192, 1, 1}, {4096, 1, 1}}, false},
+	    {{{4095, 1, 1}, {8192, 1, 1}}, false},	    {{{4096, 0, 1}, {8192, 1, 1}}, false},
+	    {{{4096, 1, 0}, {8192, 1, 1}}, false},	    {{{4096, 1, 3}, {8192, 1, 1}}, false},
+	    {{{4096, 1, 1}, {8192, 4097, 1}}, false},	    {{{4096, 1, 1}, {12288, 1, 1}}, false},
+	    {{{4096, 1, 1}, {8192, UINT64_MAX, 1}}, false},
+	};
+
+	for (unsigned i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
+		memset(out, 0xee, sizeof(out));
+		for (unsigned k = 0; k < 2; k++)
+			wire_verify_range_put(buf + (size_t)k * WIRE_VERIFY_RANGE_SIZE, &cases[i].r[k]);
+		int n = wire_verify_answer_decode(out, 4096, 8192, buf, 2 * (size_t)WIRE_VERIFY_RANGE_SIZE, &e);
+		cr_assert_eq(n, cases[i].taken ? 2 : -ERR_PROTO, "%u", i);
+		if (n == 2)
+			cr_assert_eq(memcmp(out, cases[i].r, sizeof(cases[i].r)), 0);
+	}
+	cr_assert_eq(wire_verify_answer_decode(out, 0, 1, buf, 0, &e), 0);
+	cr_assert_eq(wire_verify_answer_decode(out, 0, 1 << 20, buf, 23, &e), -ERR_PROTO);
+	cr_assert_eq(wire_verify_answer_decode(out, 0, 1 << 20, buf, sizeof(buf), &e), -ERR_PROTO);
+}
+
+Test(wire_verify, scrubbed_round_trip_and_bounds)
+{
+	uint8_t buf[WIRE_SCRUBBED_HEAD + WIRE_SCRUBBED_ENTRY * (WIRE_SCRUBBED_MAX + 1)] = {0};
+	struct wire_scrubbed s = {.next_layer = 3, .next_off = 8192, .bytes = 4096, .left = 12288, .n = 2}, back;
+	struct err e;
+
+	s.bad[0] = (struct wire_scrub_bad){7, 4096, 512, 1};
+	s.bad[1] = (struct wire_scrub_bad){WIRE_SCRUB_ACTIVE, 0, 4096, 0};
+	int n = wire_scrubbed_encode(&s, buf, sizeof(buf));
+	cr_assert_eq(n, 32 + 64);
+	memset(&back, 0xee, sizeof(back));
+	cr_assert_eq(wire_scrubbed_decode(&back, buf, (size_t)n, &e), 0);
+	cr_assert_eq(back.n, 2);
+	cr_assert(back.next_layer == 3 && back.next_off == 8192 && back.bytes == 4096 && back.left == 12288);
+	cr_assert_eq(memcmp(back.bad, s.bad, 2 * sizeof(s.bad[0])), 0);
+	for (size_t len = 0; len < 32 + 32; len++)
+		if (len != 32)
+			cr_assert_eq(wire_scrubbed_decode(&back, buf, len, &e), -ERR_PROTO, "%zu", len);
+	cr_assert_eq(wire_scrubbed_decode(&back, buf, sizeof(buf), &e), -ERR_PROTO);
+	s.n = 1;
+	s.bad[0].len = 0;
+	n = wire_scrubbed_encode(&s, buf, sizeof(buf));
+	cr_assert_eq(wire_scrubbed_decode(&back, buf, (size_t)n, &e), -ERR_PROTO);
+	s.bad[0].len = 1;
+	s.bad[0].off = VOLUME_SIZE_MAX;
+	n = wire_scrubbed_encode(&s, buf, sizeof(buf));
+	cr_assert_eq(wire_scrubbed_decode(&back, buf, (size_t)n, &e), -ERR_PROTO);
+	s.bad[0].off = 0;
+	s.bad[0].unreadable = 2;
+	n = wire_scrubbed_encode(&s, buf, sizeof(buf));
+	cr_assert_eq(wire_scrubbed_decode(&back, buf, (size_t)n, &e), -ERR_PROTO);
+	s.n = 0;
+	s.next_off = VOLUME_SIZE_MAX + 1;
+	n = wire_scrubbed_encode(&s, buf, sizeof(buf));
+	cr_assert_eq(wire_scrubbed_decode(&back, buf, (size_t)n, &e), -ERR_PROTO);
 }
 
 Test(wire_header, hash_lengths)
