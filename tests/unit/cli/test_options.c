@@ -168,6 +168,22 @@ Test(options, help_version_and_later_verbs_end_the_parsing)
 	cr_assert_null(c.verb->run);
 }
 
+Test(options, a_value_that_may_be_left_out_is_given_with_an_equals_sign_only)
+{
+	struct cli c;
+	struct err e;
+
+	cr_assert_eq(parse(&c, &e, "verify --repair vm1"), 0);
+	cr_assert(cli_has(&c, "repair"));
+	cr_assert_null(cli_value(&c, "repair"));
+	cr_assert_str_eq(c.args[0], "vm1");
+	cr_assert_eq(parse(&c, &e, "verify --repair=from-peer vm1"), 0);
+	cr_assert_str_eq(cli_value(&c, "repair"), "from-peer");
+	cr_assert_eq(parse(&c, &e, "verify --repair=to-peer vm1"), -ERR_USAGE);
+	cr_assert_eq(parse(&c, &e, "verify --repair= vm1"), -ERR_USAGE);
+	cr_assert_eq(parse(&c, &e, "verify --repair from-peer vm1"), -ERR_USAGE);
+}
+
 Test(options, every_verb_of_the_contract_is_known)
 {
 	static const char *const now[] = {
@@ -175,8 +191,8 @@ Test(options, every_verb_of_the_contract_is_known)
 	    "stop",    "checkpoint", "failover",   "error",	"status",  "wait",     "checkpoints", "extents",
 	    "discard", "set",	     "get",	   "ping",	"version", "shutdown", "completion",  "check",
 	    "pause",   "resume",     "failback",   "unprotect", "resolve", "diverged", "resync",      "read",
-	    "write",   "report",     "switchover", "backup",	"jobs",	   "job",      "clone"};
-	static const char *const later[] = {"verify", "resize", "events", "metrics", "key"};
+	    "write",   "report",     "switchover", "backup",	"jobs",	   "job",      "clone",	      "verify"};
+	static const char *const later[] = {"resize", "events", "metrics", "key"};
 	for (size_t i = 0; i < sizeof(now) / sizeof(now[0]); i++) {
 		const struct cli_verb *v = cli_find_verb(now[i]);
 		cr_assert(v && v->run, "%s", now[i]);
