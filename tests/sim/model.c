@@ -1055,7 +1055,9 @@ static void retention_check(struct host *h, const struct repl_meta *old, const s
 			world_fail(
 			    h->w, "host %u: checkpoint %" PRIu64 " counts for nothing, and differs from the one before",
 			    h->id, c->number);
-		if (gone && !drop_asked(h, c->number) && !(c->flags & CKPT_JOB)) {
+		/* What it has begun to drop as a primary, it still drops when it is none any more. */
+		bool was_going = c->number <= h->reign_number;
+		if (gone && !drop_asked(h, c->number) && !(c->flags & CKPT_JOB) && !was_going) {
 			static const uint64_t of[] = {60 * SEC, 3600 * SEC, 86400 * SEC};
 			const uint64_t keep[] = {s->keep_minutely, s->keep_hourly, s->keep_daily};
 			bool kept = is_pinned || above < s->keep_last || (differs && differ < s->keep_last);
@@ -1127,6 +1129,8 @@ void model_publish(struct host *h, const struct repl_meta *m, const struct repl_
 		world_fail(w, "host %u steps down though it has answered guests alone: that is a split brain", h->id);
 	if (s->active_id != old->active_id)
 		active_emptied(h, is_committed);
+	if (m->role != ROLE_PRIMARY && old->role == ROLE_PRIMARY)
+		h->reign_number = old->n_ckpts ? old->ckpts[old->n_ckpts - 1].number : 0;
 	if (m->role == ROLE_PRIMARY && old->role != ROLE_PRIMARY)
 		h->reign_from = w->n_writes;
 	if (m->role != old->role || (m->inconsistent && !old->inconsistent)) {

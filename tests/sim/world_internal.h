@@ -255,6 +255,7 @@ struct host {
 	uint64_t died_ns;
 	bool handed_before; /* this host has handed its role over; when it knew that */
 	uint64_t handed_ns;
+	uint64_t reign_number; /* the newest checkpoint that it had when it last stopped being a primary */
 	uint64_t
 	    active_failed; /* the tick of the first sync of an active overlay that failed; 0: none since its open */
 };
