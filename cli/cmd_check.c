@@ -20,7 +20,7 @@ struct check {
 	struct cli *c;
 	struct store *st;
 	json_t *problems;
-	uint64_t groups, volumes, overlays, bytes;
+	uint64_t groups, volumes, overlays, bytes, bases;
 	void *buf;
 	const char *group, *volume;
 };
@@ -119,6 +119,10 @@ static void check_volume(struct check *k, const struct repl_meta *m, uint32_t i)
 	if (rc < 0) {
 		problem(k, "%s", e.text[0] ? e.text : err_short(rc));
 	} else {
+		const char *format, *base = volume_base(v, &format);
+		k->bases += base != NULL;
+		if (volume_check_base(v, &e) < 0)
+			problem(k, "base image %s: %s", base ? base : "?", e.text);
 		for (uint32_t n = 0; n < m->n_ckpts && !cli_interrupted(); n++)
 			check_overlay(k, v, LAYER_UNDO, m->ckpts[n].number);
 		if (m->active_id)
@@ -177,12 +181,15 @@ int cmd_check(struct cli *c)
 	size_t n = json_array_size(k.problems);
 	char text[FORMAT_SIZE];
 	format_bytes(k.bytes, text);
-	cli_note(c, "%llu groups, %llu volumes, %llu overlays with %s checked: %zu problem%s",
-		 (unsigned long long)k.groups, (unsigned long long)k.volumes, (unsigned long long)k.overlays, text, n,
-		 n == 1 ? "" : "s");
-	json_t *doc = json_pack("{s:i, s:I, s:I, s:I, s:I, s:o}", "schema", 1, "groups", (json_int_t)k.groups,
-				"volumes", (json_int_t)k.volumes, "overlays", (json_int_t)k.overlays, "overlay_bytes",
-				(json_int_t)k.bytes, "problems", k.problems);
+	char bases[64] = "";
+	if (k.bases)
+		(void)snprintf(bases, sizeof(bases), ", %llu base images", (unsigned long long)k.bases);
+	cli_note(c, "%llu groups, %llu volumes%s, %llu overlays with %s checked: %zu problem%s",
+		 (unsigned long long)k.groups, (unsigned long long)k.volumes, bases, (unsigned long long)k.overlays,
+		 text, n, n == 1 ? "" : "s");
+	json_t *doc = json_pack("{s:i, s:I, s:I, s:I, s:I, s:I, s:o}", "schema", 1, "bases", (json_int_t)k.bases,
+				"groups", (json_int_t)k.groups, "volumes", (json_int_t)k.volumes, "overlays",
+				(json_int_t)k.overlays, "overlay_bytes", (json_int_t)k.bytes, "problems", k.problems);
 	if (!doc)
 		return cli_fail(c, ERR_NOMEM, "out of memory");
 	rc = cli_finish(c, doc);

@@ -146,6 +146,9 @@ static void volume_lines(FILE *f, const json_t *g)
 				if (js_u64(v, "checkpoints", &bytes))
 					(void)fprintf(f, "   checkpoints %llu", (unsigned long long)bytes);
 			}
+			const char *base = js_str(v, "base", NULL);
+			if (base)
+				(void)fprintf(f, "   over %s", base);
 			(void)fputc('\n', f);
 		}
 	}

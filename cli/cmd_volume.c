@@ -198,9 +198,10 @@ static int print_clones(struct cli *c, const json_t *clones)
 static int print_list(struct cli *c, const json_t *doc)
 {
 	static const struct table_column columns[] = {
-	    {"NAME", TABLE_LEFT},	{"GROUP", TABLE_LEFT}, {"SIZE", TABLE_RIGHT},
-	    {"ALLOCATED", TABLE_RIGHT}, {"ROLE", TABLE_LEFT},  {"STATE", TABLE_LEFT},
+	    {"NAME", TABLE_LEFT}, {"GROUP", TABLE_LEFT}, {"SIZE", TABLE_RIGHT}, {"ALLOCATED", TABLE_RIGHT},
+	    {"ROLE", TABLE_LEFT}, {"STATE", TABLE_LEFT}, {"BASE", TABLE_LEFT},
 	};
+	bool based = false; /* the last column only where there is something in it */
 	const json_t *volumes = json_object_get(doc, "volumes");
 	size_t i;
 	json_t *v;
@@ -211,14 +212,19 @@ static int print_list(struct cli *c, const json_t *doc)
 		}
 		return 0;
 	}
-	struct table *t = table_new(columns, 6, c->out.color);
+	json_array_foreach(volumes, i, v)
+	{
+		based = based || js_str(v, "base", NULL);
+	}
+	struct table *t = table_new(columns, based ? 7 : 6, c->out.color);
 	json_array_foreach(volumes, i, v)
 	{
 		char size[FORMAT_SIZE], allocated[FORMAT_SIZE];
 		cell_bytes(v, "size", size);
 		cell_bytes(v, "allocated", allocated);
-		const char *cells[] = {js_str(v, "name", NULL), js_str(v, "group", NULL), size, allocated,
-				       js_str(v, "role", NULL), js_str(v, "state", NULL)};
+		const char *cells[] = {
+		    js_str(v, "name", NULL),  js_str(v, "group", NULL), size, allocated, js_str(v, "role", NULL),
+		    js_str(v, "state", NULL), js_str(v, "base", NULL)};
 		table_row(t, cells);
 	}
 	if (table_finish(t, stdout) < 0)

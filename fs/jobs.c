@@ -800,6 +800,23 @@ static int select_changed(struct job *j, struct group *g, uint64_t size, struct 
 	return 0;
 }
 
+/* What was written since the volume was made over its base, selected: as of the checkpoint, and perhaps more, since a
+ * block that became the volume's own later was the base's then. */
+static int select_own(struct job *j, uint64_t size, struct err *e)
+{
+	struct bitmap bits;
+	uint64_t blocks = units_of(size, BLOCK_SHIFT);
+	void *memory = calloc(1, bitmap_bytes(blocks));
+	if (memory == NULL)
+		return err_set(e, ERR_NOMEM, "out of memory");
+	bitmap_init(&bits, blocks, memory);
+	if (volume_own(j->v->vol, &bits))
+		backup_select(j->b, &bits, memory);
+	else
+		free(memory);
+	return 0;
+}
+
 static int begin_none(struct job *j, uint64_t size, struct err *e)
 {
 	uint64_t blocks = units_of(size, BLOCK_SHIFT);
@@ -832,6 +849,8 @@ static int begin(struct job *j, struct group *g, const struct job_args *a, struc
 	int err = j->mode == JOB_STREAM ? 0 : choose(j, g, a, e);
 	if (err < 0)
 		return err;
+	const char *format;
+	bool own = j->mode == JOB_TOP && volume_base(j->v->vol, &format);
 	struct backup_args b = {.what = "backup to",
 				.volume = j->mode == JOB_STREAM ? NULL : j->v->vol,
 				.layer = LAYER_IMAGE,
@@ -839,10 +858,12 @@ static int begin(struct job *j, struct group *g, const struct job_args *a, struc
 				.size = volume_size(j->v->vol),
 				.path = j->target,
 				.format = backup_format_of(j->target),
-				.list = j->mode != JOB_FULL && j->mode != JOB_TOP};
+				.list = j->mode != JOB_FULL && (j->mode != JOB_TOP || own)};
 	err = backup_open(&b, &j->b, e);
 	if (err == 0 && j->mode == JOB_INCREMENTAL)
 		err = select_changed(j, g, b.size, e);
+	if (err == 0 && own)
+		err = select_own(j, b.size, e);
 	if (err == 0 && j->mode == JOB_NONE)
 		err = begin_none(j, b.size, e);
 	if (err == 0 && j->mode == JOB_STREAM)

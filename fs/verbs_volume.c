@@ -99,6 +99,13 @@ static int add_volume(const struct call *c, bool import)
 		return err_set(c->e, ERR_USAGE, "%s %s: backing_dir is not an absolute path", c->verb, name);
 	if (base && base[0] != '/')
 		return err_set(c->e, ERR_USAGE, "%s %s: the base's absolute path is missing", c->verb, name);
+	size_t n = c->d->cfg.mount ? strlen(c->d->cfg.mount) : 0;
+	if (base && n > 0 && strncmp(base, c->d->cfg.mount, n) == 0 && (base[n] == '/' || base[n] == '\0'))
+		return err_set(
+		    c->e, ERR_USAGE,
+		    "%s %s: %.200s lies in this daemon's own mount, where it is not before the volume is open; "
+		    "give an image elsewhere",
+		    c->verb, name, base);
 	uint64_t size = verb_arg_u64(c, "size", 0);
 	if (!import && !(base && size == 0) && (err = store_check_size(size, c->e)) < 0)
 		return verb_prefixed(c, name, err);

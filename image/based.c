@@ -333,6 +333,22 @@ const char *based_path(struct disk *d, const char **ret_format)
 	return b->named;
 }
 
+int based_check(struct disk *d, struct err *e)
+{
+	return source_check(based_of(d)->base, e);
+}
+
+void based_own(struct disk *d, struct bitmap *ret)
+{
+	struct based *b = based_of(d);
+	uint64_t at, end = 0;
+
+	own_shared(b);
+	while (bitmap_next_run(overlay_bitmap(b->own), end, &at, &end) && at < ret->nbits)
+		bitmap_set_range(ret, at, min_u64(end, ret->nbits) - at);
+	own_unlock(b);
+}
+
 int based_look(struct storage *s, const char *volume, char *path, const char **ret_format, struct err *e)
 {
 	_cleanup_free_ struct record *r = NULL;

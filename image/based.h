@@ -20,6 +20,7 @@
 #ifndef REPFS_IMAGE_BASED_H
 #define REPFS_IMAGE_BASED_H
 
+#include "core/bitmap.h"
 #include "core/err.h"
 #include "image/source.h"
 #include "image/storage.h"
@@ -39,6 +40,8 @@ int based_open(struct storage *s, const char *volume, uint64_t size, bool durabl
 bool based_is(const struct disk *d);
 /* The base's path as it was named, borrowed, and its format. d: of based_open. */
 const char *based_path(struct disk *d, const char **ret_format);
+int based_check(struct disk *d, struct err *e);	    /* source_check of its base */
+void based_own(struct disk *d, struct bitmap *ret); /* sets the bits of its own blocks, as far as *ret goes */
 /* The same by the record alone, without opening the base. path[SOURCE_PATH_MAX]. */
 int based_look(struct storage *s, const char *volume, char *path, const char **ret_format, struct err *e);
 /* What the volume takes in the store, in bytes: its own blocks. */

@@ -421,6 +421,29 @@ const char *volume_base(const struct volume *v, const char **ret_format)
 	return v->base;
 }
 
+int volume_check_base(struct volume *v, struct err *e)
+{
+	int rc = 0;
+
+	volume_lock_shared(v);
+	if (based_is(v->disk))
+		rc = based_check(v->disk, e);
+	volume_unlock(v);
+	return rc;
+}
+
+bool volume_own(struct volume *v, struct bitmap *ret)
+{
+	bool based;
+
+	volume_lock_shared(v);
+	based = based_is(v->disk);
+	if (based)
+		based_own(v->disk, ret);
+	volume_unlock(v);
+	return based;
+}
+
 static int open_layer(struct volume *v, enum layer_kind kind, uint64_t id, uint64_t size, struct layer **ret,
 		      struct err *e)
 {

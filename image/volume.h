@@ -26,6 +26,7 @@
 #ifndef REPFS_IMAGE_VOLUME_H
 #define REPFS_IMAGE_VOLUME_H
 
+#include "core/bitmap.h"
 #include "core/err.h"
 #include "core/range.h"
 #include "image/storage.h"
@@ -82,6 +83,11 @@ void volume_close(struct volume *v);
 uint64_t volume_size(const struct volume *v);
 /* Path, as it was named, and format of its base image; borrowed. NULL: it has none. */
 const char *volume_base(const struct volume *v, const char **ret_format);
+/* Walks the tables of its base image (source_check); 0 without one. */
+int volume_check_base(struct volume *v, struct err *e);
+/* The blocks that were written since it was made over its base: their bits are set in *ret, which has a bit for each of
+ * the volume's blocks or fewer. false: it has no base. */
+bool volume_own(struct volume *v, struct bitmap *ret);
 
 /* Reads. view: active over image(base); base 0 = the disk below active. ckpt: image(k); -ERR_NOENT if k is not kept. */
 int volume_read_disk(struct volume *v, uint64_t off, uint64_t len, void *buf);

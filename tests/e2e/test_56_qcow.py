@@ -2,6 +2,7 @@
 """qcow and qcow2 images: each variant of the format imported and compared byte for byte with what `qemu-img convert` makes of
 it, or refused by name (docs/qcow.md); which backing files are followed."""
 
+import json
 import os
 import random
 import re
@@ -629,6 +630,50 @@ def test_base_is_replicated_flat():
     p.a.restart()
     p.b.wait_synced("vm1")
     expect(p.a.checkpoint_file("vm1", n3), old, "a checkpoint over the base after a restart")
+    p.a.repctl("clone", "vm1@%d" % n3, "scratch")
+    scratch = os.path.join(p.a.mnt, "clones", "scratch")
+    e2e.pwrite(scratch, 5000, b"c" * 100, direct=False)
+    expect(scratch, old[:5000] + b"c" * 100 + old[5100:], "a clone of it")
+    os.unlink(scratch)
+    # without its base the host says so to its peer too, and goes on once it is back
+    p.a.stop()
+    os.rename(base, base + ".away")
+    p.a.start()
+    p.b.wait_status("vm1", link="DOWN")
+    e2e.wait_for(lambda: "base image" in json.dumps(p.b.status("vm1")), "the peer to hear why")
+    e2e.pwrite(w, 0, b"s" * 5000, direct=False)
+    want[:5000] = b"s" * 5000
+    e2e.fsync(w)
+    p.a.stop()
+    os.rename(base + ".away", base)
+    p.a.start()
+    p.b.wait_synced("vm1")
+    n5 = int(p.b.repctl("checkpoint", "vm1").out)
+    expect(p.a.checkpoint_file("vm1", n5), want, "the checkpoint after the base is back")
+
+
+def test_base_backups_and_check():
+    m = Images()
+    base, h = chain(m), Host("a").start()
+    h.repctl("create", "vm1", "--base", base)
+    v, want = h.volume("vm1"), want_file(m, "base")
+    e2e.pwrite(v, 200 * KIB, b"t" * 5000, direct=False)
+    want[200 * KIB:200 * KIB + 5000] = b"t" * 5000
+    e2e.punch(v, 3500 * KIB, 4 * KIB)
+    want[3500 * KIB:3504 * KIB] = bytes(4 * KIB)
+    full, top = m.path("full.raw"), m.path("top.raw")
+    h.repctl("backup", "vm1", full, "--sync", "full")
+    expect(full, want, "the full backup")
+    h.repctl("backup", "vm1", top, "--sync", "top")
+    of_top = bytearray(len(want))
+    for at in (200 * KIB, 204 * KIB, 3500 * KIB):
+        of_top[at:at + 4 * KIB] = want[at:at + 4 * KIB]
+    expect(top, of_top, "the backup of the top")
+    check(os.path.exists(top + ".extents"), "the backup of the top has no list")
+    h.repctl("create", "inside", "--base", v, code=2).says("own mount")
+    h.stop()
+    doc = h.repctl("check", json=True)
+    check_eq((doc["bases"], doc["problems"]), (1, []), "check")
 
 
 if __name__ == "__main__":
