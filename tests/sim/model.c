@@ -1034,11 +1034,26 @@ static bool same_disks(struct host *h, uint64_t a, uint64_t b)
 	return x && y;
 }
 
+/* The least that the settings have kept since a checkpoint was dropped: the merge of the next may have begun then. */
+static void least_kept(struct host *h, const struct settings *s, bool dropped)
+{
+	struct settings *l = &h->least;
+	if (dropped) {
+		*l = *s;
+		return;
+	}
+	l->keep_last = l->keep_last < s->keep_last ? l->keep_last : s->keep_last;
+	l->keep_minutely = l->keep_minutely < s->keep_minutely ? l->keep_minutely : s->keep_minutely;
+	l->keep_hourly = l->keep_hourly < s->keep_hourly ? l->keep_hourly : s->keep_hourly;
+	l->keep_daily = l->keep_daily < s->keep_daily ? l->keep_daily : s->keep_daily;
+	l->history_max_bytes |= s->history_max_bytes;
+}
+
 /* Retention may drop what no setting keeps (docs/adr/0010). Where there was no room, or little is allowed, more goes.
  */
 static void retention_check(struct host *h, const struct repl_meta *old, const struct repl_meta *m)
 {
-	const struct settings *s = &old->settings;
+	const struct settings *s = &h->least;
 	bool room = h->had_errors || h->had_full || h->errors_one_in || h->path_errors.path || h->faulty ||
 		    s->history_max_bytes || m->settings.history_max_bytes;
 	if (room || m->n_ckpts == 0 || old->role == ROLE_PRIMARY || m->role == ROLE_PRIMARY)
@@ -1100,6 +1115,7 @@ void model_publish(struct host *h, const struct repl_meta *m, const struct repl_
 		failed_over(h, old, m);
 	room_check(h, old, m);
 	retention_check(h, old, m);
+	least_kept(h, &m->settings, s->drop || s->drop_through);
 	bool is_committed = old->state == STATE_FAILOVER && m->state == STATE_DONE;
 	if (is_committed)
 		committed(h, old);
@@ -1574,12 +1590,14 @@ void model_opened(struct host *h, enum world_crash how, bool evict)
 	if (!h->meta_seen) {
 		h->meta_seen = true;
 		*h->seen = *repl_meta(h->core);
+		h->least = h->seen->settings;
 		return;
 	}
 	for (uint32_t v = 0; v < WORLD_VOLUMES; v++)
 		crash_look_disk(h, v, how, evict);
 	record_look(h);
 	h->n_drops = 0;
+	h->least = h->seen->settings;
 	/* Of the active overlays only where they are shown; what was not served before is of no account. But those of a
 	 * secondary whose checkpoints were given up are shown again without being emptied first, over the one that its
 	 * next sync keeps, if there is nothing in them. */

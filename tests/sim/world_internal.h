@@ -237,7 +237,8 @@ struct host {
 	ver *adopt[WORLD_VOLUMES];	/* source: `str` when it sent RESYNC_DONE */
 	uint64_t drops[8];		/* that were under way as it died; until its next start */
 	unsigned n_drops;
-	bool stopped; /* it applies nothing more of what it has received, until it is in sync again */
+	struct settings least; /* of what they keep, see least_kept */
+	bool stopped;	       /* it applies nothing more of what it has received, until it is in sync again */
 	bool wrote_alone;
 	bool own;	    /* its disk was written by its own guest, or by a failover, since it last followed */
 	uint64_t peer_life; /* when the session began */
