@@ -183,6 +183,7 @@ struct repl {
 	uint64_t session;
 	bool dialer, join_sent, join_got, dialing, closing;
 	struct wire_join mine, theirs; /* as sent and got: both hosts decide from the same two */
+	bool join_owed;		       /* this host dialled and has not said its own: see session_join_ready */
 	bool join_waits;	       /* their JOIN is here, but the old session's work has not ended */
 	bool refused;		       /* this session ended in a refusal: no quick redial */
 	bool is_source, is_target;

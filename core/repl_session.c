@@ -172,7 +172,7 @@ void session_answer(struct repl *r)
 
 static void session_reset(struct repl *r)
 {
-	r->join_sent = r->join_got = r->join_waits = r->closing = r->refused = false;
+	r->join_owed = r->join_sent = r->join_got = r->join_waits = r->closing = r->refused = false;
 	r->is_source = r->is_target = r->dirty_ended = r->union_started = r->dirty_sent = false;
 	r->decision = LINEAGE_NO_SOURCE;
 	r->seq = r->received = r->applied = r->flushed = r->strict_seq = 0;
@@ -232,8 +232,9 @@ void session_link_up(struct repl *r, const struct repl_event *ev)
 		theirs_forget(r);
 	if (r->shutdown || (r->dialer && !dial_wanted(r)))
 		session_close(r, false);
-	else if (r->dialer)
-		send_join(r);
+	else
+		r->join_owed = r->dialer;
+	session_join_ready(r);
 }
 
 /* Dial again: at once after a session that stood, else backing off to 2 s with jitter. */
@@ -256,7 +257,7 @@ void session_link_down(struct repl *r, int code, const char *text)
 		repl_log(r, had ? 1 : 2, "link down: %s", why);
 	r->link = LINK_DOWN;
 	r->dialing = false;
-	r->join_waits = false;
+	r->join_waits = r->join_owed = false;
 	r->activating = r->adopting = false;
 	r->yielding = repl_tx_pending(r, TX_KEEP) || repl_tx_pending(r, TX_SECONDARY); /* else its end does this */
 	redial_plan(r, had);
@@ -435,11 +436,21 @@ static void listener_answer(struct repl *r)
 	decide(r);
 }
 
-/* Both JOINs can be looked at: the old session's work has ended. */
+/* A JOIN of this host's can be said, and both be looked at: the old session's work has ended, and no record is being
+ * saved. What it says of this host must hold when it is decided upon: one that said that it is primary, while the
+ * record by which it handed over was on its way, would make it primary again. */
 void session_join_ready(struct repl *r)
 {
-	if (!r->join_waits || !secondary_quiet(r) || r->saving || r->tx_count || r->failing_over)
+	if ((!r->join_waits && !r->join_owed) || !secondary_quiet(r) || r->saving || r->tx_count || r->failing_over)
 		return;
+	if (r->join_owed) {
+		r->join_owed = false;
+		if (!r->closing && dial_wanted(r))
+			send_join(r);
+		else
+			session_close(r, false);
+		return;
+	}
 	r->join_waits = false;
 	char why[WIRE_TEXT_MAX];
 	if (strcmp(r->theirs.group, r->meta->group) != 0) {
@@ -468,8 +479,8 @@ void session_join_ready(struct repl *r)
 static void on_join(struct repl *r, const struct repl_event *ev)
 {
 	struct err e = {0};
-	if (r->join_got) {
-		session_protocol_error(r, "a second JOIN");
+	if (r->join_got || (r->dialer && !r->join_sent)) {
+		session_protocol_error(r, r->join_got ? "a second JOIN" : "a JOIN before this host's");
 		return;
 	}
 	if (wire_join_decode(&r->theirs, ev->payload, ev->frame->length_payload, &e) < 0) {

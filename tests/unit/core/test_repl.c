@@ -1619,13 +1619,13 @@ Test(repl, a_peers_dirty_set_may_come_while_a_generation_is_being_saved)
 {
 	struct host *h = primary(PROTOCOL_F);
 	link_down(h);
-	guest(h, 'a', REPL_WRITE, 0, 4096);
-	EXPECT(h, "save:primary/RUNNING");
 	tick(h, 0);
 	link_up(h, true);
+	guest(h, 'a', REPL_WRITE, 0, 4096);
+	EXPECT(h, "dial send:JOIN save:primary/RUNNING");
 	join_frame(h, &peer_meta, 0);
 	frame(h, WIRE_DIRTY_END, 0, 0, 0, NULL, 0);
-	EXPECT(h, "dial send:JOIN");
+	EXPECT(h, "");
 	saved(h);
 	EXPECT(h, "do:a/intent do:intents/own");
 	fin(h, "intents");
@@ -2831,6 +2831,58 @@ Test(switchover, a_cut_while_it_is_saved_goes_on)
 	join_frame(h, &peer_meta, 0);
 	EXPECT(h, "cmd send:DIRTY_END");
 	cr_assert_eq(h->cmd_error, 0);
+	host_free(h);
+}
+
+/* The next connection stands before the record does: its JOIN says what that says. */
+Test(switchover, a_connection_that_comes_while_it_is_saved_waits_for_it)
+{
+	struct host *h = handing_over();
+	link_down(h);
+	tick(h, SEC);
+	link_up(h, true);
+	EXPECT(h, "dial");
+	tick(h, SEC);
+	EXPECT(h, "");
+	saved(h);
+	EXPECT(h, "send:JOIN");
+	meta_of(&peer_meta, ROLE_SECONDARY, STATE_RUNNING);
+	peer_meta.ckpt_max = peer_meta.last_stream = 3;
+	join_frame(h, &peer_meta, 0);
+	EXPECT(h, ""); /* it is the peer that takes over */
+	cr_assert_eq(held_by(h)->role, ROLE_SECONDARY);
+	host_free(h);
+}
+
+/* Nor is anything of the old session's still to be applied when a secondary that dials says what it holds. */
+Test(repl, a_join_is_said_when_the_old_sessions_work_has_ended)
+{
+	struct host *h = secondary();
+	stream(h, 'a', WIRE_WRITE, REPL_WRITE, 2, 0, 4096);
+	stream(h, 'c', WIRE_CHECKPOINT, REPL_CHECKPOINT, 3, 2, 0);
+	h->io['c'].flags = WIRE_CKPT_STOP;
+	EXPECT(h, "do:a/disk");
+	link_down(h);
+	link_up(h, true);
+	EXPECT(h, "close"); /* the primary dials this one */
+	host_free(h);
+	static struct repl_meta m;
+	meta_of(&m, ROLE_SECONDARY, STATE_RUNNING);
+	(void)snprintf(m.peer, sizeof(m.peer), "peer:1");
+	h = secondary_of(&m);
+	stream(h, 'a', WIRE_WRITE, REPL_WRITE, 2, 0, 4096);
+	stream(h, 'c', WIRE_CHECKPOINT, REPL_CHECKPOINT, 3, 2, 0);
+	h->io['c'].flags = WIRE_CKPT_STOP;
+	link_down(h);
+	tick(h, 1);
+	link_up(h, true);
+	EXPECT(h, "do:a/disk dial");
+	fin(h, "a");
+	EXPECT(h, "done:a do:c/ckpt");
+	fin(h, "c");
+	EXPECT(h, "save:secondary/DONE +2");
+	saved(h);
+	EXPECT(h, "done:c send:JOIN");
 	host_free(h);
 }
 
