@@ -27,6 +27,8 @@ struct side {
 	uint16_t content[REGIONS], ckpt[REGIONS], kept[REGIONS];
 	uint32_t dirty, touched; /* touched: since ckpt, or kept */
 	bool has_ckpt, has_kept;
+	bool handed;
+	uint64_t last; /* the checkpoint of a switchover */
 	/* the oracle's */
 	uint64_t has[2], alone[2];
 };
@@ -36,13 +38,28 @@ struct world {
 	bool up;
 	int source;
 	bool related; /* no unprotect since the last sync */
-	uint64_t generation;
+	uint64_t generation, numbers;
 	unsigned events;
 };
 
 /* How far a connection gets. */
 enum reach { ACTIVATED, MARKED, HALF, ADOPTED, SYNCED, REACHES };
-enum kind { WRITE, WRITE_LOST, CLEAR, CUT, CRASH, FAILOVER, STOP, CONNECT, FAILBACK, RESOLVE, UNPROTECT, ADOPT, KINDS };
+enum kind {
+	WRITE,
+	WRITE_LOST,
+	CLEAR,
+	CUT,
+	CRASH,
+	FAILOVER,
+	STOP,
+	CONNECT,
+	FAILBACK,
+	RESOLVE,
+	UNPROTECT,
+	ADOPT,
+	SWITCH,
+	KINDS
+};
 
 struct event {
 	enum kind kind;
@@ -94,7 +111,8 @@ static void join_of(const struct side *x, uint32_t flags, struct wire_join *j)
 	j->lineage = x->lineage;
 	j->sync_from = x->sync_from;
 	j->flags = flags | (x->inconsistent ? WIRE_JOIN_INCONSISTENT : 0U) | (x->split ? WIRE_JOIN_SPLIT : 0U) |
-		   (x->fresh ? WIRE_JOIN_FRESH : 0U);
+		   (x->fresh ? WIRE_JOIN_FRESH : 0U) | (x->handed ? WIRE_JOIN_HANDED : 0U);
+	j->last_stream = x->last;
 	if (flags & (WIRE_JOIN_PROTECT | WIRE_JOIN_FAILBACK))
 		j->role = ROLE_PRIMARY;
 }
@@ -139,6 +157,17 @@ static enum lineage_decision decide(const struct world *w, const uint32_t flags[
 			      "what differs is in nobody's dirty set");
 		return d;
 	}
+	if (d == LINEAGE_TAKE_OVER) {
+		const struct side *s = &w->s[*source], *t = &w->s[!*source];
+		HOLDS(t->handed && !s->handed && s->role == ROLE_SECONDARY && !s->inconsistent && !halted,
+		      "who takes over is not the secondary");
+		HOLDS(!lost(t, s) && !lost(s, t) && memcmp(s->content, t->content, sizeof(s->content)) == 0,
+		      "who takes over does not hold the same");
+		return d;
+	}
+	HOLDS(!(w->s[0].handed || w->s[1].handed) || d != LINEAGE_NO_SOURCE || w->s[0].role == ROLE_STANDALONE ||
+		  w->s[1].role == ROLE_STANDALONE || !w->related,
+	      "nobody takes over");
 	bool stopped_writer = false;
 	for (int i = 0; i < 2; i++)
 		stopped_writer = stopped_writer || (w->s[i].role == ROLE_SECONDARY && w->s[i].state == STATE_DONE &&
@@ -227,7 +256,7 @@ static bool do_failover(struct world *w, int h, bool to_ckpt)
 	event_of(w, x, true);
 	x->role = ROLE_STANDALONE;
 	x->state = STATE_DONE;
-	x->inconsistent = x->shut_out = x->fresh = x->has_ckpt = x->has_kept = false;
+	x->inconsistent = x->shut_out = x->fresh = x->has_ckpt = x->has_kept = x->handed = false;
 	x->has_peer = true;
 	x->sync_from = 0;
 	x->touched = 0;
@@ -259,6 +288,27 @@ static bool do_unprotect(struct world *w, int h)
 	return true;
 }
 
+/* Nothing is dirty, both hold the checkpoint, the source is none any more; and perhaps the other is. */
+static bool do_switch(struct world *w, bool taken)
+{
+	struct side *s = &w->s[w->source], *t = &w->s[!w->source];
+	if (!w->up)
+		return false;
+	w->up = false;
+	s->dirty = t->dirty = 0;
+	s->role = ROLE_SECONDARY;
+	s->handed = true;
+	s->last = t->last = ++w->numbers;
+	for (int i = 0; i < 2; i++) {
+		memcpy(w->s[i].ckpt, w->s[i].content, sizeof(w->s[i].ckpt));
+		w->s[i].has_ckpt = true;
+		w->s[i].touched = 0;
+	}
+	if (taken)
+		t->role = ROLE_PRIMARY;
+	return true;
+}
+
 /* The target's durable mark, with what it had. */
 static void keep(struct side *t, uint64_t from)
 {
@@ -274,7 +324,7 @@ static void keep(struct side *t, uint64_t from)
 			t->touched = 0;
 	}
 	t->inconsistent = true;
-	t->split = t->shut_out = false;
+	t->split = t->shut_out = t->handed = false;
 	t->sync_from = from;
 }
 
@@ -307,7 +357,7 @@ static void sync(struct world *w, int source, enum lineage_decision d, enum reac
 	cr_assert(memcmp(s->content, t->content, sizeof(s->content)) == 0, "the sync left a difference\n  after%s",
 		  trail);
 	lineage_adopt(&t->lineage, &s->lineage);
-	t->inconsistent = t->fresh = t->alone_flag = t->has_kept = false;
+	t->inconsistent = t->fresh = t->alone_flag = t->has_kept = t->handed = false;
 	t->has_peer = true;
 	t->sync_from = 0;
 	t->dirty = 0;
@@ -348,6 +398,9 @@ static bool connect(struct world *w, const uint32_t flags[2], enum reach reach)
 		if (reach == MARKED || reach == SYNCED)
 			w->s[1].split = true;
 		return reach == ACTIVATED || reach == MARKED || reach == SYNCED;
+	case LINEAGE_TAKE_OVER:
+		w->s[source].role = ROLE_PRIMARY;
+		return reach == SYNCED;
 	default:
 		return reach == SYNCED;
 	}
@@ -438,6 +491,8 @@ static bool apply(struct world *w, const struct event *e)
 		return do_unprotect(w, e->host);
 	case ADOPT:
 		return do_adopt(w, e->host, (enum reach)e->arg);
+	case SWITCH:
+		return do_switch(w, e->arg != 0);
 	case KINDS:
 		break;
 	}
@@ -451,7 +506,8 @@ static unsigned events_all(struct event *out)
 	} dim[KINDS] = {
 	    [WRITE] = {2, REGIONS},    [WRITE_LOST] = {2, 1},	 [CLEAR] = {1, 1},     [CUT] = {1, 1},
 	    [CRASH] = {2, 1},	       [FAILOVER] = {2, 2},	 [STOP] = {1, 1},      [CONNECT] = {1, REACHES},
-	    [FAILBACK] = {2, REACHES}, [RESOLVE] = {2, REACHES}, [UNPROTECT] = {2, 1}, [ADOPT] = {2, REACHES}};
+	    [FAILBACK] = {2, REACHES}, [RESOLVE] = {2, REACHES}, [UNPROTECT] = {2, 1}, [ADOPT] = {2, REACHES},
+	    [SWITCH] = {1, 2}};
 	unsigned n = 0;
 	for (int k = 0; k < KINDS; k++)
 		for (int h = 0; h < dim[k].hosts; h++)
@@ -462,8 +518,9 @@ static unsigned events_all(struct event *out)
 
 static size_t trail_add(size_t at, const struct event *e)
 {
-	static const char *const names[] = {"write", "write-lost", "clear",    "cut",	  "crash",     "failover",
-					    "stop",  "connect",	   "failback", "resolve", "unprotect", "adopt"};
+	static const char *const names[] = {"write",	 "write-lost", "clear",	  "cut",      "crash",
+					    "failover",	 "stop",       "connect", "failback", "resolve",
+					    "unprotect", "adopt",      "switch"};
 	return at +
 	       (size_t)snprintf(trail + at, sizeof(trail) - at, " %s/%c/%d", names[e->kind], 'A' + e->host, e->arg);
 }
@@ -486,7 +543,7 @@ Test(lineage, every_history_of_six_events, .timeout = 60)
 	unsigned n = events_all(all);
 	world_init(&w);
 	every(&w, all, n, LENGTH, 0);
-	for (int d = 0; d <= LINEAGE_NO_SOURCE; d++)
+	for (int d = 0; d <= LINEAGE_TAKE_OVER; d++)
 		/* A detach is no event of this world: the table has it. */
 		cr_assert(decisions[d] > 0 || d == LINEAGE_UNRELATED || d == LINEAGE_DETACHED, "%s was never decided",
 			  lineage_decision_name((enum lineage_decision)d));

@@ -206,6 +206,62 @@ Test(switchover, is_refused_where_it_cannot_be)
 	cr_assert_eq(pair_is(&p.b, "vm", 0, PART, 0x22), 0);
 }
 
+struct late {
+	struct gvol *v;
+	struct gvol_handle *handle;
+	pthread_t thread;
+	enum repl_kind kind;
+	_Atomic int begun;
+	int error;
+};
+
+static void *late_run(void *arg)
+{
+	struct late *l = arg;
+	static uint8_t buf[PART];
+	memset(buf, 0x77, sizeof(buf));
+	atomic_store(&l->begun, 1);
+	l->error = l->kind == REPL_FLUSH   ? gvol_flush(l->v, l->handle)
+		   : l->kind == REPL_WRITE ? gvol_write(l->v, l->handle, 0, PART, buf)
+					   : gvol_zero(l->v, l->handle, 0, PART, false);
+	return NULL;
+}
+
+/* What waits in the old primary while it steps down is of handles that are dead by then: it is neither carried out in
+ * the view that follows, nor answered as if it had been. */
+Test(switchover, what_waits_for_it_ends_with_the_handles)
+{
+	static const enum repl_kind kinds[] = {REPL_WRITE, REPL_ZERO, REPL_FLUSH};
+	struct late late[3];
+	struct gvol *v = gvol_find(p.a.d, "vm");
+	struct gvol_handle *h = NULL;
+	bool direct;
+	OK(gvol_open(v, true, true, &h, &direct));
+	json_t *args = named();
+	json_object_set_new(args, "timeout_ms", json_integer(1));
+	atomic_store(&fa.hold, 1); /* its save, and with it the moment, waits */
+	cr_assert_lt(pair_do(&p.a, "switchover", args, NULL), 0);
+	WAIT_FOR(pair_status_int(&p.b, "vm", "checkpoint") > pair_status_int(&p.a, "vm", "checkpoint"));
+	for (int i = 0; i < 3; i++) {
+		late[i] = (struct late){.v = v, .handle = h, .kind = kinds[i]};
+		cr_assert_eq(pthread_create(&late[i].thread, NULL, late_run, &late[i]), 0);
+		WAIT_FOR(atomic_load(&late[i].begun));
+	}
+	(void)poll(NULL, 0, 20); /* into the core, most times: what comes later ends likewise */
+	atomic_store(&fa.hold, 0);
+	for (int i = 0; i < 3; i++) {
+		pthread_join(late[i].thread, NULL);
+		cr_assert_eq(late[i].error, -ERR_IO, "request %d: %d", i, late[i].error);
+	}
+	gvol_release(h);
+	gvol_unref(v);
+	swapped(&p.b, &p.a);
+	cr_assert_eq(pair_is(&p.a, "vm", 0, SIZE, 0x11), 0);
+	cr_assert_eq(pair_is(&p.b, "vm", 0, SIZE, 0x11), 0);
+	OK(switchover(&p.b)); /* nothing is in active */
+	swapped(&p.a, &p.b);
+}
+
 /* The first of the two writes fails: nothing has changed, and nothing has been lost. */
 Test(switchover, a_primary_that_cannot_save_goes_on)
 {
