@@ -246,8 +246,39 @@ static void verify(struct sim *s)
 	(void)world_command(w, s->vm, &c, NULL);
 }
 
+/* Somebody makes a scratch of a checkpoint, or gives one up; clone_work is what is done in them. */
+static void clones(struct sim *s)
+{
+	struct world *w = s->w;
+	unsigned h = (unsigned)world_more(w, 2), n = world_clones(w, h);
+	const struct repl_meta *m = world_meta(w, h);
+	struct repl_command c = {.cmd = CMD_CLONE, .flags = (uint32_t)world_more(w, WORLD_VOLUMES)};
+	const char *name = n ? world_clone_name(w, h, (unsigned)world_more(w, n)) : NULL;
+	if (name && world_more(w, n < 3 ? 5 : 2) == 0) {
+		c.cmd = CMD_UNCLONE;
+		(void)snprintf(c.text, sizeof(c.text), "%s", name);
+	} else if (m && m->n_ckpts) {
+		c.number = m->ckpts[world_more(w, m->n_ckpts)].number;
+		(void)snprintf(c.text, sizeof(c.text), "c%u", (unsigned)world_more(w, 5));
+	} else {
+		return;
+	}
+	(void)world_command(w, h, &c, NULL);
+}
+
+static void clone_work(struct sim *s)
+{
+	struct world *w = s->w;
+	static const enum world_io does[] = {WORLD_WRITE,   WORLD_WRITE, WORLD_WRITE, WORLD_ZERO,
+					     WORLD_DISCARD, WORLD_FLUSH, WORLD_READ,  WORLD_READ};
+	unsigned h = (unsigned)world_more(w, 2), n = world_clones(w, h);
+	uint64_t off = world_more(w, 2 << 20), len = 1 + world_more(w, world_more(w, 4) ? 12 << 10 : 300 << 10);
+	if (n)
+		world_clone_io(w, h, (unsigned)world_more(w, n), does[world_more(w, ARRAY_LEN(does))], off, len);
+}
+
 static void (*const kinds[])(struct sim *s) = {clock_jump, path_errors, no_room,  burst, replace,    tune,
-					       idle,	   blunder,	takeover, job,	 switchover, verify};
+					       idle,	   blunder,	takeover, job,	 switchover, verify, clones};
 
 #define KINDS (sizeof(kinds) / sizeof(kinds[0]))
 
@@ -293,6 +324,11 @@ void mix_op(struct sim *s)
 	if (s->mix_kinds == 0)
 		return;
 	count_full(w, s->vm);
+	bool has_clones = s->mix_kinds >> (KINDS - 1) & 1; /* the last one */
+	if (has_clones && world_more(w, 3) == 0)
+		clone_work(s);
+	if (has_clones && world_more(w, 50) == 0)
+		clones(s);
 	if (world_more(w, s->mix_one_in) != 0)
 		return;
 	unsigned k = (unsigned)world_more(w, KINDS);

@@ -188,6 +188,7 @@ void model_free(struct world *w)
 			h->ghosts = g->next;
 			ghost_free(g);
 		}
+		clones_forget(h);
 		simfree(h->log);
 		simfree(h->execs);
 		simfree(h->seen);
@@ -1153,6 +1154,7 @@ void model_publish(struct host *h, const struct repl_meta *m, const struct repl_
 		done_clear(&h->done);
 		done_clear(&h->done_peer);
 	}
+	clones_publish(h, m);
 	repl_meta_copy(h->seen, m);
 	ghosts_keep(h, m);
 	world_moment(h);
@@ -1578,6 +1580,7 @@ void model_replaced(struct host *h)
 		h->ghosts = g->next;
 		ghost_free(g);
 	}
+	clones_forget(h);
 	promises_forget(h);
 	h->numbers_max = 0;
 	h->wrote_alone = h->meta_seen = false;
@@ -1606,6 +1609,7 @@ void model_opened(struct host *h, enum world_crash how, bool evict)
 			crash_look_active(h, v, how, evict);
 	else if (h->seen->role == ROLE_SECONDARY && h->seen->broken && repl_exec_active_bytes(&h->x) == 0)
 		active_clear(h);
+	clones_opened(h, how);
 	unsigned kept = 0;
 	for (unsigned i = 0; i < h->n_log; i++) {
 		struct exec *x = &h->log[i];
@@ -1890,6 +1894,7 @@ void model_check_all(struct world *w)
 	for (unsigned i = 0; i < WORLD_HOSTS; i++) {
 		struct host *h = &w->h[i];
 		const struct repl_meta *m = repl_meta(h->core);
+		clones_check(h);
 		for (uint32_t v = 0; v < WORLD_VOLUMES; v++) {
 			check_bytes(h, v, NULL);
 			for (uint32_t k = 0; k < m->n_ckpts; k++)
@@ -1903,4 +1908,33 @@ void model_check_all(struct world *w)
 						   text_of(w, h->disk[v].now[u]), h->id);
 		}
 	}
+}
+
+/* ---- for the clones (clones.c) ---- */
+
+const ver *model_ckpt(struct host *h, uint64_t number, uint32_t vol)
+{
+	return base_of(h, number)->v[vol];
+}
+
+const char *model_text(const struct world *w, ver v)
+{
+	return text_of(w, v);
+}
+
+ver model_write_new(struct world *w, unsigned host, uint32_t vol, uint32_t first, uint32_t n, bool zero)
+{
+	return write_new(w, host, vol, first, n, zero);
+}
+
+void model_unit_fill(void *p, ver v, uint32_t vol, uint32_t unit)
+{
+	uint64_t out[WORLD_UNIT / 8];
+	unit_fill(out, v, vol, unit);
+	memcpy(p, out, sizeof(out));
+}
+
+ver model_unit(const struct world *w, const uint8_t *p, uint32_t vol, uint32_t unit)
+{
+	return unit_read(w, p, vol, unit);
 }

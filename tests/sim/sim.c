@@ -676,11 +676,13 @@ static void run_range(unsigned job)
 	       "/%" PRIu64 "/%" PRIu64 " (stop/drop-history/break) broken %" PRIu64 " dropped %" PRIu64
 	       " retained %" PRIu64 " thinned %" PRIu64 " hashed %" PRIu64 ", %" PRIu64
 	       " of them different, replaced %" PRIu64 ", made %" PRIu64 " holds %" PRIu64 " verified %" PRIu64
-	       "/%" PRIu64 " turned over %" PRIu64 " repaired %" PRIu64 "\n",
+	       "/%" PRIu64 " turned over %" PRIu64 " repaired %" PRIu64 " clones %" PRIu64 ", %" PRIu64
+	       " of them lost, written %" PRIu64 ", read %" PRIu64 "\n",
 	       job, total.clock_jumps, total.settings, total.aheads, total.queue_full, total.path_errors, total.no_room,
 	       total.apply_stops, total.cow_errors[0], total.cow_errors[1], total.cow_errors[2], total.broken,
 	       total.room_drops, total.retained, total.thinned, total.hashes, total.hashes_differ, total.replaced,
-	       total.made, total.holds, total.verify_ends, total.verifies, total.planted, total.repairs);
+	       total.made, total.holds, total.verify_ends, total.verifies, total.planted, total.repairs, total.clones,
+	       total.clones_lost, total.clone_writes, total.clone_reads);
 	fflush(stdout);
 }
 

@@ -339,10 +339,13 @@ static void on_start(struct world *w, void *arg, uint64_t life)
 	h->w->count.made += h->bare;
 	h->bare = h->making = false;
 	h->crash_point = simstore_stop_pending(h->ss);
-	h->had_errors = h->errors_one_in != 0 || h->path_errors.path || h->faulty;
-	h->had_full = h->full;
+	bool errors = h->errors_one_in != 0 || h->path_errors.path || h->faulty, full = h->full;
+	h->had_errors |= errors; /* what is found was made in the life before */
+	h->had_full |= full;
 	h->up = true;
 	model_opened(h, how, evict);
+	h->had_errors = errors;
+	h->had_full = full;
 	host_tick(w, h, h->life);
 }
 

@@ -52,6 +52,10 @@ enum world_io { WORLD_WRITE, WORLD_ZERO, WORLD_DISCARD, WORLD_FLUSH, WORLD_READ,
 /* A guest's request on a host; false: that host is down. Ranges are cut to the volume. READ_CKPT: of one that is kept.
  */
 bool world_io(struct world *w, unsigned host, enum world_io kind, uint32_t vol, uint64_t off, uint64_t len);
+/* Of a clone of a host: the nth, if nothing is under way on it. */
+unsigned world_clones(const struct world *w, unsigned host);
+const char *world_clone_name(const struct world *w, unsigned host, unsigned nth);
+void world_clone_io(struct world *w, unsigned host, unsigned nth, enum world_io kind, uint64_t off, uint64_t len);
 unsigned world_outstanding(const struct world *w, unsigned host);
 
 struct world_result {
@@ -112,6 +116,7 @@ struct world_counters {
 	uint64_t retained, thinned; /* dropped by retention; times that history had filled its room */
 	uint64_t broken, room_drops, hashes, hashes_differ, replaced, made, holds;
 	uint64_t verifies, verify_ends, planted, repairs;
+	uint64_t clones, clones_lost, clone_writes, clone_reads;
 };
 const struct world_counters *world_counters(const struct world *w);
 

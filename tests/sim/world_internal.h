@@ -220,6 +220,7 @@ struct host {
 	unsigned looking;			/* world_quiet: several may wait for a lock with it */
 
 	/* the model's */
+	struct sim_clone *clones;
 	struct image disk[WORLD_VOLUMES], act[WORLD_VOLUMES];
 	struct running *running;
 	struct exec *execs; /* ring of EXECS_MAX, for readers */
@@ -285,8 +286,10 @@ struct world {
 		bool zero;
 		uint8_t host, vol;
 		uint32_t first, n;
+		uint32_t clone; /* 0: none's */
 	} * writes;
 	ver n_writes, cap_writes;
+	uint32_t clone_tags;
 	struct world_counters count;
 };
 
@@ -362,6 +365,18 @@ void sent_free(struct sent *s);
 ver model_shows(const struct world *w, ver v); /* what a unit that holds v reads as */
 bool model_in_flight(struct host *h, uint32_t vol, uint32_t u);
 bool model_stale(struct host *h, uint32_t vol); /* a disk of that volume is given up, on either host */
+
+const ver *model_ckpt(struct host *h, uint64_t number, uint32_t vol); /* what a checkpoint must read as */
+const char *model_text(const struct world *w, ver v);
+ver model_write_new(struct world *w, unsigned host, uint32_t vol, uint32_t first, uint32_t n, bool zero);
+void model_unit_fill(void *p, ver v, uint32_t vol, uint32_t unit);
+ver model_unit(const struct world *w, const uint8_t *p, uint32_t vol, uint32_t unit);
+
+/* clones.c */
+void clones_publish(struct host *h, const struct repl_meta *m);
+void clones_opened(struct host *h, enum world_crash how);
+void clones_check(struct host *h);
+void clones_forget(struct host *h);
 
 /* status.c */
 void status_check(struct host *h);
