@@ -3,9 +3,9 @@
  * For every unit of a clone the model knows which write is there and which one is durable; where no write is, the clone
  * shows its checkpoint, whose content the model has in a ghost. There is one request at a time on a clone (what lets
  * several run beside each other is fs/clones.c's), but it stops at any call of its storage and at any lock, while the
- * peer's stream, guests, checkpoints, merges and commits go on. A read is exact. After a kill a clone is what it was, but
- * for the write under way; after a power cut, and where a sync failed, each unit is what was durable or any newer write.
- * One whose checkpoint was given up answers nothing but an error.
+ * peer's stream, guests, checkpoints, merges and commits go on. A read is exact. After a kill a clone is what it was,
+ * but for the write under way; after a power cut, and where a sync failed, each unit is what was durable or any newer
+ * write. One whose checkpoint was given up answers nothing but an error.
  */
 #include <inttypes.h>
 #include <stdio.h>
@@ -106,7 +106,8 @@ void clones_publish(struct host *h, const struct repl_meta *m)
 	for (struct sim_clone *c = h->clones; c; c = c->next) {
 		c->lost = repl_meta_find_ckpt(m, c->ckpt) < 0;
 		bool given_up = !c->lost || repl_meta_find_ckpt(h->seen, c->ckpt) < 0;
-		if (!given_up && !h->full && !h->had_full && !h->had_errors && !h->path_errors.path && !h->errors_one_in)
+		if (!given_up && !h->full && !h->had_full && !h->had_errors && !h->path_errors.path &&
+		    !h->errors_one_in)
 			world_fail(h->w, "host %u: checkpoint %" PRIu64 " is gone, and clone %s holds it", h->id,
 				   c->ckpt, c->name);
 		h->w->count.clones_lost += !given_up;
@@ -272,7 +273,8 @@ static void clone_read(struct host *h, struct sim_clone *c, const struct clone_o
 				    (uint64_t)o->n * WORLD_UNIT, buf);
 	bool over = h->dying || simstore_stopped(h->ss) || c->gone;
 	if (!over && was_lost && err != -ERR_NOENT)
-		world_fail(w, "host %u: a read of clone %s, which is lost, ends with %s", h->id, c->name, err_name(err));
+		world_fail(w, "host %u: a read of clone %s, which is lost, ends with %s", h->id, c->name,
+			   err_name(err));
 	for (uint32_t i = 0; !over && !err && !c->lost && i < o->n; i++) {
 		uint32_t u = o->first + i;
 		ver is = model_unit(w, buf + (size_t)i * WORLD_UNIT, c->vol, u);

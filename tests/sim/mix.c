@@ -277,8 +277,8 @@ static void clone_work(struct sim *s)
 		world_clone_io(w, h, (unsigned)world_more(w, n), does[world_more(w, ARRAY_LEN(does))], off, len);
 }
 
-static void (*const kinds[])(struct sim *s) = {clock_jump, path_errors, no_room,  burst, replace,    tune,
-					       idle,	   blunder,	takeover, job,	 switchover, verify, clones};
+static void (*const kinds[])(struct sim *s) = {clock_jump, path_errors, no_room, burst,	     replace, tune,  idle,
+					       blunder,	   takeover,	job,	 switchover, verify,  clones};
 
 #define KINDS (sizeof(kinds) / sizeof(kinds[0]))
 
