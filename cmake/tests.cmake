@@ -171,6 +171,10 @@ if(CLANG_FORMAT)
 	set_tests_properties(format PROPERTIES LABELS lint TIMEOUT 120)
 endif()
 
+# Who syncs to whom, for tests/e2e/test_57_hub.py to compare with.
+add_library(decide MODULE tests/lib/decide.c)
+target_link_libraries(decide PRIVATE repfs_core)
+
 # Bad disks for the e2e tests: preloaded into a daemon; never instrumented itself.
 add_library(badio MODULE tests/preload/badio.c)
 target_link_libraries(badio PRIVATE ${CMAKE_DL_LIBS})

@@ -3,6 +3,9 @@
  * What makes the answer safe: a generation begins, durably, before a side completes anything that the other lacks
  * (BUMPFIRST), so equal generations mean that all that differs is in someone's dirty set; a target adopts a lineage
  * only when it holds all of it (ADOPTEND), so "your bitmap generation is my current" means partial is enough.
+ *
+ * docs/protocol.md has this in words ("Who is the source"), tests/lib/repfs_hub.py from these, and
+ * tests/e2e/test_57_hub.py compares the two.
  */
 #include "core/lineage.h"
 

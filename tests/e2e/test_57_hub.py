@@ -2,6 +2,7 @@
 """Hub messages (SPEC 10): a second implementation of the protocol (tests/lib/repfs_hub.py, from docs/protocol.md alone) asks
 daemons, is the secondary of one, comes back after an abrupt end, and misbehaves; and `repctl read|write|report`."""
 
+import ctypes
 import os
 import random
 import socket
@@ -128,6 +129,50 @@ def test_reports():
     a.repctl("report", "--remote", code=6).says("no peer is connected")
 
 
+def test_both_decide_alike():
+    """Who is the source: the document's rules, as the hub has them, and the program's, over JOINs of all kinds."""
+    if e2e.sanitizer_runtimes():
+        return  # the library can't be loaded into a program that has none
+    lib = ctypes.CDLL(os.path.join(e2e.bin_dir(), "libdecide.so"))
+    lib.decide.argtypes = [ctypes.c_char_p, ctypes.c_size_t] * 2
+    names = ["equal", "detached", "partial", "full", "split brain", "unrelated", "shut out", "no source", "take over"]
+    states = {0: (0, 2, 3, 4), 1: (0, 1, 4), 2: (0, 1, 4)}
+    seed = random.randrange(1 << 30)
+    rng = random.Random(seed)
+    bits = [hub.J_PROTECT, hub.J_ADOPT, hub.J_INCONSISTENT, hub.J_SPLIT, hub.J_FRESH, hub.J_DISCARD_MINE, hub.J_DISCARD_YOURS,
+            hub.J_BROKEN, hub.J_HANDED]
+
+    def join():
+        pool = list(range(1, 7))
+        rng.shuffle(pool)
+        lineage = hub.Lineage(rng.choice(pool + [0]), rng.choice([0, pool[1]]), pool[2:2 + rng.randrange(4)])
+        role = rng.choice([1, 1, 2, 2, 0])
+        flags = sum(b for b in bits if rng.random() < 0.12)
+        last = rng.randrange(3)
+        return hub.Join(group="g", uuid=bytes(16), flags=flags, role=role, state=rng.choice(states[role]), lineage=lineage,
+                        sync_from=rng.choice(pool + [0]) if flags & hub.J_INCONSISTENT else 0, ckpt_max=5, last_stream=last,
+                        failover_generation=0, settings=b"\0\0",
+                        volumes=[hub.Volume("v", bytes(16), 1, 512, rng.choice([0, 0, 0, 1, 4]))])
+
+    seen = {}
+    for i in range(12000):
+        a, b = join(), join()
+        if rng.random() < 0.05:  # as after a switchover that was cut, which chance alone makes too seldom
+            for j in (a, b):
+                j.role, j.state, j.last_stream, j.lineage.current = 2, rng.choice([1, 1, 1, 0]), rng.choice([1, 1, 0]), rng.choice([1, 1, 2])
+            a.flags ^= hub.J_HANDED
+        da, db = a.encode(), b.encode()
+        got = lib.decide(da, len(da), db, len(db))
+        check(got >= 0, "a JOIN does not decode: %d" % got)
+        want, source = hub.decide(hub.Join.decode(da), hub.Join.decode(db))
+        how = names[got & 255]
+        seen[how] = seen.get(how, 0) + 1
+        check(how == want, "seed %d, case %d: the program says %s, the document %s; %r; %r" % (seed, i, how, want, vars(a), vars(b)))
+        if source is not None:
+            check((got >> 8 == 0) == (source.encode() == da or da == db), "seed %d, case %d: %s, the source differs" % (seed, i, how))
+    check_eq(sorted(seen), sorted(names), "the decisions that came up: %r" % seen)
+
+
 # ---- the hub as a secondary ----------------------------------------------------------------------------------------------
 
 
@@ -209,6 +254,11 @@ def test_protect_to_a_hub():
     h4 = HubHost(h.folder, port=h.port)
     s = synced(h4, a)
     check_eq(s.decision, "partial", "the decision after an unfinished resync")
+    same(a, h4, names)
+
+    # It takes nothing over, and says so.
+    a.repctl("switchover", "vm1", code=(1, 5), timeout=30)
+    check_eq(a.status("vm1")["role"], "primary", "the role after a switchover that was refused")
     same(a, h4, names)
 
     # A graceful end: the host goes on alone, and comes back to the next one with nothing to do.

@@ -81,13 +81,13 @@ WRITE, ZERO, DISCARD, FLUSH, CHECKPOINT, RESYNC_WRITE, RESYNC_ZERO, RESYNC_DONE 
 DIRTY, DIRTY_END, RESYNC_BEGIN, RESYNC_READY = 24, 25, 26, 27
 ACK, CHECKPOINT_ACK, RESYNC_ACK, IO_ERROR, CHECKPOINT_WANT, SETTINGS, SETTINGS_ACK, STOP_WANT = range(32, 40)
 BEHIND, HASH, HASH_ANSWER = 44, 45, 46
-DETACH, ATTACH, READ_REQ, READ_REPLY, WRITE_FAILED, HISTORY_LOST = 50, 51, 52, 53, 54, 56
+DETACH, ATTACH, READ_REQ, READ_REPLY, WRITE_FAILED, HISTORY_LOST, TAKE_OVER, TOOK_OVER = 50, 51, 52, 53, 54, 56, 57, 58
 REPORT_WANT, START_PROTECT, VOLUME_READ, VOLUME_WRITE, VOLUME_DATA, DONE = range(70, 76)
 
 NAMES = {v: k for k, v in list(globals().items()) if k.isupper() and isinstance(v, int) and 0 < v < 76 and k != "_"}
 SEQUENCED = {WRITE, ZERO, DISCARD, FLUSH, CHECKPOINT, RESYNC_BEGIN, RESYNC_WRITE, RESYNC_ZERO, HASH, RESYNC_DONE, DETACH, ATTACH}
 TOKENED = {READ_REQ, READ_REPLY, REPORT_WANT, START_PROTECT, VOLUME_READ, VOLUME_WRITE, VOLUME_DATA, DONE}
-FLAGS = {REPORT: 1, CHECKPOINT: 7, READ_REPLY: 3, START_PROTECT: 3, VOLUME_WRITE: 1, VOLUME_DATA: 3, DONE: 1}
+FLAGS = {REPORT: 1, CHECKPOINT: 15, READ_REPLY: 3, START_PROTECT: 3, VOLUME_WRITE: 1, VOLUME_DATA: 3, DONE: 1}
 SPAN_MAX = 1 << 30
 PAYLOAD_MAX = 2 << 20
 RANGE_MAX = 1 << 20
@@ -183,7 +183,7 @@ def check_header(type, flags, n, seq, offset, length):
     if type in (WRITE, RESYNC_WRITE, ZERO, DISCARD, RESYNC_ZERO, READ_REQ, READ_REPLY, HASH, IO_ERROR, WRITE_FAILED,
                 VOLUME_READ, VOLUME_WRITE, VOLUME_DATA):
         must(offset + length <= VOLUME_MAX, "%s: the range's end" % name)
-    if type in (CHECKPOINT, CHECKPOINT_ACK):
+    if type in (CHECKPOINT, CHECKPOINT_ACK, TAKE_OVER, TOOK_OVER):
         must(1 <= offset <= 1 << 62, "%s: number" % name)
     if type == RESYNC_BEGIN:
         must(offset, "%s: generation 0" % name)
@@ -379,7 +379,7 @@ class Lineage:
 
 J_PROTECT, J_ADOPT, J_START, J_ALONE, J_INCONSISTENT, J_HOLDING, J_SPLIT, J_FRESH, J_DISCARD_MINE, J_DISCARD_YOURS, J_FAILBACK = (
     1 << i for i in range(11))
-J_BROKEN = 1 << 16
+J_BROKEN, J_HANDED = 1 << 16, 1 << 17
 
 
 class Join:
@@ -413,7 +413,7 @@ class Join:
             must(512 <= size <= VOLUME_MAX and size % 512 == 0, "JOIN: a size")
             j["volumes"].append(Volume(name, uuid, id, size, flags))
         r.end()
-        must(not j["flags"] & ~0x107FF and j["role"] <= 2 and j["state"] <= 4, "JOIN: bounds")
+        must(not j["flags"] & ~0x307FF and j["role"] <= 2 and j["state"] <= 4, "JOIN: bounds")
         must(j["ckpt_max"] <= 1 << 61 and j["last_stream"] <= j["ckpt_max"], "JOIN: numbers")
         must(len({v.name for v in j["volumes"]}) == len({v.id for v in j["volumes"]}) == n, "JOIN: a name or id twice")
         return cls(**j)
@@ -448,8 +448,22 @@ def decide(a, b):
         covered = a.lineage.current == b.lineage.current or since[0] == since[1]
         return ("partial" if covered and not unfinished(loser) else "full"), keeper
 
+    def peer_stale(j):
+        return j.role == SECONDARY and j.state != STATE_DONE and any(v.flags & 4 for v in j.volumes)
+
+    def apart_by_generations():
+        for t, o in ((a, b), (b, a)):
+            if t.role == SECONDARY and unfinished(t) and not peer_stale(t) and o.role == PRIMARY and not unfinished(o):
+                return "full", o
+        return apart()
+
     if (a.flags | b.flags) & J_SPLIT:
         return apart()
+    for t, o in ((a, b), (b, a)):
+        if t.flags & J_HANDED and not o.flags & (J_HANDED | J_BROKEN) and t.role == o.role == SECONDARY and \
+                t.state == o.state == RUNNING and not unfinished(t) and not unfinished(o) and \
+                t.lineage.current == o.lineage.current and t.last_stream == o.last_stream != 0:
+            return "take over", o
     for t, o in ((a, b), (b, a)):
         if t.role != SECONDARY or o.role != PRIMARY or unfinished(o):
             continue
@@ -464,10 +478,10 @@ def decide(a, b):
         if la.current == 0:
             return "unrelated", None
         if a.role == b.role == PRIMARY:
-            return apart()
+            return apart_by_generations()
         for s, t in ((a, b), (b, a)):
-            if s.role == PRIMARY and t.role == SECONDARY:
-                return "equal", s
+            if s.role == PRIMARY and t.role == SECONDARY and not unfinished(s):
+                return ("full" if unfinished(t) else "equal"), s
         return "no source", None
     ahead = None
     for x, y in ((a, b), (b, a)):
@@ -480,11 +494,11 @@ def decide(a, b):
             ahead = ahead or ("full", x, y)
     if ahead is None:
         if la.knows(lb.bitmap) or lb.knows(la.bitmap) or set(la.history) & set(lb.history):
-            return apart()
+            return apart_by_generations()
         return "unrelated", None
     how, x, y = ahead
     if y.role == PRIMARY:
-        if x.role == SECONDARY and x.state != STATE_DONE and not unfinished(x) and any(v.flags & 4 for v in x.volumes):
+        if peer_stale(x) and not unfinished(x):
             return "detached", y
         return apart() if x.role == SECONDARY else ("shut out", x)
     if x.role != PRIMARY or y.role != SECONDARY or unfinished(x):
@@ -1122,6 +1136,11 @@ class Session:
             self.conn.send(HASH_ANSWER, seq=f.seq, offset=(1 << pieces) - 1)  # it knows no XXH3: all may differ
             self.hashed = getattr(self, "hashed", 0) + 1
             return False
+        if f.type == CHECKPOINT and f.flags & 8:  # a switchover: a hub takes nothing over, so the number is void
+            g.sync()
+            g.ckpt_max = max(g.ckpt_max, f.offset)
+            g.save()
+            return True
         if f.type == CHECKPOINT:
             must(not g.inconsistent and f.offset > g.ckpt_max, "CHECKPOINT %d, %d was used" % (f.offset, g.ckpt_max))
             g.take(f.offset)
@@ -1153,7 +1172,7 @@ class Session:
             self.conn.send(RESYNC_ACK, seq=f.seq)
             self.synced.set()
         elif f.type == CHECKPOINT:
-            self.conn.send(CHECKPOINT_ACK, offset=f.offset, length=0)
+            self.conn.send(CHECKPOINT_ACK, offset=f.offset, length=2 if f.flags & 8 else 0)
 
     def beside(self, f):
         g = self.group
