@@ -513,7 +513,7 @@ static void verify_ends(struct sim *s, enum repl_repair repair, const struct pla
 	struct world_result r = {0};
 	struct repl_command c = {.cmd = CMD_VERIFY, .flags = repair};
 	(void)world_command(w, s->vm, &c, &r);
-	for (unsigned i = 0; i < 600 && !r.done; i++)
+	for (unsigned i = 0; i < 6000 && !r.done; i++) /* all overlays at 256 KiB a second take minutes */
 		world_run(w, 100 * MS);
 	const struct repl_verify *v = &w->h[s->vm].verified;
 	const struct repl_difference *d = &v->list[0];
