@@ -390,9 +390,9 @@ int based_own_allocated(struct storage *s, const char *volume, uint64_t *ret)
 /* Whether the block at `at` is own, and where the run of its kind ends, both in bytes, `end` at most. */
 static bool run_at(const struct based *b, uint64_t at, uint64_t end, uint64_t *ret_end)
 {
-	const struct bitmap *held = overlay_bitmap(b->own);
-	uint64_t block = at >> BLOCK_SHIFT, blocks = min_u64(units_of(end, BLOCK_SHIFT), held->nbits);
-	bool own = block < held->nbits && bitmap_test(held, block);
+	const struct held *held = overlay_held(b->own);
+	uint64_t block = at >> BLOCK_SHIFT, blocks = min_u64(units_of(end, BLOCK_SHIFT), held->bits.nbits);
+	bool own = overlay_has(b->own, block);
 	uint64_t stop = own ? bits_next_clear(held, block, blocks) : bits_next_set(held, block, blocks);
 
 	/* Past the volume's last block there is nothing. */

@@ -164,7 +164,8 @@ int save_round(struct volume *v, struct layer *to, struct layer *from, struct sc
 	if (rc == 0)
 		rc = save_map(v, to, s);
 	for (uint32_t i = 0; rc == 0 && i < s->n_runs; i++) {
-		overlay_publish(to->o, s->runs[i].block, (uint32_t)s->runs[i].n);
+		if (!from) /* else it is sealed: the merge publishes all at its end */
+			overlay_publish(to->o, s->runs[i].block, (uint32_t)s->runs[i].n);
 		blocks += s->runs[i].n;
 	}
 	s->n_runs = s->n_blocks = 0;
@@ -512,7 +513,7 @@ static int top_put(struct volume *v, struct layer *top, uint64_t block, uint32_t
 		   uint32_t *words)
 {
 	/* Only these blocks' own writer, excluded by the caller's claims, could make one of them appear meanwhile. */
-	uint64_t mask = bitmap_any(top->held, block, n) ? stripes_of(block, n) : 0;
+	uint64_t mask = bits_next_set(top->held, block, block + n) < block + n ? stripes_of(block, n) : 0;
 	int rc;
 
 	stripes_lock(v, mask);

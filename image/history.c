@@ -11,6 +11,18 @@
  * again; and once it is done, k can go and every older image stays. The order that keeps it so after a power cut: j's
  * data, j's words, and only then the metadata that no longer names k.
  * The live epoch's overlay is never merged: writers add blocks to it all the time.
+ *
+ * Sealing: a closed epoch gets no more blocks but by merges, so what it holds is kept as a list instead of a bitmap,
+ * and is entered into the index (image/chainindex.h) by which reads of old images find it. That costs what the overlay
+ * holds, so it is not part of the switch: volume_reap does it after, in its worker, and until then reads go by the
+ * bitmap. Images are the same at each moment of it: S1 chain[0 .. n_sealed) are sealed and in the index [X1]; of what
+ * follows each overlay is looked at by itself. So all are looked at, and the older first: entries of one that is just
+ * being sealed come behind all older ones [X2]. S2 n_sealed, and what an overlay holds as a list, change only under
+ * chain_lock held exclusively; readers hold it shared for a whole look. S3 A merge adds to the older overlay in this
+ * order: data and words; the list; its entries. So an entry never says more than its overlay has, and until it is there
+ * the newer one, which keeps its own, answers the same. S4 An overlay that left the chain has its entries taken out
+ * before its number could be used again (volume_reap, which volume_prepare waits for). Until then they answer nothing
+ * [X2].
  */
 #include <stdlib.h>
 #include <string.h>
@@ -245,11 +257,83 @@ void volume_retire(struct volume *v, struct layer *l)
 	history_changed(v);
 }
 
+/* ---- sealing ---- */
+
+static struct layer *next_to_seal(struct volume *v)
+{
+	struct layer *l = NULL;
+
+	volume_lock_shared(v);
+	if (v->n_sealed + 1 < v->n_chain)
+		layer_ref(l = v->chain[v->n_sealed]);
+	volume_unlock(v);
+	return l;
+}
+
+/* What it holds from now on, in its list; under index_lock. False: it has left the chain. */
+static bool seal_layer(struct volume *v, struct layer *l, struct held_list *list)
+{
+	struct held old = {0};
+
+	volume_lock_exclusive(v);
+	int i = chain_find(v, l->id);
+	bool there = i >= 0 && v->chain[i] == l;
+	if (there) {
+		overlay_seal(l->o, list, &old);
+		if ((uint32_t)i == v->n_sealed)
+			v->n_sealed++;
+	}
+	volume_unlock(v);
+	held_free(&old);
+	return there;
+}
+
+static int seal_locked(struct volume *v, struct layer *l)
+{
+	struct held_list *list;
+	int rc = v->index ? 0 : chainindex_new(volume_blocks(v), &v->index);
+
+	/* Nobody adds to it any more: it is closed, and merges are for sealed ones. */
+	if (rc == 0)
+		rc = held_list_of(l->held, &list);
+	if (rc < 0)
+		return rc;
+	rc = chainindex_add(v->index, l->id, list);
+	if (rc == 0 && seal_layer(v, l, list))
+		return 0;
+	chainindex_remove(v->index, l->id, list);
+	free(list);
+	return rc;
+}
+
+void chain_seal(struct volume *v)
+{
+	struct layer *l;
+	int rc = 0;
+
+	mutex_lock(&v->index_lock);
+	while (rc == 0 && (l = next_to_seal(v)) != NULL) {
+		rc = seal_locked(v, l);
+		layer_unref(l);
+	}
+	mutex_unlock(&v->index_lock);
+}
+
+/* It has left the chain, with all that readers of then were doing. */
+static void index_forget(struct volume *v, const struct layer *l)
+{
+	mutex_lock(&v->index_lock);
+	if (l->kind == LAYER_KIND_UNDO && l->held->list && v->index)
+		chainindex_remove(v->index, l->id, l->held->list);
+	mutex_unlock(&v->index_lock);
+}
+
 void volume_reap(struct volume *v)
 {
 	char path[VOLUME_PATH_SIZE];
 	struct layer *l, **at;
 
+	chain_seal(v);
 	mutex_lock(&v->reap_lock);
 	for (;;) {
 		mutex_lock(&v->retired_lock);
@@ -257,6 +341,7 @@ void volume_reap(struct volume *v)
 		mutex_unlock(&v->retired_lock);
 		if (!l)
 			break;
+		index_forget(v, l);
 		layer_path(v, l->kind, l->id, path);
 		/* A file that can't be removed now is a leftover for the next open. */
 		(void)overlay_unlink(v->storage, path);
@@ -286,6 +371,7 @@ void volume_drop(struct volume *v, uint64_t ckpt)
 	/* What it holds, older images need: dropping it unmerged would make them wrong without a word. */
 	PRE(i == 0 || overlay_count(l->o) == 0 || __atomic_load_n(&l->merged, __ATOMIC_ACQUIRE));
 	v->n_chain--;
+	v->n_sealed -= (uint32_t)i < v->n_sealed;
 	for (uint32_t k = (uint32_t)i; k < v->n_chain; k++)
 		v->chain[k] = v->chain[k + 1];
 	volume_unlock(v);
@@ -299,8 +385,10 @@ void volume_drop_through(struct volume *v, uint64_t ckpt)
 	for (;;) {
 		volume_lock_exclusive(v);
 		l = v->n_chain && v->chain[0]->id <= ckpt ? v->chain[0] : NULL;
-		if (l)
+		if (l) {
 			memmove(&v->chain[0], &v->chain[1], --v->n_chain * sizeof(v->chain[0]));
+			v->n_sealed -= v->n_sealed > 0;
+		}
 		volume_unlock(v);
 		if (!l)
 			return;
@@ -308,10 +396,10 @@ void volume_drop_through(struct volume *v, uint64_t ckpt)
 	}
 }
 
-/* Copies what `from` holds and `to` lacks. */
-static int merge(struct volume *v, struct layer *from, struct layer *to, struct scratch *s)
+/* Copies what `from` holds and `to` lacks. Both are sealed: nothing is published. */
+static int merge_copy(struct volume *v, struct layer *from, struct layer *to, struct scratch *s)
 {
-	uint64_t blocks = from->held->nbits;
+	uint64_t blocks = volume_blocks(v);
 	uint64_t block = bits_next_set(from->held, 0, blocks);
 	int rc = 0;
 
@@ -333,6 +421,41 @@ static int merge(struct volume *v, struct layer *from, struct layer *to, struct 
 	if (rc == 0 && s->n_runs)
 		rc = save_round(v, to, from, s);
 	return rc;
+}
+
+/* What was copied is `to`'s from now on (S3). One that has left the chain meanwhile has no entries any more. */
+static int merge_publish(struct volume *v, struct layer *from, struct layer *to)
+{
+	struct held_list *list;
+	int rc = held_list_union(from->held->list, to->held->list, &list);
+
+	if (rc < 0)
+		return rc;
+	mutex_lock(&v->index_lock);
+	if (!seal_layer(v, to, list))
+		free(list);
+	else
+		rc = chainindex_add(v->index, to->id, from->held->list);
+	mutex_unlock(&v->index_lock);
+	return rc;
+}
+
+static int merge(struct volume *v, struct layer *from, struct layer *to)
+{
+	struct scratch *s;
+	int rc;
+
+	chain_seal(v);
+	if (!from->held->list || !to->held->list)
+		return -ERR_NOMEM;
+	s = scratch_get(v);
+	if (!s)
+		return -ERR_NOMEM;
+	rc = layer_ascertain(v, to);
+	if (rc == 0)
+		rc = merge_copy(v, from, to, s);
+	scratch_put(v, s);
+	return rc < 0 ? rc : merge_publish(v, from, to);
 }
 
 /* References to checkpoint k's overlay and the next older one; both NULL if there is nothing to merge. */
@@ -361,8 +484,9 @@ void volume_merge_cost(struct volume *v, uint64_t ckpt, uint64_t *ret_copies, ui
 
 	*ret_copies = *ret_frees = 0;
 	if (merge_find(v, ckpt, &from, &to) == 0 && from) {
-		uint64_t blocks = min_u64(from->held->nbits, to->held->nbits);
+		uint64_t blocks = volume_blocks(v);
 
+		volume_lock_shared(v); /* of what they hold, not of where they are */
 		for (uint64_t at = bits_next_set(from->held, 0, blocks), end; at < blocks;
 		     at = bits_next_set(from->held, end, blocks)) {
 			end = bits_next_clear(from->held, at, blocks);
@@ -376,6 +500,7 @@ void volume_merge_cost(struct volume *v, uint64_t ckpt, uint64_t *ret_copies, ui
 		}
 		*ret_frees = both << BLOCK_SHIFT;
 		*ret_copies = (overlay_count(from->o) - min_u64(both, overlay_count(from->o))) << BLOCK_SHIFT;
+		volume_unlock(v);
 	}
 	layer_unref(from);
 	layer_unref(to);
@@ -384,18 +509,13 @@ void volume_merge_cost(struct volume *v, uint64_t ckpt, uint64_t *ret_copies, ui
 int volume_merge_into_older(struct volume *v, uint64_t ckpt)
 {
 	struct layer *from = NULL, *to = NULL;
-	struct scratch *s;
 	int rc;
 
 	mutex_lock(&v->merge_lock);
 	rc = merge_find(v, ckpt, &from, &to);
 	if (rc == 0 && from) {
 		__atomic_store_n(&to->merged, false, __ATOMIC_RELEASE);
-		s = scratch_get(v);
-		rc = s ? layer_ascertain(v, to) : -ERR_NOMEM;
-		if (rc == 0)
-			rc = merge(v, from, to, s);
-		scratch_put(v, s);
+		rc = merge(v, from, to);
 		if (rc == 0)
 			__atomic_store_n(&from->merged, true, __ATOMIC_RELEASE);
 		history_changed(v);
@@ -428,9 +548,9 @@ static int changed_union(struct volume *v, uint64_t from, uint64_t to, bool acti
 		return -ERR_NOMEM;
 	bitmap_init(ret, blocks, memory);
 	for (int i = first; i <= last; i++)
-		bitmap_or(ret, v->chain[i]->held);
+		held_or_into(v->chain[i]->held, ret);
 	if (active && v->active)
-		bitmap_or(ret, v->active->held);
+		held_or_into(v->active->held, ret);
 	*ret_memory = memory;
 	return 0;
 }
@@ -450,11 +570,9 @@ int volume_changed(struct volume *v, uint64_t from, uint64_t to, bool active,
 	volume_unlock(v);
 	if (rc < 0)
 		return rc;
-	for (uint64_t block = bits_next_set(&all, 0, all.nbits), end; block < all.nbits;
-	     block = bits_next_set(&all, end, all.nbits)) {
+	for (uint64_t block, end = 0; bitmap_next_run(&all, end, &block, &end);) {
 		uint64_t off = block << BLOCK_SHIFT;
 
-		end = bits_next_clear(&all, block, all.nbits);
 		fn(arg, off, min_u64(end << BLOCK_SHIFT, size) - off);
 	}
 	free(memory);

@@ -30,8 +30,7 @@ struct overlay {
 	uint32_t zero_word; /* of a block of zeroes */
 	bool durable;
 	bool unsure; /* a put of words failed: blocks that are not held may have one all the same */
-	struct bitmap held;
-	void *held_memory;
+	struct held held;
 };
 
 static const uint8_t zero_block[BLOCK_SIZE];
@@ -60,12 +59,10 @@ static int overlay_new(uint64_t volume_size, struct overlay **ret)
 	o->blocks = overlay_blocks_in(volume_size);
 	o->zero_word = word_of(zero_block);
 	o->durable = true;
-	o->held_memory = calloc(1, bitmap_bytes(o->blocks));
-	if (!o->held_memory) {
+	if (held_init(&o->held, o->blocks) < 0) {
 		free(o);
 		return -ERR_NOMEM;
 	}
-	bitmap_init(&o->held, o->blocks, o->held_memory);
 	*ret = o;
 	return 0;
 }
@@ -76,7 +73,7 @@ void overlay_close(struct overlay *o)
 		return;
 	disk_close(o->data);
 	disk_close(o->map);
-	free(o->held_memory);
+	held_free(&o->held);
 	free(o);
 }
 
@@ -181,7 +178,7 @@ static int load_words(struct overlay *o, void *arg, uint64_t block, const uint8_
 		}
 		for (first = i; i < n && get_u32(words + (size_t)i * WORD_SIZE) != WORD_ABSENT; i++)
 			;
-		bitmap_set_range(&o->held, block + first, i - first);
+		bitmap_set_range(&o->held.bits, block + first, i - first);
 	}
 	return 0;
 }
@@ -251,9 +248,13 @@ int overlay_open(struct storage *s, const char *path, uint64_t volume_size, stru
 void overlay_take_over(struct overlay *o, const struct overlay *from)
 {
 	PRE(o->blocks >= from->blocks);
-	bitmap_clear_all(&o->held);
-	for (uint64_t at, end = 0; bitmap_next_run(&from->held, end, &at, &end);)
-		bitmap_set_range(&o->held, at, end - at);
+	PRE(!o->held.list);
+	bitmap_clear_all(&o->held.bits);
+	for (uint64_t at = bits_next_set(&from->held, 0, from->blocks), end; at < from->blocks;
+	     at = bits_next_set(&from->held, end, from->blocks)) {
+		end = bits_next_clear(&from->held, at, from->blocks);
+		bitmap_set_range(&o->held.bits, at, end - at);
+	}
 	o->unsure = from->unsure;
 }
 
@@ -266,17 +267,22 @@ void overlay_set_durable(struct overlay *o, bool durable)
 
 bool overlay_has(const struct overlay *o, uint64_t block)
 {
-	return block < o->blocks && bitmap_test(&o->held, block);
+	return block < o->blocks && held_test(&o->held, block);
 }
 
 uint64_t overlay_count(const struct overlay *o)
 {
-	return __atomic_load_n(&o->held.count, __ATOMIC_RELAXED);
+	return held_count(&o->held);
 }
 
-const struct bitmap *overlay_bitmap(const struct overlay *o)
+const struct held *overlay_held(const struct overlay *o)
 {
 	return &o->held;
+}
+
+void overlay_seal(struct overlay *o, struct held_list *list, struct held *old)
+{
+	held_seal(&o->held, list, old);
 }
 
 int overlay_allocated(struct overlay *o, uint64_t *ret)
@@ -341,10 +347,9 @@ static int mark_replaced(struct overlay *o, uint64_t block, uint32_t n)
 	bool unsure = __atomic_load_n(&o->unsure, __ATOMIC_RELAXED), marked = false;
 	uint64_t at = block, end = block + n;
 
-	/* bitmap_any stops at the end of the run, bitmap_next_set would search on through the whole map. */
-	while (at < end && (unsure || bitmap_any(&o->held, at, end - at))) {
-		bool held = bitmap_test(&o->held, at);
-		uint64_t stop = min_u64(held ? bitmap_next_clear(&o->held, at) : bitmap_next_set(&o->held, at), end);
+	while (at < end && (unsure || bits_next_set(&o->held, at, end) < end)) {
+		bool held = held_test(&o->held, at);
+		uint64_t stop = held ? bits_next_clear(&o->held, at, end) : bits_next_set(&o->held, at, end);
 		int rc = held || unsure
 			     ? write_words(o, at, (uint32_t)(stop - at), NULL, held ? WORD_UNCHECKED : WORD_ABSENT)
 			     : 0;
@@ -411,7 +416,8 @@ int overlay_put_map(struct overlay *o, uint64_t block, uint32_t n, const uint32_
 void overlay_publish(struct overlay *o, uint64_t block, uint32_t n)
 {
 	PRE(run_fits(o, block, n));
-	bitmap_set_range(&o->held, block, n);
+	PRE(!o->held.list);
+	bitmap_set_range(&o->held.bits, block, n);
 }
 
 struct disk *overlay_data(struct overlay *o)
@@ -438,7 +444,7 @@ static int check_words(struct overlay *o, void *arg, uint64_t block, const uint8
 	for (uint32_t i = 0; i < n; i++) {
 		bool word = get_u32(words + (size_t)i * WORD_SIZE) != WORD_ABSENT;
 
-		INVARIANT(word == bitmap_test(&o->held, block + i));
+		INVARIANT(word == held_test(&o->held, block + i));
 		*there += word;
 	}
 	return 0;
@@ -448,7 +454,8 @@ void overlay_check(struct overlay *o)
 {
 	uint64_t there = 0;
 
-	bitmap_check(&o->held);
+	if (!o->held.list)
+		bitmap_check(&o->held.bits);
 	INVARIANT(map_walk(o, check_words, &there) == 0);
 	INVARIANT(there == overlay_count(o));
 }

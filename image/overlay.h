@@ -8,7 +8,8 @@
  * Replacing a block that is there (only active overlays and clones do) would, cut off halfway, leave new data under the
  * old checksum. So overlay_put_data first writes 1 as its word, durably (overlay_set_durable), then the data.
  *
- * In memory: a bitmap of the blocks that are there. A block's bit is set after its data and its word are written.
+ * In memory: which blocks are there (image/held.h). A block's bit is set after its data and its word are written. One
+ * that is sealed gets no more bits one by one: what was put into it is published as a whole, by sealing it again.
  *
  * Concurrency: any number of readers and writers; the caller excludes two writers of one block, and a reader of a
  * block against a writer that replaces it (only active overlays and clones replace).
@@ -16,9 +17,9 @@
 #ifndef REPFS_IMAGE_OVERLAY_H
 #define REPFS_IMAGE_OVERLAY_H
 
-#include "core/bitmap.h"
 #include "core/err.h"
 #include "core/range.h"
+#include "image/held.h"
 #include "image/storage.h"
 
 struct overlay;
@@ -42,9 +43,12 @@ static inline uint64_t overlay_blocks_in(uint64_t volume_size)
 {
 	return units_of(volume_size, BLOCK_SHIFT);
 }
-bool overlay_has(const struct overlay *o, uint64_t block);    /* false past the end: the volume may have grown since */
-uint64_t overlay_count(const struct overlay *o);	      /* blocks held */
-const struct bitmap *overlay_bitmap(const struct overlay *o); /* borrowed */
+bool overlay_has(const struct overlay *o, uint64_t block); /* false past the end: the volume may have grown since */
+uint64_t overlay_count(const struct overlay *o);	   /* blocks held */
+const struct held *overlay_held(const struct overlay *o);  /* borrowed */
+/* It holds what `list` says, which it takes over: all that it held, and perhaps blocks that were put since, whose words
+ * are written. The caller excludes all who look at what it holds; what that was is in *old, for held_free. */
+void overlay_seal(struct overlay *o, struct held_list *list, struct held *old);
 
 /* One block or part of one, [off, off + len) within block. Reads the whole block and checks its checksum:
  * a mismatch is -ERR_CORRUPT. PRE: overlay_has. */
@@ -53,7 +57,7 @@ int overlay_read(struct overlay *o, uint64_t block, uint32_t off, void *buf, uin
 /* Writing is in three phases so that a batch costs one sync a phase (the caller's order, docs/INVARIANTS.md I9):
  *   overlay_put_data for each block run;  [overlay_sync_data]
  *   overlay_put_map for each block run;   [overlay_sync_map]
- *   overlay_publish for each block run.
+ *   overlay_publish for each block run (PRE: not sealed).
  * Runs are n consecutive blocks; data is n * BLOCK_SIZE bytes (last block padded by the caller with zeroes).
  * words (n, host order) are filled by put_data and given to put_map. Blocks at or past the end: -ERR_RANGE. */
 int overlay_put_data(struct overlay *o, uint64_t block, uint32_t n, const void *data, uint32_t *words);

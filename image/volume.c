@@ -84,7 +84,7 @@ int layer_new(const struct volume *v, struct overlay *o, enum layer_kind kind, u
 		return -ERR_NOMEM;
 	}
 	overlay_set_durable(o, v->power);
-	*l = (struct layer){.o = o, .held = overlay_bitmap(o), .kind = kind, .id = id, .refs = 1};
+	*l = (struct layer){.o = o, .held = overlay_held(o), .kind = kind, .id = id, .refs = 1};
 	*ret = l;
 	return 0;
 }
@@ -470,6 +470,8 @@ static int open_layers(struct volume *v, const struct volume_open_args *args, st
 		rc = open_layer(v, LAYER_KIND_UNDO, args->ckpts[i], args->size, &v->chain[i], e);
 		if (rc == 0)
 			v->n_chain = i + 1;
+		if (rc == 0 && i > 0) /* one at a time: their bitmaps are larger than what they hold */
+			chain_seal(v);
 	}
 	if (rc == 0 && v->n_chain) {
 		rc = layer_ascertain(v, v->chain[v->n_chain - 1]);
@@ -512,6 +514,8 @@ static void free_volume(struct volume *v)
 	mutex_destroy(&v->prepare_lock);
 	mutex_destroy(&v->merge_lock);
 	mutex_destroy(&v->reap_lock);
+	mutex_destroy(&v->index_lock);
+	chainindex_free(v->index);
 	mutex_destroy(&v->retired_lock);
 	mutex_destroy(&v->scratch_lock);
 	free(v);
@@ -545,6 +549,7 @@ int volume_open(struct storage *s, const struct volume_open_args *args, struct v
 	mutex_init(&v->prepare_lock);
 	mutex_init(&v->merge_lock);
 	mutex_init(&v->reap_lock);
+	mutex_init(&v->index_lock);
 	mutex_init(&v->retired_lock);
 	mutex_init(&v->scratch_lock);
 
@@ -624,6 +629,7 @@ struct resized {
 	struct layer *active;
 	struct layer *clones[VOLUME_CLONES_MAX];
 	uint32_t n_clones;
+	struct chainindex *index;
 };
 
 /* A failed write-back is reported once to each open file: one that is closed unasked would take it along (I10). */
@@ -649,6 +655,7 @@ static void resized_drop(struct resized *z)
 	layer_unref(z->active);
 	for (uint32_t i = 0; i < z->n_clones; i++)
 		layer_unref(z->clones[i]);
+	chainindex_free(z->index);
 	free(z);
 }
 
@@ -695,6 +702,9 @@ static int resize_locked(struct volume *v, uint64_t size, struct resized *z)
 		v->clones[i].l = z->clones[i];
 		z->clones[i] = old;
 	}
+	z->index = v->index; /* of the old size; what was sealed is sealed again by the next checkpoint or merge */
+	v->index = NULL;
+	v->n_sealed = 0;
 	__atomic_store_n(&v->size, size, __ATOMIC_RELAXED);
 	return 0;
 }
@@ -713,12 +723,15 @@ int volume_resize(struct volume *v, uint64_t size)
 		return -ERR_NOMEM;
 	mutex_lock(&v->prepare_lock);
 	mutex_lock(&v->merge_lock);
+	mutex_lock(&v->index_lock);
 	volume_lock_exclusive(v);
 	rc = resize_locked(v, size, z);
 	volume_unlock(v);
+	mutex_unlock(&v->index_lock);
 	mutex_unlock(&v->merge_lock);
 	mutex_unlock(&v->prepare_lock);
 	resized_drop(z);
+	chain_seal(v);
 	return rc;
 }
 
@@ -764,46 +777,30 @@ int view_make(struct volume *v, enum volume_layer layer, uint64_t ckpt, struct v
 		w.chain = &v->chain[i];
 		w.n = v->n_chain - (uint32_t)i;
 		w.live = v->chain[v->n_chain - 1];
+		w.v = v;
+		w.sealed = v->n_sealed > (uint32_t)i ? v->n_sealed - (uint32_t)i : 0;
 	}
 	*ret = w;
 	return 0;
-}
-
-/* bitmap_next_* search to the map's end; a small range in a map of 2^34 bits must not cost that. bitmap_any stays in
- * its range, and when it says yes, the search ends there too. */
-#define BITS_SEARCH_SMALL 4096U
-
-uint64_t bits_next_set(const struct bitmap *b, uint64_t from, uint64_t end)
-{
-	if (from >= end || !bitmap_any(b, from, end - from))
-		return end;
-	return min_u64(bitmap_next_set(b, from), end);
-}
-
-uint64_t bits_next_clear(const struct bitmap *b, uint64_t from, uint64_t end)
-{
-	if (from >= end)
-		return end;
-	if (end - from > BITS_SEARCH_SMALL)
-		return min_u64(bitmap_next_clear(b, from), end);
-	while (from < end && bitmap_test(b, from))
-		from++;
-	return from;
 }
 
 static uint64_t view_next_held_within(const struct view *w, uint64_t from, uint64_t end)
 {
 	if (w->top)
 		end = bits_next_set(w->top->held, from, end);
-	for (uint32_t i = 0; i < w->n; i++)
+	if (w->sealed)
+		end = chainindex_next_held(w->v->index, w->chain[0]->id, from, end);
+	for (uint32_t i = w->sealed; i < w->n; i++)
 		end = bits_next_set(w->chain[i]->held, from, end);
 	return end;
 }
 
+#define SEARCH_SMALL 4096U /* blocks */
+
 /* In growing windows: what one layer has nearby must not wait for a search of an empty one to its end. */
 uint64_t view_next_held(const struct view *w, uint64_t from, uint64_t end)
 {
-	for (uint64_t window = BITS_SEARCH_SMALL; from < end; window *= 8) {
+	for (uint64_t window = SEARCH_SMALL; from < end; window *= 8) {
 		uint64_t stop = end - from < window ? end : from + window;
 		uint64_t found = view_next_held_within(w, from, stop);
 
@@ -822,25 +819,45 @@ uint64_t view_next_free(const struct view *w, uint64_t from, uint64_t end)
 		before = from;
 		if (w->top)
 			from = bits_next_clear(w->top->held, from, end);
-		for (uint32_t i = 0; i < w->n; i++)
+		if (w->sealed)
+			from = chainindex_next_free(w->v->index, w->chain[0]->id, from, end);
+		for (uint32_t i = w->sealed; i < w->n; i++)
 			from = bits_next_clear(w->chain[i]->held, from, end);
 	} while (from != before && from < end);
 	return from;
 }
 
+/* Whether l has block `from`: then *ret_end is the end of its run, else the block where it may begin. */
+static bool layer_has(const struct layer *l, uint64_t from, uint64_t end, uint64_t *ret_end)
+{
+	*ret_end = bits_next_set(l->held, from, end);
+	if (*ret_end != from)
+		return false;
+	*ret_end = bits_next_clear(l->held, from, end);
+	return true;
+}
+
 /* Who has block `from`: a layer, or NULL for the disk. *ret_end: the end of the run of that source, `end` at most. */
 static struct layer *view_resolve(const struct view *w, uint64_t from, uint64_t end, uint64_t *ret_end)
 {
-	for (int64_t i = w->top ? -1 : 0; i < (int64_t)w->n; i++) {
-		struct layer *l = i < 0 ? w->top : w->chain[i];
-		uint64_t set = bits_next_set(l->held, from, end);
+	uint64_t id = 0;
 
-		if (set == from) {
-			*ret_end = bits_next_clear(l->held, from, end);
-			return l;
-		}
-		end = set;
+	if (w->top && layer_has(w->top, from, end, &end)) {
+		*ret_end = end;
+		return w->top;
 	}
+	if (w->sealed && chainindex_find(w->v->index, w->chain[0]->id, from, end, &id, &end)) {
+		int i = chain_find(w->v, id);
+
+		INVARIANT(i >= 0); /* X2 */
+		*ret_end = end;
+		return w->v->chain[i];
+	}
+	for (uint32_t i = w->sealed; i < w->n; i++)
+		if (layer_has(w->chain[i], from, end, &end)) {
+			*ret_end = end;
+			return w->chain[i];
+		}
 	*ret_end = end;
 	return NULL;
 }

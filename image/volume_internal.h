@@ -17,6 +17,8 @@
  *   merge_lock    one merge or resize at a time.
  *   tap_lock      tap; taken with no other held.
  *   reap_lock     one reaper at a time.
+ *   index_lock    one change of the index at a time, and of what is sealed. Memory only: never held across I/O. Taken
+ *                 after merge_lock and reap_lock, before chain_lock; the index's own locks are innermost.
  */
 #ifndef REPFS_IMAGE_VOLUME_INTERNAL_H
 #define REPFS_IMAGE_VOLUME_INTERNAL_H
@@ -26,6 +28,7 @@
 #include "core/check.h"
 #include "core/os/thread.h"
 #include "core/repl_meta.h"
+#include "image/chainindex.h"
 #include "image/overlay.h"
 #include "image/volume.h"
 
@@ -53,7 +56,7 @@ enum layer_kind { LAYER_KIND_UNDO, LAYER_KIND_ACTIVE, LAYER_KIND_CLONE };
  * merges and syncs. */
 struct layer {
 	struct overlay *o;
-	const struct bitmap *held; /* o's */
+	const struct held *held; /* o's; sealed by chain_seal, with chain_lock held exclusively */
 	enum layer_kind kind;
 	uint64_t id; /* checkpoint number, active id, or clone's id */
 	unsigned refs;
@@ -94,7 +97,10 @@ struct volume {
 	pthread_rwlock_t chain_lock;
 	struct layer *chain[VOLUME_CKPTS_MAX]; /* oldest first; the last is live */
 	uint32_t n_chain;
-	struct layer *active; /* NULL: none */
+	/* The oldest of them, which are sealed and in the index: closed epochs, but for those that closed just now. */
+	uint32_t n_sealed;
+	struct chainindex *index; /* NULL: none is sealed yet */
+	struct layer *active;	  /* NULL: none */
 	struct clone clones[VOLUME_CLONES_MAX];
 	uint32_t n_clones;
 	pthread_rwlock_t stripes[STRIPES];
@@ -103,6 +109,7 @@ struct volume {
 	struct layer *prepared_undo, *prepared_active, *prepared_clone;
 	struct mutex merge_lock;
 	struct mutex reap_lock;
+	struct mutex index_lock;
 	struct mutex retired_lock;
 	struct layer *retired; /* entries stay listed until their files are gone */
 
@@ -122,7 +129,8 @@ struct volume {
 struct view {
 	struct layer *top;    /* what is written over the image: active, a clone's overlay, or NULL */
 	struct layer **chain; /* [n], oldest first */
-	uint32_t n;
+	uint32_t n, sealed;   /* the first `sealed` of them are looked for in the index */
+	struct volume *v;
 	struct layer *live; /* NULL: nothing is saved over the disk below */
 };
 
@@ -178,9 +186,6 @@ uint64_t view_next_free(const struct view *w, uint64_t from, uint64_t end);
 int view_read(struct volume *v, const struct view *w, uint64_t off, uint64_t len, void *buf);
 /* Bytes [off, off + len), all in blocks that l holds. chain_lock held. */
 int layer_read(struct volume *v, struct layer *l, uint64_t off, uint64_t len, uint8_t *buf);
-/* The first bit in [from, end) that is set (clear); `end` if there is none. Bounded by the range. */
-uint64_t bits_next_set(const struct bitmap *b, uint64_t from, uint64_t end);
-uint64_t bits_next_clear(const struct bitmap *b, uint64_t from, uint64_t end);
 
 /* cow.c */
 struct scratch *scratch_get(struct volume *v); /* NULL: out of memory */
@@ -196,6 +201,9 @@ static inline void history_changed(struct volume *v)
 }
 
 /* history.c */
+/* Seals closed epochs that are not. For want of memory some stay as they are: images are right all the same, and the
+ * next call tries again. */
+void chain_seal(struct volume *v);
 void volume_retire(struct volume *v, struct layer *l);
 
 #endif

@@ -26,7 +26,7 @@
 #define WRITERS 2U
 #define READERS 3U
 #define BATCH 12U
-#define KEPT_MAX 4U
+#define KEPT_MAX 24U
 /* Bytes of writers have the high bit clear, those of the active overlay have it set. */
 #define ACTIVE_BIT 0x80U
 #define ACTIVE_FIRST 100U
@@ -296,10 +296,12 @@ static void control(struct stress *s, uint64_t end_ns)
 	uint64_t seed = 99, number = 1;
 
 	while (clock_mono_ns() < end_ns && !atomic_load(&s->end)) {
-		if (s->n_kept < KEPT_MAX)
+		if (s->n_kept < 4 || (s->n_kept < KEPT_MAX && next_random(&seed, 9) < 5))
 			checkpoint(s, ++number, next_random(&seed, 2) == 0);
 		else
 			drop(s, &seed);
+		if (next_random(&seed, 2)) /* else the closed epoch stays a bitmap for a while */
+			volume_reap(s->v);
 		/* Time for a few blocks to change; not a wait for anything. */
 		(void)usleep((useconds_t)next_random(&seed, 4000));
 	}

@@ -87,7 +87,7 @@ Test(overlay, saves_and_finds_again)
 		cr_assert_not(overlay_has(o, 3));
 		cr_assert_not(overlay_has(o, 501));
 		cr_assert_not(overlay_has(o, 1001));
-		cr_assert_eq(bitmap_next_set(overlay_bitmap(o), 3), 500);
+		cr_assert_eq(bits_next_set(overlay_held(o), 3, 1000), 500);
 		overlay_check(o);
 		overlay_close(o);
 		cr_assert_eq(overlay_open(s, "u", size, &o, NULL), 0);
