@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
 """Speed as ratios within one run; README.md says how to read it.
 
-  bench.py [--rounds N] [--seconds S] [--json FILE] [--check] [writes|alone|checkpoint|failover|memory]...
+  bench.py [--rounds N] [--seconds S] [--json FILE] [--check] [writes|alone|checkpoint|failover|history|memory]...
 
 --check: exit 1 if a floor is missed.
 """
 
 import json
 import os
+import random
 import shutil
 import statistics
 import subprocess
@@ -180,6 +181,79 @@ def bench_failover():
     return {"failover_answer_s": answer, "failover_first_read_s": first, "failover_commit_s": time.monotonic() - t}
 
 
+def fio_reads(path, size, depth):
+    """Random 4 KiB direct reads; IOPS."""
+    e2e.need("fio")
+    r = e2e.run(["fio", "--name=r", "--filename=" + path, "--size=%d" % size, "--rw=randread", "--bs=4k", "--iodepth=%d" % depth, "--direct=1",
+                 "--ioengine=libaio", "--time_based", "--runtime=%g" % SECONDS, "--randrepeat=0", "--norandommap", "--readonly",
+                 "--output-format=json"], timeout=120 + 2 * SECONDS, cwd=e2e.tmp())
+    return json.loads(r.stdout[r.stdout.index("{"):])["jobs"][0]["read"]["iops"]
+
+
+HISTORY = {"few": 10, "many": 1000}
+HISTORY_WRITES = 50  # 4 KiB each, at random, in each epoch
+
+
+def timed_checkpoint(p, group):
+    t = time.monotonic()
+    n = p.a.ctl("checkpoint", name=group, timeout=60)["checkpoint"]
+    return n, (time.monotonic() - t) * 1000
+
+
+def scatter(fd, size, block):
+    for off in random.sample(range(0, size, 4096), HISTORY_WRITES):
+        os.pwrite(fd, block, off)
+
+
+def bench_history():
+    """Reads of the oldest checkpoint, and `checkpoint` itself, with 1,000 kept against few."""
+    size = 128 * MIB
+    p = Pair()
+    block = e2e.aligned(os.urandom(4096))
+    vols, oldest = {}, {}
+    for g in list(HISTORY) + ["none"]:
+        (vols[g],) = p.protect(g, group=g, size=size, keep_last=2000)
+        fill(vols[g], size)
+        p.a.wait_synced(g, 120)
+    rss = p.b.rss_bytes()
+    for g, count in HISTORY.items():
+        with e2e.opened(vols[g], os.O_WRONLY, True) as fd:
+            oldest[g] = timed_checkpoint(p, g)[0]
+            for _ in range(count - 1):
+                scatter(fd, size, block)
+                timed_checkpoint(p, g)
+            scatter(fd, size, block)
+        e2e.fsync(vols[g])
+        while p.b.ctl("checkpoints", name=g)["checkpoints"][0]["number"] < oldest[g]:  # that of the first sync
+            p.b.repctl("-y", "checkpoints", g, "--drop", str(p.b.ctl("checkpoints", name=g)["checkpoints"][0]["number"]))
+        kept = len(p.b.ctl("checkpoints", name=g)["checkpoints"])
+        check(kept == count, "%d checkpoints are kept of %s, not %d" % (kept, g, count))
+    out = {"history_rss_mib": (p.b.rss_bytes() - rss) / MIB}
+    for depth in (1, 16):
+        rows = []
+        for _ in range(ROUNDS):
+            a = fio_reads(p.b.checkpoint_file("few", oldest["few"]), size, depth)
+            b = fio_reads(p.b.checkpoint_file("many", oldest["many"]), size, depth)
+            rows.append((b / a, a, b))
+            print("  depth %d: of 10 %.0f, of 1000 %.0f IOPS, ratio %.2f" % (depth, a, b, b / a), file=sys.stderr)
+        out["history_read_ratio" if depth == 1 else "history_read16_ratio"] = statistics.median(r[0] for r in rows)
+        out["history_read%d_iops" % depth] = statistics.median(r[2] for r in rows)
+    times = {"none": [], "many": []}
+    for i in range(40):
+        for g in ("none", "many") if i % 2 else ("many", "none"):
+            with e2e.opened(vols[g], os.O_WRONLY, True) as fd:
+                scatter(fd, size, block)
+            e2e.fsync(vols[g])
+            times[g].append(timed_checkpoint(p, g)[1])
+    few, many = statistics.median(times["none"]), statistics.median(times["many"])
+    print("  checkpoint: %.2f ms, with 1000 kept %.2f ms" % (few, many), file=sys.stderr)
+    out.update(history_checkpoint_ms=many, history_checkpoint_none_ms=few, history_checkpoint_ratio=few / many)
+    t = time.monotonic()
+    p.b.restart()
+    out["history_start_s"] = time.monotonic() - t
+    return out
+
+
 def bench_memory():
     """Resident memory of both daemons with a sparse 1 TiB volume in sync, after scattered writes."""
     p = Pair()
@@ -195,10 +269,14 @@ FLOORS = [  # key, text, limit, better when
     ("writes_ratio", "4 KiB random writes, depth 16, protocol F in sync / minimal FUSE server", 0.5, "above"),
     ("checkpoint_longer_ms", "checkpoint with 1 GiB dirty takes longer than with 1 MiB by, ms", 20, "below"),
     ("failover_answer_s", "failover with a 1 GiB overlay answers after, s", 1.0, "below"),
+    ("history_read_ratio", "4 KiB random read of the oldest of 1,000 checkpoints / of 10", 0.5, "above"),
+    ("history_read16_ratio", "the same at depth 16", 0.5, "above"),
+    ("history_checkpoint_ratio", "checkpoints a second with 1,000 kept / with none", 0.8, "above"),
     ("rss_primary_mib", "memory of the primary, sparse 1 TiB volume, MiB", 300, "below"),
     ("rss_secondary_mib", "memory of the secondary, MiB", 300, "below"),
 ]
-BENCHES = {"writes": bench_writes, "alone": bench_alone, "checkpoint": bench_checkpoint, "failover": bench_failover, "memory": bench_memory}
+BENCHES = {"writes": bench_writes, "alone": bench_alone, "checkpoint": bench_checkpoint, "failover": bench_failover, "history": bench_history,
+           "memory": bench_memory}
 
 
 def main():
