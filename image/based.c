@@ -344,7 +344,7 @@ void based_own(struct disk *d, struct bitmap *ret)
 	uint64_t at, end = 0;
 
 	own_shared(b);
-	while (bitmap_next_run(overlay_bitmap(b->own), end, &at, &end) && at < ret->nbits)
+	while (bitmap_next_run(&overlay_held(b->own)->bits, end, &at, &end) && at < ret->nbits)
 		bitmap_set_range(ret, at, min_u64(end, ret->nbits) - at);
 	own_unlock(b);
 }
