@@ -194,6 +194,7 @@ int offline_create(struct cli *c, struct store *st, const char *name, uint64_t s
 int offline_create_over(struct cli *c, struct store *st, const struct store_base_args *args, uint64_t size,
 			json_t **ret);
 int offline_import(struct cli *c, struct store *st, const struct store_import_args *args, json_t **ret);
+int offline_apply(struct cli *c, struct store *st, const char *name, const char *file, json_t **ret);
 int offline_export(struct cli *c, struct store *st, const char *name, uint64_t ckpt, const char *file, json_t **ret);
 int offline_list(struct cli *c, struct store *st, json_t **ret);
 int offline_show(struct cli *c, struct store *st, const char *name, json_t **ret);

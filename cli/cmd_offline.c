@@ -10,6 +10,7 @@
 #include "core/os/cleanup.h"
 #include "core/os/clock.h"
 #include "image/based.h"
+#include "image/apply.h"
 
 static int fail_err(const struct cli *c, int rc, const struct err *e)
 {
@@ -91,6 +92,29 @@ int offline_import(struct cli *c, struct store *st, const struct store_import_ar
 	return made(c,
 		    json_pack("{s:i, s:s, s:s, s:I, s:s}", "schema", 1, "volume", name, "group", m->group, "size",
 			      (json_int_t)m->volumes[i].size, "format", format),
+		    ret);
+}
+
+int offline_apply(struct cli *c, struct store *st, const char *name, const char *file, json_t **ret)
+{
+	struct extentlist_head head = {0};
+	struct err e = {0};
+	struct progress p;
+	char label[128];
+
+	(void)snprintf(label, sizeof(label), "import %.70s", name);
+	progress_init(&p, c->out.progress, stderr, label);
+	cli_defer_signals(true);
+	int rc = store_apply(st, name, file, on_copy, &p, &head, &e);
+	progress_end(&p);
+	store_close(st);
+	cli_defer_signals(false);
+	if (rc < 0)
+		return fail_err(c, rc, &e);
+	return made(c,
+		    json_pack("{s:i, s:s, s:I, s:s, s:I, s:I, s:I}", "schema", 1, "volume", name, "size",
+			      (json_int_t)head.size, "format", head.target, "applied", (json_int_t)head.bytes, "since",
+			      (json_int_t)head.since, "checkpoint", (json_int_t)head.checkpoint),
 		    ret);
 }
 

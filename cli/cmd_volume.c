@@ -31,6 +31,17 @@ static void note_made(const struct cli *c, const json_t *r)
 		 format ? format : "");
 }
 
+static void note_applied(const struct cli *c, const json_t *r)
+{
+	uint64_t bytes = 0, at = 0;
+	char text[FORMAT_SIZE], number[64] = "";
+	(void)js_u64(r, "applied", &bytes);
+	format_bytes(bytes, text);
+	if (js_u64(r, "checkpoint", &at) && at)
+		(void)snprintf(number, sizeof(number), ": it is as of checkpoint %llu", (unsigned long long)at);
+	cli_note(c, "%s: %s applied%s", js_str(r, "volume", c->args[0]), text, number);
+}
+
 int cmd_create(struct cli *c)
 {
 	const char *name = c->args[0], *size_text = cli_value(c, "size"), *group = cli_value(c, "group");
@@ -97,22 +108,30 @@ int cmd_import(struct cli *c)
 
 	struct store *st;
 	json_t *r = NULL;
-	rc = cli_offline(c, STORE_CREATE, &st);
+	bool apply = cli_has(c, "apply");
+	if (apply && (group || format || backing))
+		return cli_fail(c, ERR_USAGE, "--apply goes with no other option of import");
+	rc = cli_offline(c, apply ? 0 : STORE_CREATE, &st);
 	if (rc)
 		return rc;
-	if (st) {
+	if (st && apply) {
+		rc = offline_apply(c, st, name, file, &r);
+	} else if (st) {
 		struct store_import_args args = {name, file, format, backing ? dir : NULL, group};
 		rc = offline_import(c, st, &args, &r);
 	} else {
 		json_t *args = json_pack("{s:s, s:s}", "name", name, "file", file);
 		if (!args || !put_text(args, "group", group) || !put_text(args, "format", format) ||
-		    !put_text(args, "backing_dir", backing ? dir : NULL))
+		    !put_text(args, "backing_dir", backing ? dir : NULL) ||
+		    (apply && json_object_set_new(args, "apply", json_true()) != 0))
 			return odd_text(c, args);
 		rc = cli_call(c, "import", args, &r);
 	}
 	if (rc)
 		return rc;
-	if (!c->json)
+	if (!c->json && apply)
+		note_applied(c, r);
+	else if (!c->json)
 		note_made(c, r);
 	return cli_finish(c, r);
 }

@@ -46,7 +46,7 @@ static const struct cli_opt import_opts[] = {
     {.name = "backing-dir",
      .arg = "DIR",
      .help = "where backing files may lie too; default: in FILE's folder and below"},
-    {.name = "apply", .later = true, .help = "put an incremental backup onto its base"},
+    {.name = "apply", .help = "put a backup of changed blocks onto the volume NAME, which holds its base"},
     {.name = NULL},
 };
 static const struct cli_opt list_opts[] = {

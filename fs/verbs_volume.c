@@ -8,6 +8,7 @@
 #include "fs/repl_shell.h"
 #include "fs/verbs_internal.h"
 #include "image/based.h"
+#include "image/apply.h"
 
 struct import_arg {
 	struct verb_progress p;
@@ -134,9 +135,60 @@ int verb_do_create(const struct call *c)
 	return add_volume(c, false);
 }
 
+/* A guest's writes: they are recorded, forwarded and saved as any. */
+static int apply_write(void *arg, uint64_t off, uint64_t len, const void *buf)
+{
+	struct gvol *v = arg;
+	return buf ? gvol_write(v, NULL, off, len, buf) : gvol_zero(v, NULL, off, len, true);
+}
+
+static int apply(const struct call *c)
+{
+	struct gvol *v;
+	struct group *g;
+	const char *file = verb_arg_str(c, "file");
+	struct extentlist_head head = {0};
+	int err = verb_need_volume(c, &v, &g);
+	if (err == -ERR_NOENT)
+		return err_set(c->e, ERR_NOENT,
+			       "%s %s: there is no such volume to apply it to; restore its base first, without --apply",
+			       c->verb, verb_arg_str(c, "name"));
+	if (err)
+		return err;
+	struct gvol_handle *h = NULL; /* open, so that it is not deleted meanwhile */
+	bool direct;
+	if (file == NULL || file[0] != '/')
+		err = err_set(c->e, ERR_USAGE, "the file's absolute path is missing");
+	else if (verb_arg_str(c, "group") || verb_arg_str(c, "format") || verb_arg_str(c, "backing_dir"))
+		err = err_set(c->e, ERR_USAGE, "--apply goes with no other option of import");
+	else if (atomic_load(&g->serving) != SERVING_DISK)
+		err = err_set(c->e, ERR_STATE, "this host does not serve its disk; apply it on the primary");
+	else if (atomic_load(&v->opens))
+		err = err_set(c->e, ERR_BUSY, "it is open, by a guest or a job; close it first");
+	else if ((err = gvol_open(v, true, true, &h, &direct)) < 0)
+		(void)err_set(c->e, -err, "the volume could not be opened: %s", err_short(err));
+	if (!err) {
+		struct verb_progress p = {.c = c, .started = clock_mono_ns()};
+		err = apply_backup(file, volume_size(v->vol), apply_write, v, verb_progress, &p, &head, c->e);
+		int flushed = err ? 0 : gvol_flush(v, h);
+		if (flushed < 0)
+			err = err_set(c->e, -flushed, "flushing it: %s", err_short(flushed));
+	}
+	if (!err)
+		verb_result(c, json_pack("{s:s, s:s, s:I, s:s, s:I, s:I, s:I}", "volume", v->name, "group", g->name,
+					 "size", (json_int_t)volume_size(v->vol), "format", head.target, "applied",
+					 (json_int_t)head.bytes, "since", (json_int_t)head.since, "checkpoint",
+					 (json_int_t)head.checkpoint));
+	gvol_release(h);
+	err = verb_prefixed(c, v->name, err);
+	group_unref(g);
+	gvol_unref(v);
+	return err;
+}
+
 int verb_do_import(const struct call *c)
 {
-	return add_volume(c, true);
+	return verb_arg_bool(c, "apply", false) ? apply(c) : add_volume(c, true);
 }
 
 int verb_do_delete(const struct call *c)

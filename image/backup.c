@@ -498,6 +498,7 @@ static int put_list(struct backup *b, FILE *f, struct extentlist_head *h)
 	int rc;
 
 	h->size = b->args.size;
+	(void)snprintf(h->target, sizeof(h->target), "%s", b->zst ? "zst" : "raw");
 	h->count = h->bytes = 0;
 	while (at < b->args.size && next_listed(b, &at, &odd, &r)) {
 		h->count++;

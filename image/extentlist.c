@@ -42,9 +42,10 @@ int extentlist_put_head(FILE *f, const struct extentlist_head *h)
 	int n =
 	    fprintf(f,
 		    "{\"format\":\"" FORMAT_NAME "\",\"version\":%d,\"volume\":\"%s\",\"uuid\":\"%s\",\"size\":%" PRIu64
-		    ",\"mode\":\"%s\",\"since\":%" PRIu64 ",\"checkpoint\":%" PRIu64 ",\"extents\":%" PRIu64
-		    ",\"bytes\":%" PRIu64 "}\n",
-		    EXTENTLIST_VERSION, h->volume, uuid, h->size, h->mode, h->since, h->checkpoint, h->count, h->bytes);
+		    ",\"mode\":\"%s\",\"target\":\"%s\",\"since\":%" PRIu64 ",\"checkpoint\":%" PRIu64
+		    ",\"extents\":%" PRIu64 ",\"bytes\":%" PRIu64 "}\n",
+		    EXTENTLIST_VERSION, h->volume, uuid, h->size, h->mode, h->target, h->since, h->checkpoint, h->count,
+		    h->bytes);
 	return n < 0 ? err_from_errno(errno) : 0;
 }
 
@@ -138,9 +139,11 @@ static int parse_head(struct extentlist *l, const json_t *j, struct err *e)
 		return err_set(e, ERR_VERSION, "%s: %s is of version %" PRIu64 ", and this program reads %d", l->what,
 			       l->path, version, EXTENTLIST_VERSION);
 	if (!text(j, "volume", h->volume, sizeof(h->volume)) || !parse_uuid(j, h->uuid) ||
-	    !text(j, "mode", h->mode, sizeof(h->mode)) || !number(j, "size", VOLUME_SIZE_MAX, &h->size) ||
-	    !number(j, "since", INT64_MAX, &h->since) || !number(j, "checkpoint", INT64_MAX, &h->checkpoint) ||
-	    !number(j, "extents", COUNT_MAX, &h->count) || !number(j, "bytes", h->size, &h->bytes))
+	    !text(j, "mode", h->mode, sizeof(h->mode)) || !text(j, "target", h->target, sizeof(h->target)) ||
+	    (strcmp(h->target, "raw") != 0 && strcmp(h->target, "zst") != 0) ||
+	    !number(j, "size", VOLUME_SIZE_MAX, &h->size) || !number(j, "since", INT64_MAX, &h->since) ||
+	    !number(j, "checkpoint", INT64_MAX, &h->checkpoint) || !number(j, "extents", COUNT_MAX, &h->count) ||
+	    !number(j, "bytes", h->size, &h->bytes))
 		return bad(l, e, "a field is missing or not what it has to be");
 	return 0;
 }
@@ -180,6 +183,13 @@ int extentlist_next(struct extentlist *l, struct range *ret, struct err *e)
 	return 1;
 }
 
+int extentlist_rewind(struct extentlist *l, struct err *e)
+{
+	rewind(l->f);
+	l->line = 0;
+	return read_head(l, e);
+}
+
 static int validate(struct extentlist *l, struct err *e)
 {
 	uint64_t bytes = 0;
@@ -195,12 +205,7 @@ static int validate(struct extentlist *l, struct err *e)
 	}
 	if (rc == 0 && bytes != l->head.bytes)
 		rc = bad(l, e, "the extents do not add up to what its head says");
-	if (rc == 0) {
-		rewind(l->f);
-		l->line = 0;
-		rc = read_head(l, e);
-	}
-	return rc;
+	return rc == 0 ? extentlist_rewind(l, e) : rc;
 }
 
 int extentlist_open(const char *what, const char *target, struct extentlist **ret, struct err *e)

@@ -18,6 +18,7 @@ struct extentlist_head {
 	char volume[NAME_SIZE];
 	uint8_t uuid[16]; /* the volume's */
 	char mode[16];
+	char target[8]; /* what the backup's file is: "raw" or "zst" */
 	uint64_t size;	     /* of the volume */
 	uint64_t since;	     /* checkpoint; 0: none */
 	uint64_t checkpoint; /* the image that the extents are of; 0: none */
@@ -40,6 +41,8 @@ int extentlist_open(const char *what, const char *target, struct extentlist **re
 const struct extentlist_head *extentlist_head(const struct extentlist *l);
 /* The next one; 1: *ret is set, 0: there are no more. */
 int extentlist_next(struct extentlist *l, struct range *ret, struct err *e);
+/* To the first one again. */
+int extentlist_rewind(struct extentlist *l, struct err *e);
 void extentlist_close(struct extentlist *l);
 
 #endif

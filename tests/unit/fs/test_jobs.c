@@ -354,6 +354,69 @@ Test(jobs, a_stream_that_is_not_taken_does_not_hold_the_guest_up)
 	cr_assert_eq(pair_is(&p.a, "vm", 0, SIZE, JOB_QUEUE_MAX / SIZE), 0);
 }
 
+/* ---- restoring ---- */
+
+static int import(const char *name, const char *file, bool apply)
+{
+	json_t *args = json_pack("{s:s, s:s}", "name", name, "file", target(file));
+	if (apply)
+		json_object_set_new(args, "apply", json_true());
+	return pair_do(&p.a, "import", args, NULL);
+}
+
+static void volume_is(struct pair_host *h, const char *name, const uint8_t *content)
+{
+	memset(buf, 0xa5, SIZE);
+	OK(pair_read(h, name, 0, SIZE, buf));
+	for (size_t i = 0; i < SIZE; i++)
+		cr_assert(buf[i] == content[i], "%s: byte %zu is %u, not %u", name, i, buf[i], content[i]);
+}
+
+Test(jobs, a_restore_is_an_import_and_what_was_applied_is_replicated)
+{
+	put(0, SIZE / 2, 1);
+	protect();
+	uint64_t first = checkpoint();
+	memcpy(then, model, SIZE);
+	OK(pair_do(&p.b, "backup", args_for("full.zst", "full"), NULL));
+	put(64 * K, 8 * K, 2);
+	put(0, 4 * K, 0);
+	checkpoint();
+	json_t *args = args_for("inc", "incremental");
+	json_object_set_new(args, "since", json_integer((json_int_t)first));
+	OK(pair_do(&p.b, "backup", args, NULL));
+	OK(import("r", "full.zst", false));
+	volume_is(&p.a, "r", then);
+	OK(import("r", "inc", true));
+	volume_is(&p.a, "r", model);
+	/* Back again, by what `none` saved. */
+	json_int_t id = begin(&p.a, "none", "none");
+	put(0, SIZE, 7);
+	memcpy(then, model, SIZE);
+	OK(job(&p.a, "cancel", id));
+	OK(job(&p.a, "wait", id));
+	OK(import("vm", "none", true));
+	OK(import("vm", "inc", true));
+	memset(model, 1, SIZE / 2);
+	memset(model + SIZE / 2, 0, SIZE / 2);
+	memset(model + 64 * K, 2, 8 * K);
+	memset(model, 0, 4 * K);
+	volume_is(&p.a, "vm", model);
+	checkpoint(); /* applied there */
+	for (uint64_t off = 0; off < SIZE; off += 4 * K)
+		OK(pair_disk_is(&p.b, "vm", off, 4 * K, model[off]));
+	cr_assert_eq(import("nobody", "inc", true), -ERR_NOENT);
+	args = json_pack("{s:s, s:s, s:b}", "name", "vm", "file", target("inc"), "apply", 1);
+	cr_assert_eq(pair_do(&p.b, "import", args, NULL), -ERR_STATE);
+	struct gvol *v = gvol_find(p.a.d, "vm");
+	struct gvol_handle *h;
+	bool direct;
+	OK(gvol_open(v, true, true, &h, &direct));
+	cr_assert_eq(import("vm", "inc", true), -ERR_BUSY);
+	gvol_release(h);
+	gvol_unref(v);
+}
+
 /* ---- control ---- */
 
 Test(jobs, pause_resume_cancel_wait_and_speed)

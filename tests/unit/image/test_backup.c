@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include "core/bytes.h"
+#include "image/apply.h"
 #include "image/backup.h"
 #include "image/store.h"
 #include "image/zst.h"
@@ -278,9 +279,10 @@ static int open_list(struct extentlist **ret)
 	return extentlist_open("import v", tmpdir_at(&dir, "t"), ret, &e);
 }
 
-static const char good_head[] = "{\"format\":\"repfs-extents\",\"version\":1,\"volume\":\"v\",\"uuid\":"
-				"\"000102030405060708090a0b0c0d0e0f\",\"size\":65536,\"mode\":\"incremental\","
-				"\"since\":3,\"checkpoint\":7,\"extents\":2,\"bytes\":8192}\n";
+static const char good_head[] =
+    "{\"format\":\"repfs-extents\",\"version\":1,\"volume\":\"v\",\"uuid\":"
+    "\"000102030405060708090a0b0c0d0e0f\",\"size\":65536,\"mode\":\"incremental\",\"target\":\"raw\","
+    "\"since\":3,\"checkpoint\":7,\"extents\":2,\"bytes\":8192}\n";
 
 static int try_list(const char *head, const char *extents)
 {
@@ -713,5 +715,102 @@ Test(backup, a_zst_is_imported)
 	cr_assert_eq(import(st, "c", tmpdir_at(&dir, "odd"), "zst"), -ERR_NOTSUP);
 	cr_assert_not(tmpdir_has(&dir, "st/volumes/c"));
 	free(p);
+	store_close(st);
+}
+
+static int try_apply(struct store *st, const char *file)
+{
+	e = (struct err){0};
+	return store_apply(st, "r", tmpdir_at(&dir, file), NULL, NULL, NULL, &e);
+}
+
+static void expect_disk(const uint8_t *content)
+{
+	size_t n;
+	uint8_t *p = slurp("st/volumes/r/disk.raw", &n);
+
+	cr_assert_eq(n, VOL_SIZE);
+	for (size_t i = 0; i < n; i++)
+		cr_assert(p[i] == content[i], "byte %zu is %u, not %u", i, p[i], content[i]);
+	free(p);
+}
+
+Test(backup, an_incremental_goes_onto_its_base)
+{
+	static const char *const names[] = {"inc", "inc.zst"};
+	static uint8_t at1[VOL_SIZE];
+	struct store *st;
+	struct backup *b;
+
+	char full[600];
+	snprintf(full, sizeof(full), "%s", tmpdir_at(&dir, "full"));
+	history();
+	memcpy(at1, then, sizeof(at1));
+	ckpt(2);
+	run(start("full", 1, false), "full");
+	for (unsigned i = 0; i < 2; i++) {
+		b = start(names[i], 2, true);
+		select_changed(b);
+		run(b, "incremental");
+	}
+	close_vol();
+	cr_assert_eq(store_open(tmpdir_at(&dir, "st"), STORE_CREATE, -1, &st, &e), 0, "%s", e.text);
+	cr_assert_eq(try_apply(st, "inc"), -ERR_NOENT);
+	says("import r: there is no such volume");
+	for (unsigned i = 0; i < 2; i++) {
+		struct extentlist_head h;
+		const struct store_import_args args = {.volume = "r", .file = full};
+
+		cr_assert_eq(store_import(st, &args, NULL, NULL, NULL, &e), 0, "%s", e.text);
+		expect_disk(at1);
+		cr_assert_eq(store_apply(st, "r", tmpdir_at(&dir, names[i]), NULL, NULL, &h, &e), 0, "%s", e.text);
+		expect_disk(now);
+		cr_assert(h.since == 1 && h.checkpoint == 2 && h.bytes > 0);
+		cr_assert_str_eq(h.target, i ? "zst" : "raw");
+		cr_assert_eq(try_apply(st, names[i]), 0); /* again */
+		expect_disk(now);
+		cr_assert_eq(store_delete_volume(st, "r", &e), 0);
+	}
+	/* What does not check out changes nothing. */
+	const struct store_import_args args = {.volume = "r", .file = full};
+	cr_assert_eq(store_import(st, &args, NULL, NULL, NULL, &e), 0, "%s", e.text);
+	size_t n;
+	uint8_t *p = slurp("inc.zst", &n);
+	unsigned harmless = 0;
+	for (size_t at = 0; at < n; at += 1 + n / 200) {
+		p[at] ^= 0x10;
+		put_file("inc.zst", p, n);
+		int rc = try_apply(st, "inc.zst");
+		expect_disk(rc ? at1 : now);
+		if (rc == 0) { /* a bit that means nothing */
+			harmless++;
+			cr_assert_eq(store_delete_volume(st, "r", &e), 0);
+			cr_assert_eq(store_import(st, &args, NULL, NULL, NULL, &e), 0);
+		}
+		p[at] ^= 0x10;
+	}
+	cr_assert_leq(harmless, 3);
+	put_file("inc.zst", p, n - 1);
+	cr_assert_eq(try_apply(st, "inc.zst"), -ERR_NOTSUP);
+	put_file("inc.zst", p, n);
+	free(p);
+	cr_assert_eq(truncate(tmpdir_at(&dir, "inc"), VOL_SIZE - 512), 0);
+	cr_assert_eq(try_apply(st, "inc"), -ERR_CORRUPT);
+	says("they are not of one backup");
+	cr_assert_eq(try_apply(st, "full"), -ERR_NOENT);
+	says("full.extents");
+	expect_disk(at1);
+	cr_assert_eq(store_delete_volume(st, "r", &e), 0);
+	cr_assert_eq(store_create_volume(st, "r", VOL_SIZE - 512, NULL, &e), 0, "%s", e.text);
+	cr_assert_eq(try_apply(st, "inc.zst"), -ERR_STATE);
+	says("the backup is of a volume of ");
+	/* What differs from a peer is the daemon's to know. */
+	struct repl_meta *m;
+	cr_assert_eq(store_load_group(st, "r", &m, &e), 0);
+	m->has_peer = true;
+	cr_assert_eq(store_save_group(st, m, &e), 0, "%s", e.text);
+	free(m);
+	cr_assert_eq(try_apply(st, "inc.zst"), -ERR_STATE);
+	says("has a peer");
 	store_close(st);
 }
