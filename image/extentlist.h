@@ -18,7 +18,7 @@ struct extentlist_head {
 	char volume[NAME_SIZE];
 	uint8_t uuid[16]; /* the volume's */
 	char mode[16];
-	char target[8]; /* what the backup's file is: "raw" or "zst" */
+	char target[8];	     /* what the backup's file is: "raw" or "zst" */
 	uint64_t size;	     /* of the volume */
 	uint64_t since;	     /* checkpoint; 0: none */
 	uint64_t checkpoint; /* the image that the extents are of; 0: none */
