@@ -173,23 +173,6 @@ static int check_alone(const struct repl_meta *m, const char *volume, struct err
 			    m->group, role_name(m->role));
 }
 
-static int open_volume(struct store *st, const struct repl_meta *m, uint32_t i, struct volume **ret, struct err *e)
-{
-	_cleanup_free_ uint64_t *numbers = calloc(m->n_ckpts ? m->n_ckpts : 1, sizeof(*numbers));
-
-	if (!numbers)
-		return err_set(e, ERR_NOMEM, "out of memory");
-	for (uint32_t k = 0; k < m->n_ckpts; k++)
-		numbers[k] = m->ckpts[k].number;
-	const struct volume_open_args args = {.name = m->volumes[i].name,
-					      .size = m->volumes[i].size,
-					      .durability = store_info(st)->durability,
-					      .ckpts = numbers,
-					      .n_ckpts = m->n_ckpts,
-					      .active_id = m->active_id};
-	return volume_open(store_storage(st), &args, ret, e);
-}
-
 int store_apply(struct store *st, const char *volume, const char *file, store_progress_fn fn, void *arg,
 		struct extentlist_head *ret_head, struct err *e)
 {
@@ -217,7 +200,7 @@ int store_apply(struct store *st, const char *volume, const char *file, store_pr
 		if (rc < 0)
 			return rc;
 	}
-	rc = open_volume(st, m, i, &v, &why);
+	rc = store_open_volume(st, m, i, &v, &why);
 	if (rc == 0)
 		rc = apply_backup(file, m->volumes[i].size, write_volume, v, fn, arg, ret_head, &why);
 	if (rc == 0 && (rc = volume_sync(v)) < 0)
