@@ -287,6 +287,49 @@ def test_protect_to_a_hub():
     check_eq(s.goodbyes, [0], "the host's goodbye")
 
 
+def test_hashes_and_verify():
+    """A copy that the hub has already is adopted at the cost of hashes and what differs; `verify` finds what was turned over on
+    the hub, in its copy and in its undo layers, and mends it."""
+    a = Host("a").start()
+    vol = a.create("vm1", SIZE)
+    rng = random.Random(8)
+    e2e.pwrite(vol, 0, rng.randbytes(MIB), sync=True)
+    a.repctl("set", "vm1", "checkpoint_interval=0")
+    h = HubHost()
+    c = Client(a)
+    c.start_protect(h.address, {"vm1": 5})
+    s = synced(h, a)
+    settle(a, h)
+    e2e.pwrite(vol, 0, rng.randbytes(100 * BLOCK), sync=True)
+    same(a, h, ["vm1"])
+    a.repctl("verify", "vm1", timeout=60)
+    check(s.verified > 0, "the hub was not asked")
+    copy = h.groups["vm1"].copies[5]
+    byte = os.pread(copy.fd, 1, 70 * BLOCK + 9)
+    os.pwrite(copy.fd, bytes([byte[0] ^ 1]), 70 * BLOCK + 9)
+    a.repctl("verify", "vm1", code=9, timeout=60).says(str(70 * BLOCK))
+    a.repctl("verify", "vm1", "--repair", "-y", code=(0, 9), timeout=60)
+    a.repctl("verify", "vm1", timeout=60)
+    same(a, h, ["vm1"])
+    number, _, fd = next(x for x in copy.layers if x[1])
+    os.pwrite(fd, bytes([os.pread(fd, 1, 500)[0] ^ 1]), 500)
+    a.repctl("verify", "vm1", code=9, timeout=60).says("checkpoint %d|undo|overlay" % number)
+    os.pwrite(fd, bytes([os.pread(fd, 1, 500)[0] ^ 1]), 500)
+    # Protect afresh, with hashes: what the hub holds does not travel again.
+    a.repctl("stop", "vm1")
+    a.repctl("unprotect", "vm1")
+    wait_for(lambda: h.session() is None, "the session to end")
+    g = h.groups["vm1"]
+    g.state, g.inconsistent, g.fresh, g.sync_from, g.lineage = hub.NONE, True, False, 0, hub.Lineage()
+    e2e.pwrite(vol, 3 * REGION + 1024 * 3, b"\x55" * 512, sync=True)
+    c.start_protect(h.address, {"vm1": 6}, adopt=True, hash=True)
+    s = synced(h, a)
+    check(s.hashed >= MIB // REGION, "%d regions were hashed" % s.hashed)
+    check(("vm1", 3 * REGION, REGION) in s.resynced, "what differed did not travel: %r" % s.resynced)
+    check_eq(s.moved, REGION, "the bytes that travelled besides hashes")
+    same(a, h, ["vm1"])
+
+
 def test_status_of_a_failed_write():
     """A write that fails at the host reaches the hub as its error, and the range is mended by the resync that follows."""
     bad = BadIo()

@@ -13,6 +13,7 @@ GROUP.json, the record that decides. It fsyncs where the protocol says durable.
 
 import base64
 import collections
+import functools
 import json
 import os
 import secrets
@@ -74,6 +75,67 @@ assert all(crc32c(bytes(range(256)) * 9 + b"x" * n) == _crc_bytes(0xFFFFFFFF, by
            for n in (0, 1, 63))
 assert crc32c(b"123456789") == 0xE3069283
 
+# ---- XXH3-128 ------------------------------------------------------------------------------------------------------------
+
+_M64 = (1 << 64) - 1
+_P32 = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D)
+_P64 = (0x9E3779B185EBCA87, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0x85EBCA77C2B2AE63, 0x27D4EB2F165667C5)
+_SECRET = bytes.fromhex(
+    "b8fe6c3923a44bbe7c01812cf721ad1cded46de9839097db7240a4a4b7b3671fcb79e64eccc0e578825ad07dccff7221b8084674f743248ee03590e6"
+    "813a264c3c2852bb91c300cb88d0658b1b532ea371644897a20df94e3819ef46a9deacd8a8fa763fe39c343ff9dcbbc7c70b4f1d8a51e04bcdb45931"
+    "c89f7ec9d9787364eac5ac8334d3ebc3c581a0fffa1363eb170ddd51b7f0da49d316552629d4689e2b16be587d47a1fc8ff8b8d17ad031ce45cb3a8f"
+    "95160428afd7fbcabb4b407e")
+
+
+@functools.lru_cache(maxsize=64)
+def _secret(seed):
+    """The default secret under a seed: as bytes, and as 64-bit words from each multiple of 8."""
+    words = struct.unpack("<24Q", _SECRET)
+    raw = struct.pack("<24Q", *((w - seed if i & 1 else w + seed) & _M64 for i, w in enumerate(words)))
+    return raw, [struct.unpack_from("<8Q", raw, 8 * i) for i in range(17)]
+
+
+def _accumulate(acc, words, key):
+    for i in range(8):
+        v = words[i]
+        acc[i ^ 1] += v
+        k = v ^ key[i]
+        acc[i] += (k & 0xFFFFFFFF) * (k >> 32)
+
+
+def _merge(acc, raw, at, start):
+    for i in range(4):
+        a, b = struct.unpack_from("<QQ", raw, at + 16 * i)
+        p = (acc[2 * i] ^ a) * (acc[2 * i + 1] ^ b)
+        start += (p & _M64) ^ p >> 64
+    h = start & _M64
+    h = (h ^ h >> 37) * 0x165667919E3779F9 & _M64
+    return h ^ h >> 32
+
+
+@functools.lru_cache(maxsize=4096)
+def xxh3_128(data, seed):
+    """Of more than 240 bytes (a volume's pieces are at least 512), in canonical form."""
+    n = len(data)
+    assert n > 240
+    raw, keys = _secret(seed)
+    acc = [_P32[2], *_P64[:4], _P32[1], _P64[4], _P32[0]]
+    stripes = struct.iter_unpack("<8Q", data[:(n - 1) // 64 * 64])
+    for i, words in enumerate(stripes):
+        _accumulate(acc, words, keys[i % 16])
+        if i % 16 == 15:  # a block of 16 stripes
+            for k in range(8):
+                a = acc[k] & _M64
+                acc[k] = (a ^ a >> 47 ^ keys[16][k]) * _P32[0] & _M64
+        else:
+            acc = [a & _M64 for a in acc]
+    _accumulate(acc, struct.unpack("<8Q", data[-64:]), struct.unpack_from("<8Q", raw, 192 - 64 - 7))
+    acc = [a & _M64 for a in acc]
+    low = _merge(acc, raw, 11, n * _P64[0] & _M64)
+    high = _merge(acc, raw, 192 - 64 - 11, ~(n * _P64[1]) & _M64)
+    return struct.pack(">QQ", high, low)
+
+
 # ---- frames ------------------------------------------------------------------------------------------------------------
 
 HELLO, REPORT, JOIN, REFUSE, PING, PONG, GOODBYE = 1, 2, 3, 4, 5, 6, 7
@@ -82,12 +144,14 @@ DIRTY, DIRTY_END, RESYNC_BEGIN, RESYNC_READY = 24, 25, 26, 27
 ACK, CHECKPOINT_ACK, RESYNC_ACK, IO_ERROR, CHECKPOINT_WANT, SETTINGS, SETTINGS_ACK, STOP_WANT = range(32, 40)
 BEHIND, HASH, HASH_ANSWER = 44, 45, 46
 DETACH, ATTACH, READ_REQ, READ_REPLY, WRITE_FAILED, HISTORY_LOST, TAKE_OVER, TOOK_OVER = 50, 51, 52, 53, 54, 56, 57, 58
+VERIFY, VERIFY_ANSWER, SCRUB, SCRUBBED = range(60, 64)
 REPORT_WANT, START_PROTECT, VOLUME_READ, VOLUME_WRITE, VOLUME_DATA, DONE = range(70, 76)
 
 NAMES = {v: k for k, v in list(globals().items()) if k.isupper() and isinstance(v, int) and 0 < v < 76 and k != "_"}
-SEQUENCED = {WRITE, ZERO, DISCARD, FLUSH, CHECKPOINT, RESYNC_BEGIN, RESYNC_WRITE, RESYNC_ZERO, HASH, RESYNC_DONE, DETACH, ATTACH}
-TOKENED = {READ_REQ, READ_REPLY, REPORT_WANT, START_PROTECT, VOLUME_READ, VOLUME_WRITE, VOLUME_DATA, DONE}
-FLAGS = {REPORT: 1, CHECKPOINT: 15, READ_REPLY: 3, START_PROTECT: 3, VOLUME_WRITE: 1, VOLUME_DATA: 3, DONE: 1}
+SEQUENCED = {WRITE, ZERO, DISCARD, FLUSH, CHECKPOINT, RESYNC_BEGIN, RESYNC_WRITE, RESYNC_ZERO, HASH, RESYNC_DONE, DETACH, ATTACH, VERIFY}
+TOKENED = {SCRUB, SCRUBBED, READ_REQ, READ_REPLY, REPORT_WANT, START_PROTECT, VOLUME_READ, VOLUME_WRITE, VOLUME_DATA, DONE}
+FLAGS = {REPORT: 1, CHECKPOINT: 15, READ_REPLY: 3, VERIFY: 1, SCRUBBED: 1,
+         START_PROTECT: 3, VOLUME_WRITE: 1, VOLUME_DATA: 3, DONE: 1}
 SPAN_MAX = 1 << 30
 PAYLOAD_MAX = 2 << 20
 RANGE_MAX = 1 << 20
@@ -96,7 +160,8 @@ VOLUME_MAX = 1 << 46
 PAYLOADS = {HELLO: (1, 4096), REPORT: (4, 163844), JOIN: (1, 32768), REFUSE: (4, 483), WRITE: (1, PAYLOAD_MAX),
             RESYNC_WRITE: (1, PAYLOAD_MAX), RESYNC_DONE: (144, 144), DIRTY: (0, PAYLOAD_MAX), ACK: (24, 24),
             IO_ERROR: (4, 483), SETTINGS: (2, 4096), HASH: (24, 1032), DETACH: (144, 144), READ_REPLY: (0, PAYLOAD_MAX),
-            WRITE_FAILED: (4, 483), HISTORY_LOST: (4, 483), START_PROTECT: (16, 4693), VOLUME_READ: (3, 65),
+            WRITE_FAILED: (4, 483), HISTORY_LOST: (4, 483), VERIFY: (0, 2056), VERIFY_ANSWER: (0, 3072),
+            SCRUBBED: (32, 2080), START_PROTECT: (16, 4693), VOLUME_READ: (3, 65),
             VOLUME_WRITE: (3, RANGE_MAX + 65), VOLUME_DATA: (0, RANGE_MAX), DONE: (0, 483)}
 
 ERR_IO, ERR_VERSION, ERR_PROTO, ERR_NOTSUP, ERR_RANGE, ERR_NOENT, ERR_STATE = 2, 6, 11, 13, 15, 17, 18
@@ -174,6 +239,9 @@ def check_header(type, flags, n, seq, offset, length):
         must((length or flags) and length <= RANGE_MAX and length + 3 <= n <= length + 65, "%s: length" % name)
     if type == HASH:
         must(1 <= length <= 1 << 22 and n == 8 + 16 * (length + 65535 >> 16), "%s: length" % name)
+    if type == VERIFY:
+        most, want = (1 << 30, 0) if flags else (1 << 19, 8 + 16 * (length + 4095 >> 12))
+        must(1 <= length <= most and n == want and offset % 4096 == 0, "%s: length" % name)
     if type in (READ_REPLY, VOLUME_DATA):
         must(n == length if flags == 0 else n == 0 if flags == 1 else flags == 2 and 4 <= n <= 483, "%s: payload" % name)
     if type == DONE:
@@ -181,7 +249,7 @@ def check_header(type, flags, n, seq, offset, length):
     if type == DIRTY:
         must(n % 16 == 0, "%s: payload" % name)
     if type in (WRITE, RESYNC_WRITE, ZERO, DISCARD, RESYNC_ZERO, READ_REQ, READ_REPLY, HASH, IO_ERROR, WRITE_FAILED,
-                VOLUME_READ, VOLUME_WRITE, VOLUME_DATA):
+                VERIFY, VOLUME_READ, VOLUME_WRITE, VOLUME_DATA):
         must(offset + length <= VOLUME_MAX, "%s: the range's end" % name)
     if type in (CHECKPOINT, CHECKPOINT_ACK, TAKE_OVER, TOOK_OVER):
         must(1 <= offset <= 1 << 62, "%s: number" % name)
@@ -726,6 +794,20 @@ class Copy:
             os.fdatasync(fd)
         os.fdatasync(self.fd)
 
+    def scrub(self):
+        """[(layer's number, blocks, those whose checksum does not fit)], from the files."""
+        out = []
+        entry = 8 + 4 + BLOCK
+        for number, _, fd in self.layers:
+            data = os.pread(fd, os.fstat(fd).st_size, 0)
+            bad = []
+            for at in range(0, len(data) - entry + 1, entry):
+                block, crc = struct.unpack_from("<QI", data, at)
+                if crc32c(data[at + 12:at + entry]) != crc:
+                    bad.append(block)
+            out.append((number, len(data) // entry, sorted(bad)))
+        return out
+
     def image(self, number):
         """The whole disk as of a checkpoint."""
         out = bytearray(os.pread(self.fd, self.size, 0))
@@ -956,6 +1038,7 @@ class Session:
         self.open = False
         self.begun = 0
         self.status = []
+        self.hashed = self.verified = self.moved = 0  # moved: bytes of RESYNC_WRITE
         self.resynced = []  # (volume name, offset, length) of RESYNC_WRITE and RESYNC_ZERO
         self.checkpoints = []  # (number, flags)
         self.behind = []
@@ -1129,12 +1212,16 @@ class Session:
             return False
         if f.type in (RESYNC_WRITE, RESYNC_ZERO):
             self.resynced.append((self.copy(f).name, f.offset, f.length))
+            self.moved += len(f.payload)
             return False
         if f.type == HASH:
-            c = self.copy(f)
-            pieces = (f.length + 65535) >> 16
-            self.conn.send(HASH_ANSWER, seq=f.seq, offset=(1 << pieces) - 1)  # it knows no XXH3: all may differ
-            self.hashed = getattr(self, "hashed", 0) + 1
+            differ = [i for i, same in enumerate(self.compare(f, 65536)) if not same]
+            self.conn.send(HASH_ANSWER, seq=f.seq, offset=sum(1 << i for i in differ))
+            self.hashed += (f.length + 65535) >> 16
+            return False
+        if f.type == VERIFY:
+            must(not g.inconsistent, "VERIFY out of sync")
+            self.verify(f)
             return False
         if f.type == CHECKPOINT and f.flags & 8:  # a switchover: a hub takes nothing over, so the number is void
             g.sync()
@@ -1164,6 +1251,42 @@ class Session:
         g.sync()
         return True
 
+    def compare(self, f, piece):
+        """For each piece of the range, whether this disk has what the frame's hash is of (no hashes: zeroes)."""
+        data = self.copy(f).read(f.offset, f.length)
+        pieces = [data[i:i + piece] for i in range(0, f.length, piece)]
+        if not f.payload:
+            return [not p.strip(b"\0") for p in pieces]
+        seed, = struct.unpack_from("<Q", f.payload)
+        return [xxh3_128(p, seed) == f.payload[8 + 16 * i:24 + 16 * i] for i, p in enumerate(pieces)]
+
+    def verify(self, f):
+        runs = []
+        for i, same in enumerate(self.compare(f, 4096)):
+            at, end = f.offset + 4096 * i, min(f.offset + 4096 * (i + 1), f.offset + f.length)
+            if not same and runs and (runs[-1][1] == at or len(runs) == 128):
+                runs[-1][1] = end
+            elif not same:
+                runs.append([at, end])
+        self.verified += 1
+        self.conn.send(VERIFY_ANSWER, b"".join(struct.pack("<QQQ", a, e - a, 1) for a, e in runs), seq=f.seq)
+
+    def scrub(self, f):
+        """One undo layer a time."""
+        c = self.group.copies.get(f.volume)
+        must(c is not None, "SCRUB names volume %d" % f.volume)
+        sums = c.scrub()
+        at = [k for k, (number, _, _) in enumerate(sums) if number >= f.length]
+        if not at:
+            self.conn.send(SCRUBBED, struct.pack("<QQQQ", 0, 0, 0, 0), seq=f.seq, flags=1, volume=f.volume)
+            return
+        number, blocks, bad = sums[at[0]]
+        left = sum(n for _, n, _ in sums[at[0] + 1:]) * BLOCK
+        out = struct.pack("<QQQQ", number + 1, 0, blocks * BLOCK, left)
+        for b in bad[:64]:
+            out += struct.pack("<QQQQ", number, b * BLOCK, BLOCK, 0)
+        self.conn.send(SCRUBBED, out, seq=f.seq, flags=0 if at[1:] else 1, volume=f.volume)
+
     def after_barrier(self, f):
         """The answers that a barrier has besides the ACK."""
         if f.type == RESYNC_BEGIN:
@@ -1190,6 +1313,8 @@ class Session:
         elif f.type == READ_REQ:
             self.conn.send(READ_REPLY, self.copy(f).read(f.offset, f.length), seq=f.seq, offset=f.offset, length=f.length,
                            volume=f.volume)
+        elif f.type == SCRUB:
+            self.scrub(f)
         elif f.type == VOLUME_READ:
             self.volume_read(f)
         elif f.type == VOLUME_WRITE:
