@@ -350,6 +350,18 @@ def test_status_of_a_failed_write():
     a.wait_synced("vm1")
     e2e.pwrite(vol, 8 * BLOCK, b"\x44" * BLOCK, sync=True)
     same(a, h, ["vm1"])
+    # With detach the guest goes on through the hub, and so does another hub; then the disk is rebuilt from the hub's copy.
+    a.repctl("set", "vm1", "on_io_error=detach")
+    bad.fail("w", "*/disk.raw")
+    e2e.pwrite(vol, 20 * BLOCK, b"\x66" * BLOCK, sync=True)
+    check(a.status("vm1")["volumes"][0]["detached"], "not detached")
+    c.write("vm1", 21 * BLOCK + 100, b"hub's")
+    check_eq(c.read("vm1", 21 * BLOCK - 1, 106), b"\x66" + b"\x11" * 100 + b"hub's", "a read through the other hub")
+    check_eq(h.groups["vm1"].detached, {9}, "what the hub remembers")
+    bad.mend()
+    a.repctl("resync", "vm1", "--wait")
+    check_eq(h.groups["vm1"].detached, set(), "after the rebuild")
+    same(a, h, ["vm1"])
 
 
 # ---- ranges --------------------------------------------------------------------------------------------------------------
