@@ -227,6 +227,8 @@ int cmd_switchover(struct cli *c)
 	if (r && js_u64(r, "checkpoint", &number))
 		cli_note(c, "%s: the peer is primary now, this host its secondary; handed over at checkpoint %llu",
 			 c->args[0], (unsigned long long)number);
+	else if (r)
+		cli_note(c, "%s: the peer is primary already, this host its secondary", c->args[0]);
 	json_decref(r);
 	return rc;
 }

@@ -157,7 +157,7 @@ enum repl_cmd {
 	 * result: the number; result_time_ns: when it was taken. Several may hold one. Forgotten with the daemon. */
 	CMD_HOLD,
 	CMD_UNHOLD,	/* number, text: as held. What was taken for it is dropped in the background */
-	CMD_SWITCHOVER, /* planned: the roles are swapped; result: the checkpoint at which */
+	CMD_SWITCHOVER, /* planned: the roles are swapped; result: the checkpoint at which, 0: it was done before */
 	/* A clone: text: its name; number: a checkpoint; flags: the volume's index. That no other group has one of that
 	 * name is the shell's to know. The record holds its checkpoint, durably, until CMD_UNCLONE (text). */
 	CMD_CLONE,

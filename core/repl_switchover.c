@@ -66,8 +66,7 @@ static void wait_with(struct repl *r, struct repl_command *c)
 /* Given again where it has been done, or is on its way. */
 static void again(struct repl *r, struct repl_command *c)
 {
-	c->result = r->meta->last_stream;
-	if (!r->meta->handed) {
+	if (!r->meta->handed) { /* at which checkpoint is not remembered */
 		repl_command_done(r, c, 0, " ");
 		return;
 	}

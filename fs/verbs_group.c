@@ -143,8 +143,8 @@ int verb_do_switchover(const struct call *c)
 	struct shell_command *sc = shell_command_new(CMD_SWITCHOVER);
 	err = verb_command(c, g, sc);
 	if (!err)
-		verb_result(
-		    c, json_pack("{s:s, s:I}", "group", g->name, "checkpoint", (json_int_t)(sc ? sc->c.result : 0)));
+		verb_result(c, json_pack("{s:s, s:o}", "group", g->name, "checkpoint",
+					 sc->c.result ? json_integer((json_int_t)sc->c.result) : json_null()));
 	shell_command_unref(sc);
 	group_unref(g);
 	return err;

@@ -104,7 +104,8 @@ def test_switchover_under_load_both_ways():
             check_eq(e2e.errno_of(fn), errno.EIO, how + " through a handle from before")
         os.close(fd)
         e2e.pread(old.volume("root"), 0, BLOCK)  # opened again it is a secondary's view
-        old.repctl("switchover", "vm1")  # the same again
+        check_eq(old.repctl("switchover", "vm1", json=True)["checkpoint"], None, "the same again: its checkpoint")
+        old.repctl("switchover", "vm1").says("already")
         check_eq(new.status("vm1")["role"], "primary", "after the same again")
     rig.equal("in the end")
     print("  switchover under load: %s s" % ", ".join("%.2f" % t for t in took))

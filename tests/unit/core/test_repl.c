@@ -2707,6 +2707,7 @@ Test(switchover, drains_then_steps_down_then_tells)
 	EXPECT(h, "send:RESYNC_ACK#1 send:ACK done:d");
 	command(h, CMD_SWITCHOVER, 0); /* the same again */
 	EXPECT(h, "cmd");
+	cr_assert_eq(h->cmd.result, 0);
 	host_free(h);
 }
 
