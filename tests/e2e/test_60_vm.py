@@ -107,16 +107,20 @@ def test_failover_to_latest():
 
 @e2e.limit(300)
 def test_guest_on_the_secondary_view():
-    """COLO use: a guest runs on the secondary's view and writes there; a failover leaves it running, with what it wrote."""
+    """COLO use: a guest runs on the secondary's view and writes there; a failover leaves it running, with what it wrote. Its
+    second disk is a clone of the same checkpoint, which goes its own way."""
     p = pair()
     g = Guest([p.a.volume("vm1")], "primary")
     g.mkfs("/dev/vda", "/a")
     base = {"base": g.put("/a", "base", 1000)}
     g.sh("umount /a")
     n = p.checkpoint()
-    c = Guest([p.b.volume("vm1")], "secondary")
-    c.sh("mount -t ext4 /dev/vda /a")
+    p.b.repctl("clone", "vm1@%d" % n, "scratch")
+    c = Guest([p.b.volume("vm1"), os.path.join(p.b.mnt, "clones", "scratch")], "secondary")
+    c.sh("mount -t ext4 /dev/vda /a && mount -t ext4 /dev/vdb /b")
     expect_files(c, "/a", base)
+    expect_files(c, "/b", base)
+    scratch = {"scratch": c.put("/b", "scratch", 1200)}
     own = {"own": c.put("/a", "own", 1500)}
     g.sh("mount -t ext4 /dev/vda /a")
     theirs = {"theirs": g.put("/a", "theirs", 2500)}
@@ -124,6 +128,7 @@ def test_guest_on_the_secondary_view():
     check(st["active_bytes"] >= 1500 * 1024 and st["hidden_bytes"] > 0, "overlays: %r" % st)
     c.sh("echo 3 > /proc/sys/vm/drop_caches")
     expect_files(c, "/a", dict(base, **own), gone=theirs)
+    expect_files(c, "/b", dict(base, **scratch), gone=("own", "theirs"))
     lose_primary(p, g)
     doc = p.b.repctl("-y", "failover", "vm1", json=True)
     check_eq(doc["checkpoint"], n, "failover says")
@@ -131,12 +136,15 @@ def test_guest_on_the_secondary_view():
     c.sh("echo 3 > /proc/sys/vm/drop_caches")
     expect_files(c, "/a", dict(base, **own), gone=theirs)
     p.b.repctl("wait", "vm1", "--for=done", "--timeout", "30")
-    c.sh("umount /a")
+    c.sh("umount /a /b")
     c.fsck("/dev/vda")
-    c.sh("mount -t ext4 /dev/vda /a")
+    c.fsck("/dev/vdb")
+    c.sh("mount -t ext4 /dev/vda /a && mount -t ext4 /dev/vdb /b")
     expect_files(c, "/a", dict(base, **own), gone=theirs)
-    c.sh("umount /a")
+    expect_files(c, "/b", dict(base, **scratch), gone=("own", "later", "theirs"))
+    c.sh("umount /a /b")
     c.poweroff()
+    os.unlink(os.path.join(p.b.mnt, "clones", "scratch"))
     e2e.check_same(p.b.volume("vm1"), p.b.disk("vm1"), "mount and disk")
 
 
