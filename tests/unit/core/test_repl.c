@@ -2901,6 +2901,25 @@ Test(switchover, a_step_down_that_cannot_be_saved_is_taken_back)
 	host_free(h);
 }
 
+/* A job's own checkpoint has the next number: that of the switchover can't be this host's any more. */
+Test(switchover, a_job_that_takes_a_checkpoint_in_between_ends_it)
+{
+	struct host *h = clean_primary(PROTOCOL_F);
+	command(h, CMD_SWITCHOVER, 0);
+	EXPECT(h, "send:CHECKPOINT#5");
+	struct repl_command c = {.cmd = CMD_HOLD, .text = "job 1"};
+	step(h, (struct repl_event){.type = EV_COMMAND, .command = &c});
+	EXPECT(h, "save:primary/RUNNING +4");
+	saved(h);
+	EXPECT(h, "cmd");
+	frame(h, WIRE_CHECKPOINT_ACK, 0, 3, 0, NULL, 0);
+	EXPECT(h, "cmd=ERR_BUSY send:FLUSH#6");
+	cr_assert_eq(held_by(h)->role, ROLE_PRIMARY);
+	guest(h, 'a', REPL_WRITE, 0, 4096);
+	EXPECT(h, "do:a/disk");
+	host_free(h);
+}
+
 /* The peer is lost when it should have taken over: two secondaries. The command gives up, nothing is served but the
  * view, and a failover here is what it always is. */
 Test(switchover, a_peer_that_is_lost_leaves_a_secondary_that_can_fail_over)
