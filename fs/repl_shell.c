@@ -582,6 +582,8 @@ static void save_run(struct pool_job *job)
 	outbox_run(g, &o);
 	if (!err)
 		repl_exec_reap(&g->exec);
+	if (!err && chain) /* retention may have more to do: the next tick knows */
+		repl_exec_look_usage(&g->exec);
 	if (!err)
 		hub_volumes_changed(g->d);
 	if (!err && chain)

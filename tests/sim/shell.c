@@ -311,6 +311,7 @@ static void save_job(void *arg)
 	struct host *h = arg;
 	struct err e = {0};
 	uint64_t discarded = 0;
+	bool chain = h->save.ckpt || h->save.drop || h->save.drop_through;
 	int err = WATCHED(repl_exec_save(&h->x, &h->save, &e));
 	if (h->dying)
 		return;
@@ -333,6 +334,8 @@ static void save_job(void *arg)
 	host_step(h, &(struct repl_event){.type = EV_META_SAVED, .error = err, .bytes = discarded});
 	if (!err && !h->dying)
 		repl_exec_reap(&h->x);
+	if (!err && !h->dying && chain)
+		(void)WATCHED((repl_exec_look_usage(&h->x), 0));
 }
 
 /* ---- guests ---- */
