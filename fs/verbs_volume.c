@@ -221,7 +221,7 @@ int verb_do_delete(const struct call *c)
 		err = store_delete_volume(c->d->store, name, c->e);
 		struct err e2 = {0};
 		int err2 = verb_bring_back(c, group, &e2);
-		if (!err && err2) {
+		if (!err && err2 && !unserved) { /* its other volumes are as little served as before */
 			err = err2;
 			*c->e = e2;
 		}

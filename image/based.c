@@ -522,8 +522,8 @@ static int put_block(struct based *b, const struct based_change *c, uint64_t blo
 }
 
 /* [off, end) of own.data, which no word stands for, becomes a hole: a write that was cut off may have left something.
- */
-static int clear_leftovers(struct based *b, uint64_t off, uint64_t end)
+ * Mostly it is one already, and then there is nothing to sync. */
+static int clear_leftovers(struct based *b, uint64_t off, uint64_t end, bool *wrote)
 {
 	struct disk *data = overlay_data(b->own);
 
@@ -531,6 +531,7 @@ static int clear_leftovers(struct based *b, uint64_t off, uint64_t end)
 		struct extent x;
 		int rc = disk_extent(data, off, end, &x);
 
+		*wrote = *wrote || (rc == 0 && x.data);
 		if (rc == 0 && x.data)
 			rc = disk_zero(data, x.off, x.len, true);
 		if (rc < 0)
@@ -540,8 +541,8 @@ static int clear_leftovers(struct based *b, uint64_t off, uint64_t end)
 	return 0;
 }
 
-/* The data of [at, stop), in blocks that are not own. */
-static int put_new(struct based *b, const struct based_change *c, uint64_t at, uint64_t stop)
+/* The data of [at, stop), in blocks that are not own. *wrote is set if own.data changed. */
+static int put_new(struct based *b, const struct based_change *c, uint64_t at, uint64_t stop, bool *wrote)
 {
 	uint64_t first = at >> BLOCK_SHIFT, last = (stop - 1) >> BLOCK_SHIFT;
 	bool whole_end = (stop & (BLOCK_SIZE - 1)) == 0;
@@ -549,16 +550,20 @@ static int put_new(struct based *b, const struct based_change *c, uint64_t at, u
 
 	if ((at & (BLOCK_SIZE - 1)) || (first == last && !whole_end)) {
 		rc = put_block(b, c, first);
+		*wrote = true;
 		at = (first + 1) << BLOCK_SHIFT;
 	}
 	if (rc == 0 && at < stop && !whole_end) {
 		rc = put_block(b, c, last);
+		*wrote = true;
 		stop = last << BLOCK_SHIFT;
 	}
 	if (rc < 0 || at >= stop)
 		return rc;
-	return c->buf ? disk_write(overlay_data(b->own), at, c->buf + (at - c->off), (size_t)(stop - at))
-		      : clear_leftovers(b, at, stop);
+	if (!c->buf)
+		return clear_leftovers(b, at, stop, wrote);
+	*wrote = true;
+	return disk_write(overlay_data(b->own), at, c->buf + (at - c->off), (size_t)(stop - at));
 }
 
 /* Whether the base reads as zeroes all over [off, end) by its extents. */
@@ -619,7 +624,7 @@ static int publish(struct based *b, uint64_t at, uint64_t stop)
 static int change_locked(struct based *b, const struct based_change *c)
 {
 	uint64_t at, stop, end = c->off + c->len;
-	bool any = false, nothing = false;
+	bool any = false, nothing = false, wrote = false;
 	int rc = 0;
 
 	for (at = c->off; rc == 0 && at < end; at = stop) {
@@ -629,12 +634,12 @@ static int change_locked(struct based *b, const struct based_change *c)
 		}
 		rc = needs_nothing(b, c, at, stop, &nothing);
 		if (rc == 0 && !nothing)
-			rc = put_new(b, c, at, stop);
+			rc = put_new(b, c, at, stop, &wrote);
 		any = any || !nothing;
 	}
 	if (rc < 0 || !any)
 		return rc;
-	rc = b->durable ? sync_data(b) : 0;
+	rc = b->durable && wrote ? sync_data(b) : 0;
 	for (at = c->off; rc == 0 && at < end; at = stop) {
 		if (run_at(b, at, end, &stop))
 			continue;

@@ -513,6 +513,8 @@ def test_base_is_read_and_written_over():
     h.repctl("create", "raw", "--base", m.path("src.raw"), code=2).says("not a qcow")
     h.repctl("create", "small", "--base", base, "--size", "1M", code=2).says("smaller than its base")
     h.repctl("create", "none", "--base", m.path("none"), code=1).says("no file")
+    h.repctl("create", "none", "--size", "1M", "--backing-dir", m.dir, code=2).says("--base")
+    h.repctl("create", "none", code=2).says("--size", "--base")
     m.convert("bad", V3)
     with open(m.path("bad"), "r+b") as f:
         f.truncate(2 * MIB)

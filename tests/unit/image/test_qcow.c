@@ -367,8 +367,17 @@ Test(qcow, headers_cut_short_and_names)
 	put_be32(m.file + 108, 16);
 	refused(&m, ERR_CORRUPT, "backing file's format");
 	put_be32(m.file + 108, 5);
-	m.file[203] = 0;
-	refused(&m, ERR_CORRUPT, "zero byte");
+	/* What would go onto a terminal, or into JSON, as it is. */
+	static const char *const odd[] = {"a\0b",   "a\x1b[",	    "a\x7f!",	"\xff\xfe",
+					  "\xc3(x", "\xed\xa0\x80", "\xc2\x9b!"};
+	for (size_t i = 0; i < sizeof(odd) / sizeof(odd[0]); i++) {
+		memcpy(m.file + 200, "base.imgX", 9);
+		memcpy(m.file + 203, odd[i], 3);
+		refused(&m, ERR_CORRUPT, "a control character or what is not UTF-8");
+	}
+	memcpy(m.file + 200, "b\xc3\xa4\xe2\x82\xac.gX", 9);
+	cr_assert_eq(open_as(&m, "img", &d, &info), 0, "%s", e.text);
+	disk_close(d);
 }
 
 Test(qcow, over_a_backing_file)
