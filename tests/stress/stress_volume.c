@@ -1,10 +1,12 @@
-/* Readers of checkpoints and of a secondary's view against writers, checkpoints, merges and drops, all at once (I8).
+/* Readers of checkpoints, of a secondary's view and of a clone against writers, checkpoints, merges and drops, all at
+ * once (I8).
  *
  *   writers     write, zero and discard whole and partial blocks of their own part of the volume through volume_write
  *   controller  stops the writers for a moment, copies what the disk must hold, opens a checkpoint; merges and drops
- * others while everything runs; replaces the active overlay active      writes uniform blocks to the active overlay,
- * over and over the same ones readers     read a range of a kept checkpoint, or of the view, and compare each byte with
- * the copy; an active block must be uniform (one write's bytes, whole) and carry the mark of an active write
+ *               others while everything runs; replaces the active overlay, and the clone by one of another checkpoint
+ *   active      writes uniform blocks to the active overlay, over and over the same ones; another does so to the clone
+ *   readers     read a range of a kept checkpoint, of the view, or of the clone, and compare each byte with the copy;
+ *               of active (the clone) a block must be uniform, one write's bytes, and carry the mark of such a write
  *
  * Two thirds of the time on a raw disk, then on one over a base image. A difference, or an error of any call, ends it
  * with exit code 1. Argument: seconds (default 3).
@@ -25,6 +27,7 @@
 #define BLOCKS 513U
 #define WRITERS 2U
 #define READERS 3U
+#define WORKERS (WRITERS + READERS + 2U)
 #define BATCH 12U
 #define KEPT_MAX 24U
 /* Bytes of writers have the high bit clear, those of the active overlay have it set. */
@@ -48,6 +51,7 @@ struct stress {
 	struct kept kept[KEPT_MAX];
 	unsigned n_kept;
 	uint64_t base, active_id;
+	struct volume_clone clone;
 	atomic_bool end, failed;
 	atomic_ulong reads, batches, checkpoints, drops;
 };
@@ -136,6 +140,7 @@ static void *writer(void *arg)
 static void *active_writer(void *arg)
 {
 	struct worker *w = arg;
+	bool clone = w->index == WORKERS - 1;
 	uint8_t *buf = malloc(4 * BLOCK_SIZE);
 
 	while (!atomic_load(&w->s->end)) {
@@ -148,10 +153,14 @@ static void *active_writer(void *arg)
 			memset(buf + (i << BLOCK_SHIFT), (int)(ACTIVE_BIT | next_random(&w->seed, ACTIVE_BIT)),
 			       BLOCK_SIZE);
 		lock_shared(&w->s->list);
-		rc = volume_write_active(w->s->v, w->s->base, &r);
+		rc = clone ? volume_write_clone(w->s->v, w->s->clone.id, &r)
+			   : volume_write_active(w->s->v, w->s->base, &r);
+		if (clone && rc == 0 && next_random(&w->seed, 512) == 0)
+			rc = volume_sync_clone(w->s->v, w->s->clone.id);
 		unlock(&w->s->list);
 		if (rc < 0)
-			fail(w->s, "a write to active failed", r.off >> BLOCK_SHIFT, rc);
+			fail(w->s, clone ? "a write to the clone failed" : "a write to active failed",
+			     r.off >> BLOCK_SHIFT, rc);
 	}
 	free(buf);
 	return NULL;
@@ -172,7 +181,7 @@ static bool view_block_right(const uint8_t *got, const uint8_t *image, uint64_t 
 static void read_once(struct worker *w, uint8_t *buf)
 {
 	struct stress *s = w->s;
-	bool view = next_random(&w->seed, 2) == 0;
+	bool clone = next_random(&w->seed, 3) == 0, view = !clone && next_random(&w->seed, 2) == 0;
 	uint64_t off = next_random(&w->seed, SIZE), len, at;
 	struct kept k;
 	int rc;
@@ -182,19 +191,29 @@ static void read_once(struct worker *w, uint8_t *buf)
 		off = round_down_u64(off, BLOCK_SIZE);
 	memset(buf, 0x55, len);
 	lock_shared(&s->list);
-	k = s->kept[view ? 0 : next_random(&w->seed, s->n_kept)];
-	for (unsigned i = 0; view && i < s->n_kept; i++)
-		if (s->kept[i].number == s->base)
+	k = s->kept[view || clone ? 0 : next_random(&w->seed, s->n_kept)];
+	for (unsigned i = 0; (view || clone) && i < s->n_kept; i++)
+		if (s->kept[i].number == (view ? s->base : s->clone.ckpt))
 			k = s->kept[i];
-	rc = view ? volume_read_view(s->v, k.number, off, len, buf) : volume_read_ckpt(s->v, k.number, off, len, buf);
+	rc = view    ? volume_read_view(s->v, k.number, off, len, buf)
+	     : clone ? volume_read_clone(s->v, s->clone.id, off, len, buf)
+		     : volume_read_ckpt(s->v, k.number, off, len, buf);
 	if (rc < 0)
-		fail(s, view ? "the view can't be read" : "a checkpoint can't be read", off >> BLOCK_SHIFT, rc);
+		fail(s,
+		     view    ? "the view can't be read"
+		     : clone ? "the clone can't be read"
+			     : "a checkpoint can't be read",
+		     off >> BLOCK_SHIFT, rc);
 	for (at = off; rc == 0 && at < off + len;) {
 		uint64_t block = at >> BLOCK_SHIFT, n = min_u64((block + 1) << BLOCK_SHIFT, off + len) - at;
 		const uint8_t *got = buf + (at - off);
 
-		if (view ? !view_block_right(got, k.image + at, block, n) : memcmp(got, k.image + at, n) != 0)
-			fail(s, view ? "the view differs" : "a checkpoint differs", block, 0);
+		if (view || clone ? !view_block_right(got, k.image + at, block, n) : memcmp(got, k.image + at, n) != 0)
+			fail(s,
+			     view    ? "the view differs"
+			     : clone ? "the clone differs"
+				     : "a checkpoint differs",
+			     block, 0);
 		at += n;
 	}
 	unlock(&s->list);
@@ -275,7 +294,7 @@ static void drop(struct stress *s, uint64_t *seed)
 	unsigned i = (unsigned)next_random(seed, s->n_kept - 1);
 	int rc;
 
-	if (s->kept[i].number == s->base)
+	if (s->kept[i].number == s->base || s->kept[i].number == s->clone.ckpt)
 		return;
 	rc = volume_merge_into_older(s->v, s->kept[i].number);
 	if (rc < 0) {
@@ -291,6 +310,21 @@ static void drop(struct stress *s, uint64_t *seed)
 	atomic_fetch_add(&s->drops, 1);
 }
 
+static void make_clone(struct stress *s, uint64_t *seed)
+{
+	struct volume_clone c = {s->clone.id + 1, s->kept[next_random(seed, s->n_kept)].number};
+	int rc = volume_prepare_clone(s->v, c.id, NULL);
+
+	if (rc < 0) {
+		fail(s, "a clone could not be prepared", 0, rc);
+		return;
+	}
+	lock_exclusive(&s->list);
+	volume_switch_clones(s->v, &c, 1);
+	s->clone = c;
+	unlock(&s->list);
+}
+
 static void control(struct stress *s, uint64_t end_ns)
 {
 	uint64_t seed = 99, number = 1;
@@ -300,6 +334,8 @@ static void control(struct stress *s, uint64_t end_ns)
 			checkpoint(s, ++number, next_random(&seed, 2) == 0);
 		else
 			drop(s, &seed);
+		if (next_random(&seed, 8) == 0)
+			make_clone(s, &seed);
 		if (next_random(&seed, 2)) /* else the closed epoch stays a bitmap for a while */
 			volume_reap(s->v);
 		/* Time for a few blocks to change; not a wait for anything. */
@@ -327,8 +363,9 @@ static bool run(struct storage *storage, struct source *base, double seconds)
 	    .name = "stress", .size = SIZE, .durability = base ? DURABILITY_POWER : DURABILITY_PROCESS};
 	struct based_args over = {.source = base, .path = base ? base->files[0].path : NULL};
 	struct stress *s = calloc(1, sizeof(*s));
-	struct worker w[WRITERS + READERS + 1];
-	pthread_t threads[WRITERS + READERS + 1];
+	struct worker w[WORKERS];
+	pthread_t threads[WORKERS];
+	uint64_t seed = 7;
 	/* Everyone is in a loop: without this the controller would never have its turn. */
 	pthread_rwlockattr_t attr;
 	bool ok;
@@ -344,7 +381,8 @@ static bool run(struct storage *storage, struct source *base, double seconds)
 	INVARIANT(!base || disk_read(base->disk, 0, s->disk, (size_t)base->size) == 0);
 	INVARIANT(volume_open(storage, &args, &s->v, NULL) == 0);
 	checkpoint(s, 1, true);
-	for (unsigned i = 0; i < WRITERS + READERS + 1; i++) {
+	make_clone(s, &seed);
+	for (unsigned i = 0; i < WORKERS; i++) {
 		w[i] = (struct worker){s, i, (i + 1) * UINT64_C(0x9e3779b97f4a7c15)};
 		INVARIANT(pthread_create(&threads[i], NULL,
 					 i < WRITERS		 ? writer
@@ -353,7 +391,7 @@ static bool run(struct storage *storage, struct source *base, double seconds)
 					 &w[i]) == 0);
 	}
 	control(s, clock_mono_ns() + (uint64_t)(seconds * 1e9));
-	for (unsigned i = 0; i < WRITERS + READERS + 1; i++)
+	for (unsigned i = 0; i < WORKERS; i++)
 		INVARIANT(pthread_join(threads[i], NULL) == 0);
 	compare_disk(s);
 	printf("stress_volume%s: %lu batches, %lu reads, %lu checkpoints, %lu drops\n", base ? ", over a base" : "",
