@@ -13,6 +13,8 @@ The group has two volumes: fio writes `data` and reads back what it wrote, a log
   failover   the primary's host is lost; the other fails over, to its last checkpoint or to the latest; what has to be there
              is there; the old primary comes back, and follows by `failback`, or by `resolve` where it wrote alone; what it
              had stays readable as a checkpoint. The hosts have then changed places
+  switchover the hosts change places by command under fio and the writer, mostly while one of them is killed or the link is cut;
+             given until it succeeds; all that had been answered is there
 
 A failure prints its round and the seed; timing decides the rest, so a seed repeats the choices, not the moments.
 """
@@ -76,6 +78,23 @@ class Fio:
         read = int(self.end(PATIENCE).strip().splitlines()[-1].split(";")[5])
         check(read > 0, "fio verified nothing")
         return read
+
+    def wait_open(self):
+        """Its jobs have the file open, all of them: what they do from here on is of these handles."""
+        def of_job(pid):
+            try:
+                with open("/proc/%s/stat" % pid) as f:
+                    if int(f.read().rpartition(")")[2].split()[1]) != self.proc.pid:
+                        return False
+                return any(os.readlink("/proc/%s/fd/%s" % (pid, n)) == self.path for n in os.listdir("/proc/%s/fd" % pid))
+            except OSError:
+                return False
+
+        wait_for(lambda: sum(of_job(pid) for pid in os.listdir("/proc") if pid.isdigit()) == self.JOBS, "fio to begin", PATIENCE)
+
+    def moved(self, path):
+        """The volume is there now."""
+        self.job = ["--filename=" + path if a.startswith("--filename=") else a for a in self.job]
 
     def close(self):
         if self.proc.poll() is None:
@@ -254,8 +273,52 @@ class Soak:
             self.s.repctl("-y", "checkpoints", "root", "--drop", kept[0], code=(0, 5))
         self.settle()
 
+    # ---- the roles are swapped
+
+    def switchover(self):
+        p, rng = self.p, self.rng
+        fio = Fio(p.volume("data"), rng.randrange(1 << 30), dies=True)
+        writer = self.writer()
+        fio.wait_open()
+        p.wait_synced("vm1", PATIENCE)
+        writer.wait_ops(rng.randrange(50, 1000))
+        cmd = subprocess.Popen([e2e.program("repctl"), "--store", p.store, "switchover", "vm1"], stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
+        time.sleep(rng.uniform(0, 0.15))
+        fault = rng.choice(("none", "cut", "down", "kill", "kill"))
+        victim = rng.choice((self.p, self.s))
+        if fault == "cut":
+            self.link("cut")
+        elif fault == "down":
+            self.link("down")
+        elif fault == "kill":
+            victim.kill9()
+        cmd.wait(PATIENCE)
+        if fault == "kill":
+            victim.start()
+        self.link("up")
+
+        def done():
+            roles = [h.status("vm1")["role"] for h in (self.p, self.s)]
+            check(roles.count("primary") < 2, "two primaries")
+            if roles[0] == "primary":
+                p.wait_synced("vm1", PATIENCE)
+            return p.repctl("switchover", "vm1", code=None).code == 0
+
+        wait_for(done, "the switchover to succeed", PATIENCE)
+        now = time.monotonic_ns()
+        fio.interrupted()
+        wait_for(lambda: not writer.alive(), "the writer's handles to be dead", PATIENCE)
+        writer.stop(errors_ok=True)
+        self.p, self.s = self.s, self.p
+        self.log.verify({"root": self.p.volume("root")}, required=self.log.completed_before(now), what="after the switchover")
+        fio.moved(self.p.volume("data"))
+        self.verified += fio.verify()
+        self.did("switchover, " + fault)
+        self.settle()
+
     def round(self):
-        what = self.rng.choices(("faults", "primary", "failover"), (6, 2, 2))[0]
+        what = self.rng.choices(("faults", "primary", "failover", "switchover"), (6, 2, 2, 2))[0]
         self.did(what)
         getattr(self, what)()
 
