@@ -195,6 +195,11 @@ def test_protect_to_a_hub():
     check_eq(s.decision, "full", "the first decision")
     check(all(v.role == "primary" for v in c.report()), "the host reports itself as primary")
     check_eq(sum(n for v, o, n in s.resynced if v == "vm1" and o < MIB), MIB, "the data that travelled")
+    wait_for(lambda: [r for r in s.reports if {(v.name, v.id, v.role, v.state) for v in r} ==
+                      {(n, ids[n], "primary", "RUNNING") for n in names}], "the report again, on the connection that carries the group")
+    (far,) = a.repctl("report", "--remote", json=True)["peers"]
+    check_eq((far["program"], {(v["name"], v["id"], v["role"]) for v in far["volumes"]}),
+             ("hub 1.0", {(n, ids[n], "secondary") for n in names}), "the hub's own report")
 
     log = e2e.Log({n: SIZE for n in names})
     w = e2e.Writer(log, vols, threads=3, max_units=8, pace=0.002).start()
