@@ -133,6 +133,7 @@ struct gio {
 	struct pool_job job;
 	bool own, completed;
 	int error;
+	struct gio *flight_next, **flight_at; /* under group.lock: a write, until it completes; at NULL: none */
 };
 void gvol_submit(struct gio *g);
 /* gvol_submit and wait. For tests and simple callers. */

@@ -768,28 +768,35 @@ static uint64_t last_before(struct group *g, uint64_t since, uint64_t number)
 }
 
 /* The blocks that changed between `since` and the checkpoint that is backed up, selected. */
-static int select_changed(struct job *j, struct group *g, uint64_t size, struct err *e)
+static int select_changed(struct job *j, struct group *g, const struct job_args *a, uint64_t size, struct err *e)
 {
 	struct bitmap bits;
 	uint64_t blocks = units_of(size, BLOCK_SHIFT);
 	void *memory;
 	int err = 0;
-	if (j->since > j->ckpt)
-		return err_set(e, ERR_USAGE, "--since %" PRIu64 " is newer than checkpoint %" PRIu64, j->since,
-			       j->ckpt);
 	mutex_lock(&g->lock);
 	bool there = repl_meta_find_ckpt(repl_meta(g->core), j->since) >= 0;
 	mutex_unlock(&g->lock);
-	if (!there)
-		return err_set(e, ERR_NOENT,
-			       "this host lacks the bitmap of what changed since checkpoint %" PRIu64
-			       ", which is not kept here; make a full backup",
-			       j->since);
+	if (there && j->since > j->ckpt)
+		return err_set(e, ERR_USAGE, "--since %" PRIu64 " is newer than checkpoint %" PRIu64, j->since,
+			       j->ckpt);
+	struct changed *c = g->exec.changed[j->v->index];
 	memory = calloc(1, bitmap_bytes(blocks));
 	if (memory == NULL)
 		return err_set(e, ERR_NOMEM, "out of memory");
 	bitmap_init(&bits, blocks, memory);
-	if (j->since < j->ckpt)
+	/* One that only the peer keeps: what this primary has written since. Asked after the image was taken, so that
+	 * all that is in it is marked by now. */
+	if (!there && (a->ckpt || changed_since(c, j->since, &bits) < 0)) {
+		free(memory);
+		return err_set(
+		    e, ERR_NOENT,
+		    "this host lacks the bitmap of what changed since checkpoint %" PRIu64
+		    ": neither it nor a bitmap of it is kept here; `show` lists those there are. Make a full "
+		    "backup, or the incremental on the peer",
+		    j->since);
+	}
+	if (there && j->since < j->ckpt)
 		err = volume_changed(j->v->vol, j->since, last_before(g, j->since, j->ckpt), false, add_changed, &bits);
 	if (err < 0) {
 		free(memory);
@@ -861,7 +868,7 @@ static int begin(struct job *j, struct group *g, const struct job_args *a, struc
 				.list = j->mode != JOB_FULL && (j->mode != JOB_TOP || own)};
 	err = backup_open(&b, &j->b, e);
 	if (err == 0 && j->mode == JOB_INCREMENTAL)
-		err = select_changed(j, g, b.size, e);
+		err = select_changed(j, g, a, b.size, e);
 	if (err == 0 && own)
 		err = select_own(j, b.size, e);
 	if (err == 0 && j->mode == JOB_NONE)

@@ -21,6 +21,9 @@ static int open_volume(struct repl_exec *x, const struct repl_meta *m, uint32_t 
 		err = intent_open(store_storage(x->store), name, size,
 				  (power ? INTENT_DURABLE : 0U) | (m->has_peer && !m->fresh ? INTENT_NEW_SET : 0U),
 				  &x->intents[i], e);
+	if (!err)
+		err = changed_open(store_storage(x->store), name, size, power, m->role == ROLE_PRIMARY && m->has_peer,
+				   &x->changed[i], e);
 	if (err)
 		return err;
 	x->maps[i] = calloc(1, repl_volume_bytes(size));
@@ -44,6 +47,7 @@ void repl_exec_close(struct repl_exec *x)
 	for (uint32_t i = 0; i < x->n_vols; i++) {
 		volume_close(x->vols[i]);
 		intent_close(x->intents[i]);
+		changed_close(x->changed[i]);
 		free(x->maps[i]);
 	}
 	x->n_vols = 0;
@@ -60,17 +64,42 @@ int repl_exec_load_intents(struct repl_exec *x, struct err *e)
 		struct bitmap b;
 		bitmap_init(&b, n, mem);
 		intent_load(x->intents[i], &b);
-		repl_load_intent(x->core, i, &b,
-				 intent_load_fine(x->intents[i], &repl_volume_state(x->core, i)->dirty));
+		bool clean = intent_load_fine(x->intents[i], &repl_volume_state(x->core, i)->dirty);
+		repl_load_intent(x->core, i, &b, clean);
+		/* What was marked and reached no file has its intent bit; a clean end left nothing of the kind. */
+		for (uint64_t first, end = 0; !clean && bitmap_next_run(&b, end, &first, &end);)
+			changed_mark(x->changed[i], first << INTENT_SHIFT, (end - first) << INTENT_SHIFT);
 		err = intent_begin(x->intents[i], e);
 	}
 	return err;
 }
 
-int repl_exec_end(struct repl_exec *x)
+int repl_exec_flush_changed(struct repl_exec *x)
 {
 	int first = 0;
-	for (uint32_t i = 0; i < x->n_vols && repl_meta(x->core)->has_peer; i++) {
+	mutex_lock(x->lock);
+	struct settings keep = repl_meta(x->core)->settings;
+	mutex_unlock(x->lock);
+	for (uint32_t i = 0; i < x->n_vols; i++) {
+		int err = changed_flush(x->changed[i], &keep);
+		first = first ? first : err;
+	}
+	return first;
+}
+
+void repl_exec_forget_changed(struct repl_exec *x, const struct repl_meta *m)
+{
+	if (m->role == ROLE_PRIMARY && m->has_peer)
+		return;
+	/* One whose files can't be removed is never asked again while this daemon runs. */
+	for (uint32_t i = 0; i < x->n_vols; i++)
+		(void)changed_drop(x->changed[i]);
+}
+
+int repl_exec_end(struct repl_exec *x)
+{
+	int first = repl_exec_flush_changed(x);
+	for (uint32_t i = 0; !first && i < x->n_vols && repl_meta(x->core)->has_peer; i++) {
 		int err = intent_end(x->intents[i], &repl_volume_state(x->core, i)->dirty);
 		first = first ? first : err;
 	}
@@ -651,7 +680,11 @@ static int rebuild(struct repl_exec *x, struct repl_io *io)
 	struct volume_req q = {.kind = VOLUME_WRITE, .off = io->off, .len = io->len, .buf = io->payload};
 	if (io->payload == NULL || all_zero(io->payload, io->len))
 		q.kind = VOLUME_DISCARD;
-	int err = volume_write(x->vols[io->volume], &q, 1);
+	/* No guest's write, and no intent bit stands for it, nor for what was written through the peer: what has
+	 * changed here is not known any more. */
+	int err = changed_drop(x->changed[io->volume]);
+	if (!err)
+		err = volume_write(x->vols[io->volume], &q, 1);
 	free(io->payload);
 	io->payload = NULL;
 	return err;
@@ -713,7 +746,9 @@ int repl_exec_io(struct repl_exec *x, struct repl_io *io, const void *buf, void 
 	case REPL_COMMIT:
 		return commit(x, io);
 	case REPL_INTENT_CLEAR:
-		return all_intents(x, false);
+		/* These bits stand for marks that are in memory only, until now. */
+		err = repl_exec_flush_changed(x);
+		return err ? err : all_intents(x, false);
 	case REPL_INTENT_ALL:
 		return all_intents(x, true);
 	case REPL_MERGE:

@@ -7,6 +7,7 @@
 
 #include "core/os/thread.h"
 #include "core/repl.h"
+#include "image/changed.h"
 #include "image/intent.h"
 #include "image/store.h"
 #include "image/volume.h"
@@ -19,9 +20,10 @@ struct repl_exec {
 	/* owned: repl_exec_open to repl_exec_close */
 	struct volume *vols[GROUP_VOLUMES_MAX];
 	struct intent *intents[GROUP_VOLUMES_MAX];
-	void *maps[GROUP_VOLUMES_MAX]; /* the core's bitmaps */
-	bool unsure;		       /* the last save failed, and may be found all the same */
-	struct repl_usage usage;       /* of usage_version, which is 0 before the first; under the core's exclusion */
+	struct changed *changed[GROUP_VOLUMES_MAX]; /* a primary's: what has changed since its peer's checkpoints */
+	void *maps[GROUP_VOLUMES_MAX];		    /* the core's bitmaps */
+	bool unsure;				    /* the last save failed, and may be found all the same */
+	struct repl_usage usage; /* of usage_version, which is 0 before the first; under the core's exclusion */
 	uint64_t usage_version;
 };
 
@@ -30,6 +32,11 @@ int repl_exec_open(struct repl_exec *x, struct store *st, const struct repl_meta
 void repl_exec_close(struct repl_exec *x);
 /* Gives the core the bits that the intent maps hold, and begins with these: after repl_init, before its first step. */
 int repl_exec_load_intents(struct repl_exec *x, struct err *e);
+/* Brings what has changed into its files. A failure: no intent bit may be cleared. */
+int repl_exec_flush_changed(struct repl_exec *x);
+/* After a save, before anything of it is begun: a host that m does not make a primary with a peer forgets what has
+ * changed, as its disk will be written by others, or without intent bits. */
+void repl_exec_forget_changed(struct repl_exec *x, const struct repl_meta *m);
 /* A clean end: nothing is under way and nothing comes any more. Keeps which regions are dirty. */
 int repl_exec_end(struct repl_exec *x);
 

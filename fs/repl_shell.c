@@ -29,6 +29,7 @@ struct outbox {
 	struct shell_command *commands, **commands_tail;
 	char dial[ADDR_SIZE];
 	bool save, wake, apply;
+	bool flush_changed;
 	bool invalidate; /* before a command is answered, and after requests have gone on */
 	struct gio *own; /* the request whose thread runs this step */
 };
@@ -115,6 +116,61 @@ static bool stream_full(struct group *g)
 	return g->stream_bytes + atomic_load(&g->reply_bytes) >= STREAM_BYTES_MAX;
 }
 
+/* ---- what has changed since the peer's checkpoints (image/changed.h) ---- */
+
+/* A new epoch is brought to its file so soon after the last one was, or when so many are in memory: a crash before that
+ * leaves no number to ask for. */
+#define CHANGED_FLUSH_NS NS_PER_SEC
+#define CHANGED_IN_MEMORY_MAX 16
+
+static bool is_change(const struct gio *gio)
+{
+	return gio->kind == REPL_WRITE || gio->kind == REPL_ZERO || gio->kind == REPL_DISCARD;
+}
+
+/* Before its disk may change, and until the core has done with it: one that is under way at a checkpoint's point may
+ * come behind it in the stream. */
+static void flight_begin(struct group *g, struct gio *gio) REQUIRES(g->lock)
+{
+	gio->flight_at = NULL;
+	if (!is_change(gio))
+		return;
+	changed_mark(g->exec.changed[gio->v->index], gio->off, gio->len);
+	gio->flight_next = g->flights;
+	gio->flight_at = &g->flights;
+	if (g->flights)
+		g->flights->flight_at = &gio->flight_next;
+	g->flights = gio;
+}
+
+static void flight_end(struct gio *gio)
+{
+	if (gio->flight_at == NULL)
+		return;
+	*gio->flight_at = gio->flight_next;
+	if (gio->flight_next)
+		gio->flight_next->flight_at = gio->flight_at;
+	gio->flight_at = NULL;
+}
+
+/* The barrier leaves: what was sent before it is in the checkpoint, what is sent after it is not. */
+static void changed_point(struct group *g, const struct wire_frame *f) REQUIRES(g->lock)
+{
+	for (uint32_t i = 0; i < g->n_vols; i++)
+		changed_begin(g->exec.changed[i], f->offset, f->length, (f->flags & WIRE_CKPT_PIN) != 0,
+			      volume_size(g->vols[i]->vol));
+	for (const struct gio *x = g->flights; x; x = x->flight_next)
+		changed_mark(g->exec.changed[x->v->index], x->off, x->len);
+	g->changed_new = true;
+	if (g->n_vols && changed_in_memory(g->exec.changed[0]) > CHANGED_IN_MEMORY_MAX)
+		g->out->flush_changed = true;
+}
+
+static bool changed_due(struct group *g) REQUIRES(g->lock)
+{
+	return g->changed_new && clock_mono_ns() - g->changed_flushed_ns >= CHANGED_FLUSH_NS;
+}
+
 static void emit_send(struct group *g, const struct repl_action *a)
 {
 	struct conn *c = g->conn;
@@ -142,6 +198,8 @@ static void emit_send(struct group *g, const struct repl_action *a)
 		link_close(c->link, 0); /* out of memory: the session ends, nothing is lost */
 		return;
 	}
+	if (a->frame.type == WIRE_CHECKPOINT)
+		changed_point(g, &a->frame);
 	/* Under A and F nobody waits for a write to be sent; a barrier that somebody waits for takes it along. */
 	unsigned t = a->frame.type;
 	uint64_t p = repl_meta(g->core)->settings.protocol;
@@ -197,6 +255,8 @@ static void emit(void *arg, const struct repl_action *a)
 		a->io->error = a->error;
 		if (a->io->owner == OWNER_GUEST && a->io->kind == REPL_READ && a->answered)
 			read_answered(gio_of(a->io), a);
+		if (a->io->owner == OWNER_GUEST)
+			flight_end(gio_of(a->io));
 		ios_push(&o->completed, a->io);
 		return;
 	case ACT_SEND:
@@ -564,6 +624,7 @@ static void save_run(struct pool_job *job)
 		changed = discarded || old_base != g->save.meta->base || old_serving != atomic_load(&g->serving) ||
 			  old_handles != atomic_load(&g->handle_epoch);
 		pthread_rwlock_unlock(&g->view);
+		repl_exec_forget_changed(&g->exec, g->save.meta);
 	}
 	chain = (!err && group_clones_publish(g, g->save.meta)) || chain;
 	/* Before the core's answers go out: the kernel shows the new content when the command ends. But a host that
@@ -589,6 +650,34 @@ static void save_run(struct pool_job *job)
 	if (!err && chain)
 		daemon_names_changed(g->d);
 	job_ended(g);
+}
+
+/* A failure has dropped what it was about, or the next clear cycle meets it again. */
+static void changed_run(struct pool_job *job)
+{
+	struct group *g = CONTAINER_OF(job, struct group, changed_job);
+	(void)repl_exec_flush_changed(&g->exec);
+	mutex_lock(&g->lock);
+	g->flushing_changed = false;
+	mutex_unlock(&g->lock);
+	job_ended(g);
+}
+
+static void changed_kick(struct group *g)
+{
+	mutex_lock(&g->lock);
+	bool start = !g->flushing_changed;
+	if (start) {
+		g->flushing_changed = true;
+		g->changed_new = false;
+		g->changed_flushed_ns = clock_mono_ns();
+		g->jobs++;
+	}
+	mutex_unlock(&g->lock);
+	if (start) {
+		g->changed_job.fn = changed_run;
+		pool_submit(g->d->pool, &g->changed_job);
+	}
 }
 
 /* ---- the outbox ---- */
@@ -664,6 +753,10 @@ static void outbox_run(struct group *g, struct outbox *o)
 		mutex_unlock(&g->lock);
 		g->save_job.fn = save_run;
 		pool_submit(g->d->pool, &g->save_job);
+	}
+	if (o->flush_changed) {
+		o->flush_changed = false;
+		changed_kick(g);
 	}
 	if (o->wake || o->invalidate) {
 		o->wake = false;
@@ -745,6 +838,8 @@ void group_io(struct group *g, struct gio *gio)
 			gio->done(gio, -ERR_IO);
 			return;
 		}
+		if (ev.type == EV_IO)
+			flight_begin(g, gio);
 		step(g, &ev);
 		bool mine = gio->own, completed = false;
 		for (struct repl_io *c = o.completed.head; c; c = c->next_shell)
@@ -930,6 +1025,7 @@ void group_tick(struct group *g)
 	step(g, &ev);
 	if (g->conn && g->conn->waiting && !stream_full(g))
 		cond_broadcast(&g->cond);
+	o.flush_changed = o.flush_changed || changed_due(g);
 	unlock_with(g);
 	outbox_run(g, &o);
 }

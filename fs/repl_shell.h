@@ -114,6 +114,11 @@ struct group {
 		bool busy;
 	} appliers[APPLY_WORKERS_MAX];
 	struct sync_round flush, active_flush, marks;
+	struct gio *flights; /* guests' writes that have not completed */
+	bool changed_new;    /* an epoch has begun since the last such job */
+	uint64_t changed_flushed_ns;
+	bool flushing_changed; /* the job below is under way */
+	struct pool_job changed_job;
 	bool closing;
 	unsigned jobs; /* pool jobs of this group under way */
 

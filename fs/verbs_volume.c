@@ -317,6 +317,12 @@ static json_t *volume_entry(struct group *g, uint32_t i, bool full)
 			if (repl_shows_ckpt(g->core, k))
 				json_array_append_new(list, json_integer((json_int_t)m->ckpts[k].number));
 		json_object_set_new(j, "checkpoints", list);
+		uint64_t numbers[CHANGED_EPOCHS_MAX];
+		uint32_t n = changed_numbers(g->exec.changed[i], numbers, CHANGED_EPOCHS_MAX);
+		list = json_array();
+		for (uint32_t k = 0; k < n; k++)
+			json_array_append_new(list, json_integer((json_int_t)numbers[k]));
+		json_object_set_new(j, "changed_since", list);
 	}
 	mutex_unlock(&g->lock);
 	if (full)

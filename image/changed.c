@@ -768,3 +768,14 @@ uint32_t changed_numbers(struct changed *c, uint64_t *numbers, uint32_t max)
 	mutex_unlock(&c->lock);
 	return n;
 }
+
+uint32_t changed_in_memory(struct changed *c)
+{
+	uint32_t n = 0;
+
+	mutex_lock(&c->lock);
+	for (uint32_t i = c->n; i-- > 0 && c->epochs[i]->bits_memory;)
+		n++;
+	mutex_unlock(&c->lock);
+	return n;
+}

@@ -48,6 +48,7 @@ int changed_drop(struct changed *c);
 /* Sets the blocks that have changed since the point of checkpoint `since` in *into (a bit for each block of the
  * volume). -ERR_NOENT: that is not known here. */
 int changed_since(struct changed *c, uint64_t since, struct bitmap *into);
+uint32_t changed_in_memory(struct changed *c); /* epochs that have no file yet */
 /* The numbers that can be asked for, ascending; returns how many, at most max. */
 uint32_t changed_numbers(struct changed *c, uint64_t *numbers, uint32_t max);
 

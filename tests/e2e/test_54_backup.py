@@ -147,6 +147,49 @@ def test_on_a_primary_under_fio():
     check_eq(a.ctl("checkpoints", name="vm1")["checkpoints"], [], "checkpoints on the primary")
 
 
+def test_incremental_on_a_primary():
+    """By the primary's own bitmaps, since checkpoints that only the peer keeps: under fio, and after a kill -9 of the primary
+    in the middle of writes, which must never lose a change."""
+    pair = Pair(durability="power")
+    vol, = pair.protect(size=SIZE)
+    a, b, d = pair.a, pair.b, e2e.tmp()
+    e2e.pwrite(vol, 0, os.urandom(4 * MIB), sync=True)
+    first = pair.checkpoint()
+    b.repctl("backup", "vm1", at(d, "full.zst"), "--sync", "full")
+    fio = Fio(vol)
+    time.sleep(0.7)
+    second = pair.checkpoint()
+    time.sleep(0.7)
+    fio.end()
+    check(second in a.ctl("show", name="vm1")["changed_since"], "what `show` lists")
+    a.repctl("backup", "vm1", at(d, "i1"), "--sync", "incremental", "--since", first)
+    compare(restored(a, "r1", at(d, "full.zst"), at(d, "i1")), vol, "full and the primary's incremental")
+    wait_for(lambda: os.path.exists(os.path.join(a.store, "volumes", "vm1", "changed-%d" % second)), "the bitmap's file")
+    w = e2e.Writer(e2e.Log({"vm1": SIZE}), {"vm1": vol}, threads=4).start()
+    w.wait_ops(200)
+    a.kill9()
+    w.stop(errors_ok=True)
+    a.start()
+    a.wait_synced("vm1")
+    for n, base, name in ((first, "r2", "i2"), (second, "r3", "i3.zst")):
+        full = at(d, "full.zst")
+        if n == second:
+            b.repctl("backup", "vm1@%d" % n, at(d, "full2"), "--sync", "full")
+            full = at(d, "full2")
+        a.repctl("backup", "vm1", at(d, name), "--sync", "incremental", "--since", n)
+        compare(restored(a, base, full, at(d, name)), vol, "since %d, after a kill" % n)
+    e2e.check(a.repctl("show", "vm1").out.count("changed_since") == 1, "show for a person")
+    a.repctl("backup", "vm1", at(d, "x"), "--sync", "incremental", "--since", second + 1000, code=4).says("lacks the bitmap")
+    nothing(d, "x")
+    a.stop()
+    a.repctl("check")  # the store with its bitmaps, offline
+    a.start()
+    a.wait_synced("vm1")
+    a.repctl("stop", "vm1")
+    a.repctl("unprotect", "vm1")
+    a.repctl("backup", "vm1", at(d, "x"), "--sync", "incremental", "--since", first, code=4).says("lacks the bitmap")
+
+
 def test_stream_onto_its_start():
     """A stream applied to what the volume held when it began is what the volume held when it ended."""
     host = e2e.Host("a").start()

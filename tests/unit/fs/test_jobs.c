@@ -1,6 +1,8 @@
 /* Backup jobs (fs/jobs.h) in real daemons: what each mode's target holds, byte for byte, while a guest goes on writing;
  * pause, resume, cancel, wait, speed; errors and their policies; what a job that did not end leaves. */
+#include <pthread.h>
 #include <signal.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/resource.h>
@@ -246,12 +248,149 @@ Test(jobs, on_a_secondary_it_is_of_the_base_or_a_checkpoint)
 	cr_assert_eq(list_of("same", r, 8, &h), 0);
 	args = args_for("old", "incremental");
 	json_object_set_new(args, "since", json_integer(4711));
+	cr_assert_eq(pair_do(&p.b, "backup", args, NULL), -ERR_NOENT);
+	cr_assert(strstr(p.b.err.text, "lacks the bitmap"), "%s", p.b.err.text);
+	args = args_for("old", "incremental");
+	json_object_set_new(args, "since", json_integer((json_int_t)second));
+	json_object_set_new(args, "checkpoint", json_integer((json_int_t)first));
 	cr_assert_eq(pair_do(&p.b, "backup", args, NULL), -ERR_USAGE);
 	args = args_for("old", "full");
 	json_object_set_new(args, "checkpoint", json_integer(4711));
 	cr_assert_eq(pair_do(&p.b, "backup", args, NULL), -ERR_NOENT);
 	cr_assert(strstr(p.b.err.text, "no checkpoint 4711"), "%s", p.b.err.text);
 	nothing_of("old");
+}
+
+static int incremental(struct pair_host *h, const char *file, uint64_t since)
+{
+	json_t *args = args_for(file, "incremental");
+	json_object_set_new(args, "since", json_integer((json_int_t)since));
+	return pair_do(h, "backup", args, NULL);
+}
+
+/* The list of `file` covers exactly (or, after a crash, at least) what differs between the two images, and its content
+ * is the newer one's. */
+static void expect_changes(const char *file, const uint8_t *older, const uint8_t *newer, bool exact)
+{
+	static uint8_t patched[SIZE], listed[SIZE];
+	static struct range r[2048];
+	struct extentlist_head h;
+	unsigned n = list_of(file, r, 2048, &h);
+	memcpy(patched, older, SIZE);
+	memset(listed, 0, SIZE);
+	struct disk *d;
+	cr_assert_eq(disk_posix_open(target(file), STORAGE_RDONLY, &d), 0);
+	for (unsigned i = 0; i < n; i++) {
+		OK(disk_read(d, r[i].off, patched + r[i].off, r[i].len));
+		memset(listed + r[i].off, 1, r[i].len);
+	}
+	disk_close(d);
+	for (size_t i = 0; i < SIZE; i++)
+		cr_assert(patched[i] == newer[i], "%s: byte %zu is %u, not %u", file, i, patched[i], newer[i]);
+	for (size_t i = 0; exact && i < SIZE; i += 4 * K)
+		cr_assert(!listed[i] || memcmp(older + i, newer + i, 4 * K) != 0, "%s: block at %zu has not changed",
+			  file, i);
+}
+
+Test(jobs, incremental_on_a_primary_by_its_bitmaps)
+{
+	static uint8_t at[4][SIZE];
+	uint64_t n[4];
+	put(0, SIZE, 1);
+	protect();
+	for (unsigned i = 0; i < 4; i++) {
+		n[i] = checkpoint();
+		memcpy(at[i], model, SIZE);
+		put(256 * K * i + 100, 3 * K, (uint8_t)(10 + i));
+		put(SIZE - 4 * K * (i + 1), 4 * K, (uint8_t)(20 + i));
+		if (i == 1)
+			wait_clean(); /* the clear cycle has been: the bitmaps are in their files */
+	}
+	struct gvol *v = gvol_find(p.a.d, "vm");
+	OK(gvol_zero(v, NULL, 2048 * K, 64 * K, true));
+	memset(model + 2048 * K, 0, 64 * K);
+	gvol_unref(v);
+	for (unsigned i = 0; i < 4; i++) {
+		char name[16];
+		snprintf(name, sizeof(name), "i%u", i);
+		OK(incremental(&p.a, name, n[i]));
+		expect_changes(name, at[i], model, true);
+	}
+	cr_assert_eq(incremental(&p.a, "x", n[3] + 100), -ERR_NOENT);
+	cr_assert(strstr(p.a.err.text, "lacks the bitmap"), "%s", p.a.err.text);
+	nothing_of("x");
+	/* Over an end and a start, and beside a peer that is away. */
+	pair_host_stop(&p.b);
+	put(1024 * K, 4 * K, 33);
+	OK(flush(&p.a));
+	pair_host_stop(&p.a);
+	OK(pair_host_start(&p, &p.a));
+	OK(pair_host_start(&p, &p.b));
+	in_sync();
+	put(1028 * K, 4 * K, 34);
+	for (unsigned i = 0; i < 4; i++) {
+		char name[16];
+		snprintf(name, sizeof(name), "j%u", i);
+		OK(incremental(&p.a, name, n[i]));
+		expect_changes(name, at[i], model, true);
+	}
+	/* A host that was no primary meanwhile knows nothing of it. */
+	OK(pair_do(&p.a, "stop", named(), NULL));
+	OK(pair_do(&p.a, "unprotect", named(), NULL));
+	cr_assert_eq(incremental(&p.a, "x", n[3]), -ERR_NOENT);
+}
+
+static _Atomic bool halt;
+
+static void *writer(void *arg)
+{
+	unsigned lane = *(const unsigned *)arg;
+	uint32_t seed = lane * 7919 + 1;
+	struct gvol *v = gvol_find(p.a.d, "vm");
+	uint8_t data[16 * K];
+	for (uint32_t n = 1; !atomic_load(&halt); n++) {
+		seed = seed * 1664525U + 1013904223U;
+		uint64_t len = (1 + seed % 31) * 512, off = lane * (SIZE / 4) + (seed >> 8) % (SIZE / 4 - sizeof(data));
+		memset(data, (int)n, len);
+		memcpy(data, &n, sizeof(n));
+		if (gvol_write(v, NULL, off, len, data) < 0)
+			break;
+	}
+	gvol_unref(v);
+	return NULL;
+}
+
+/* Checkpoints, backups and a guest's writes that race: what the bitmap says has changed since a checkpoint, put onto
+ * that checkpoint's image, is the primary's disk. */
+Test(jobs, a_checkpoints_point_among_writes_under_way)
+{
+	static uint8_t image[SIZE];
+	put(0, SIZE, 1);
+	protect();
+	for (unsigned round = 0; round < 20; round++) {
+		pthread_t t[4];
+		unsigned lanes[4];
+		char name[16];
+		atomic_store(&halt, false);
+		for (unsigned i = 0; i < 4; i++) {
+			lanes[i] = i;
+			cr_assert_eq(pthread_create(&t[i], NULL, writer, &lanes[i]), 0);
+		}
+		(void)poll(NULL, 0, 5);
+		uint64_t n = checkpoint();
+		if (round % 2)
+			(void)poll(NULL, 0, 10);
+		atomic_store(&halt, true);
+		for (unsigned i = 0; i < 4; i++)
+			pthread_join(t[i], NULL);
+		snprintf(name, sizeof(name), "e%u", round);
+		OK(incremental(&p.a, name, n));
+		struct gvol *v = gvol_find(p.b.d, "vm");
+		OK(gvol_read(v, NULL, GVOL_CKPT, n, 0, SIZE, image));
+		gvol_unref(v);
+		OK(pair_read(&p.a, "vm", 0, SIZE, model));
+		expect_changes(name, image, model, false);
+	}
 }
 
 Test(jobs, none_gets_the_old_blocks)
