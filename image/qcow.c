@@ -57,8 +57,10 @@
 #define FEATURE_SIZE 48U
 
 #define PIECE_ENTRIES 512U
-/* Clusters looked at for one answer of extent, at most. */
+/* Clusters looked at for one answer of extent, at most; and bytes of data, of which whoever asks takes a piece and asks
+ * again. */
 #define EXTENT_STEPS_MAX 65536U
+#define EXTENT_DATA_MAX (UINT64_C(16) << 20)
 
 struct l2_piece {
 	struct mutex lock;
@@ -799,6 +801,8 @@ static int qcow_extent(struct disk *d, uint64_t off, uint64_t end, struct extent
 	for (unsigned i = 0; rc == 0 && i < EXTENT_STEPS_MAX && x.off + x.len < min_u64(end, q->size); i++) {
 		struct extent next;
 
+		if (x.data && x.len >= EXTENT_DATA_MAX)
+			break;
 		/* What can't be told further on is not told here. */
 		if (extent_one(q, x.off + x.len, end, &next) < 0 || next.data != x.data)
 			break;
