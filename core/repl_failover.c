@@ -185,6 +185,15 @@ void failover_go(struct repl *r)
 		repl_gate_run(r);
 		return;
 	}
+	/* A disk that was detached lacks what went through the peer, which stands in nobody's dirty set. By force it is
+	 * taken as it is, and the record forgets what it was: so all of it may differ. */
+	for (uint32_t i = 0; i < r->meta->n_volumes; i++) {
+		struct repl_volume_state *v = &r->vol[i];
+		if (!(r->meta->volumes[i].flags & VOLUME_STALE))
+			continue;
+		bitmap_set_range(&v->dirty, 0, v->dirty.nbits);
+		bitmap_set_range(&v->marking, 0, v->marking.nbits);
+	}
 	/* From the older of the target and the base: what differs from the primary, and what has to go back. */
 	uint64_t to = r->failover_outcome, base = r->meta->base;
 	r->mark_busy = true;

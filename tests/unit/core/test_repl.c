@@ -4745,6 +4745,44 @@ Test(repl, a_failover_from_a_broken_secondary_needs_latest)
 	host_free(h);
 }
 
+/* What went through the peer stands in nobody's dirty set, and the disk here lacks it: whatever is synced after a
+ * failover to it, everything has to be looked at. */
+Test(repl, a_failover_by_force_to_a_disk_that_was_detached_counts_all_of_it_as_dirty)
+{
+	for (int fails = 0; fails < 2; fails++) {
+		static struct repl_meta m;
+		meta_of(&m, ROLE_SECONDARY, STATE_NONE);
+		m.shut_out = true;
+		m.n_ckpts = 0;
+		m.base = m.last_stream = 0;
+		m.volumes[0].flags = VOLUME_STALE;
+		struct host *h = host_new(&m);
+		command(h, CMD_FAILOVER, FAILOVER_LATEST);
+		EXPECT(h, "cmd=ERR_STATE");
+		h->cmd = (struct repl_command){.cmd = CMD_FAILOVER, .number = FAILOVER_LATEST, .flags = FAILOVER_FORCE};
+		step(h, (struct repl_event){.type = EV_COMMAND, .command = &h->cmd});
+		EXPECT(h, "do:mark/own");
+		struct repl_volume_state *v = repl_volume_state(h->r, 0);
+		cr_assert_eq(v->marking.count, v->marking.nbits);
+		cr_assert_eq(v->todo.count, 0);
+		fin_full(h, "mark", fails ? -ERR_IO : 0, false, 0, false);
+		cr_assert_eq(v->dirty.count, v->dirty.nbits);
+		if (fails) {
+			EXPECT(h, "cmd=ERR_IO");
+			cr_assert_eq(v->intent.count, 0);
+		} else {
+			cr_assert_eq(v->intent.count, v->intent.nbits);
+			fin(h, "sync");
+			EXPECT(h, "do:sync/disk save:standalone/DONE");
+			cr_assert_eq(h->saved.volumes[0].flags, 0);
+			saved(h);
+			EXPECT(h, "cmd");
+			cr_assert_eq(v->dirty.count, v->dirty.nbits);
+		}
+		host_free(h);
+	}
+}
+
 /* ---- resync as target ---- */
 
 Test(repl, a_resync_begins_behind_what_was_in_sync_and_may_begin_again)
