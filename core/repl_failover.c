@@ -457,12 +457,13 @@ void failover_commit_pump(struct repl *r)
 	struct repl_io *io;
 	while ((io = commit_slot(r)) != NULL && commit_next(r, io)) {
 		io->kind = REPL_COMMIT;
+		io->phase = PHASE_CLAIM;
 		repl_claim_blocks(io);
 		/* Cleared before the commit reads: a write to active that comes later sets it again. */
 		bitmap_clear_range(&r->vol[io->volume].todo, io->off >> REGION_SHIFT, units_of(io->len, REGION_SHIFT));
 		r->commit_busy[io - r->commit] = true;
 		if (reqset_add(&r->claims, &io->claim))
-			repl_submit(r, io, TARGET_OWN);
+			failover_commit_granted(r, io);
 	}
 	for (unsigned i = 0; i < COMMITS_MAX; i++)
 		if (r->commit_busy[i])
@@ -487,6 +488,7 @@ void failover_commit_pump(struct repl *r)
 
 void failover_commit_granted(struct repl *r, struct repl_io *io)
 {
+	io->phase = PHASE_IO;
 	repl_submit(r, io, TARGET_OWN);
 }
 
@@ -505,6 +507,7 @@ static void commit_failed(struct repl *r, const struct repl_io *io, int error)
 void failover_commit_end(struct repl *r, struct repl_io *io, int error)
 {
 	r->commit_busy[io - r->commit] = false;
+	io->phase = PHASE_NONE; /* it may have failed in PHASE_ROOM */
 	repl_release_claim(r, io);
 	if (error) {
 		bitmap_set_range(&r->vol[io->volume].todo, io->off >> REGION_SHIFT, units_of(io->len, REGION_SHIFT));

@@ -4968,6 +4968,52 @@ Test(repl, a_write_to_active_that_failed_is_committed_too)
 	host_free(h);
 }
 
+/* One that waited for room and failed leaves nothing behind by which the next in its slot would be taken for waiting.
+ */
+Test(repl, a_commit_is_submitted_again_only_where_it_waits_for_room)
+{
+	static struct repl_meta m;
+	meta_of(&m, ROLE_STANDALONE, STATE_FAILOVER);
+	m.n_ckpts = 3;
+	for (unsigned i = 0; i < 3; i++)
+		m.ckpts[i] = (struct repl_ckpt){.number = i + 1, .generation = 100};
+	m.ckpt_max = m.received = 3;
+	m.base = m.target = m.last_stream = 2;
+	m.failover_generation = 100;
+	m.alone = true;
+	m.active_id = 1;
+	m.settings.on_cow_error = ON_COW_ERROR_DROP_HISTORY;
+	struct host *h = host_new(&m);
+	repl_mark(h->r, 0, 0, 4096);
+	repl_mark(h->r, 0, 3 * 65536, 4096);
+	fin(h, "mark");
+	EXPECT(h, "do:mark/own do:commit/own do:commit/own");
+	fin_full(h, "commit", -ERR_NOSPC, false, 0, true);
+	EXPECT(h, "save:standalone/FAILOVER <2");
+	save_fails(h, -ERR_IO);
+	saved(h); /* as it was */
+	EXPECT(h, "save:standalone/FAILOVER save:standalone/FAILOVER_FAILED");
+	saved(h);
+	fin(h, "commit");
+	command(h, CMD_FAILOVER, FAILOVER_DEFAULT);
+	EXPECT(h, "save:standalone/FAILOVER");
+	repl_mark(h->r, 0, 3 * 65536, 4096);
+	saved(h);
+	EXPECT(h, "do:commit/own do:commit/own cmd");
+	struct repl_io *first = h->submitted[0];
+	h->submitted[0] = h->submitted[1]; /* the other one fails */
+	h->submitted[1] = first;
+	fin_full(h, "commit", -ERR_NOSPC, false, 0, true);
+	EXPECT(h, "save:standalone/FAILOVER <2");
+	saved(h);
+	EXPECT(h, "do:commit/own");
+	cr_assert_eq(h->n_submitted, 2);
+	fin(h, "commit");
+	fin(h, "commit");
+	EXPECT(h, "do:sync/disk");
+	host_free(h);
+}
+
 /* A guest that never pauses must not keep a commit from its end. */
 Test(repl, a_commit_ends_under_a_steady_load)
 {
