@@ -132,6 +132,47 @@ Test(volume, random_operations_over_a_base_match_the_model)
 	tmp_store_close(&t);
 }
 
+/* Disk, overlays and what is behind both grow together, and a smaller base stays what it is. */
+Test(volume, resize_over_a_base)
+{
+	const uint64_t larger = ODD_SIZE + 7 * BLOCK_SIZE;
+	uint8_t *got = malloc(larger), *old = malloc(ODD_SIZE);
+	struct tmp_store t;
+	struct model m;
+
+	tmp_store_open(&t);
+	model_over_open(&t, ODD_SIZE * 2 / 3 / 512 * 512);
+	model_init(&m, t.storage, ODD_SIZE, DURABILITY_POWER, 3);
+	model_write(&m);
+	model_checkpoint(&m, false);
+	memcpy(old, m.disk, ODD_SIZE);
+	model_write(&m);
+	cr_assert_eq(volume_resize(m.v, larger), 0);
+	for (unsigned again = 0; again < 2; again++) {
+		struct volume_req r = {.kind = VOLUME_WRITE, .off = larger - 700, .len = 700, .buf = m.disk};
+
+		memset(got, POISON, larger);
+		cr_assert_eq(volume_read_disk(m.v, 0, larger, got), 0);
+		model_compare(&m, "disk", 0, got, m.disk, 0, ODD_SIZE);
+		for (uint64_t i = ODD_SIZE; i < larger - (again ? 700 : 0); i++)
+			cr_assert_eq(got[i], 0);
+		cr_assert(!again || memcmp(got + larger - 700, m.disk, 700) == 0);
+		cr_assert_eq(volume_read_ckpt(m.v, m.ckpts[0].number, 0, larger, got), 0);
+		model_compare(&m, "checkpoint", 0, got, old, 0, ODD_SIZE);
+		for (uint64_t i = ODD_SIZE; i < larger; i++)
+			cr_assert_eq(got[i], 0);
+		cr_assert_eq(volume_write(m.v, &r, 1), 0);
+		m.size = larger;
+		model_reopen(&m);
+		m.size = ODD_SIZE;
+	}
+	model_free(&m);
+	free(got);
+	free(old);
+	model_over_close();
+	tmp_store_close(&t);
+}
+
 /* ---- single properties ---- */
 
 static struct tmp_store store;
