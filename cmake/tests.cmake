@@ -142,8 +142,11 @@ endif()
 
 if(REPFS_FUZZ)
 	file(GLOB fuzz_sources CONFIGURE_DEPENDS tests/fuzz/*.c)
-	repfs_programs(fuzz_programs ${fuzz_sources})
-	foreach(name IN LISTS fuzz_programs)
+	foreach(source IN LISTS fuzz_sources)
+		cmake_path(GET source STEM name)
+		add_executable(${name} ${source})
+		# What reads untrusted bytes, without the daemon around it.
+		repfs_link(${name} repfs_flags repfs_image repfs_net repfs_os repfs_core)
 		target_link_options(${name} PRIVATE -fsanitize=fuzzer)
 		# A short run from nothing: shows that the target works, not that the code is right.
 		add_test(NAME ${name} COMMAND ${name} -max_total_time=10 -rss_limit_mb=2048 -print_final_stats=1)
