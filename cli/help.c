@@ -247,7 +247,8 @@ static void completion_bash(FILE *f)
 		    f);
 	put_names(f);
 	(void)fputs("\" -- \"$cur\")) ;;\n"
-		    "\tcompletion) COMPREPLY=($(compgen -W \"bash zsh fish\" -- \"$cur\")) ;;\n",
+		    "\tcompletion) COMPREPLY=($(compgen -W \"bash zsh fish\" -- \"$cur\")) ;;\n"
+		    "\tjob) ((n == 0)) && COMPREPLY=($(compgen -W \"pause resume cancel wait\" -- \"$cur\")) ;;\n",
 		    f);
 	for (const struct cli_verb *v = cli_verbs; v->name; v++)
 		if (v->run && takes_file(v))
@@ -351,6 +352,8 @@ static void completion_zsh(FILE *f)
 		zsh_opts(f, v->opts, "\t\t\t");
 		if (strcmp(v->name, "completion") == 0)
 			(void)fputs("\t\t\t'1:shell:(bash zsh fish)'", f);
+		else if (strcmp(v->name, "job") == 0)
+			(void)fputs("\t\t\t'1:what:(pause resume cancel wait)' '2:id: '", f);
 		else if (strcmp(v->name, "help") == 0)
 			(void)fputs("\t\t\t'1: :_describe verb verbs'", f);
 		else if (takes_name(v))
@@ -429,7 +432,9 @@ static void completion_fish(FILE *f)
 		if (takes_file(v))
 			(void)fprintf(f, "complete -c repctl -n '__fish_seen_subcommand_from %s' -F\n", v->name);
 	}
-	(void)fputs("complete -c repctl -n '__fish_seen_subcommand_from completion' -a 'bash zsh fish'\n", f);
+	(void)fputs("complete -c repctl -n '__fish_seen_subcommand_from completion' -a 'bash zsh fish'\n"
+		    "complete -c repctl -n '__fish_seen_subcommand_from job' -a 'pause resume cancel wait'\n",
+		    f);
 }
 
 int cli_completion(FILE *f, const char *shell)

@@ -366,6 +366,8 @@ static void odd_compact(struct backup *b)
 {
 	size_t n = 0;
 
+	if (b->n_odd == 0)
+		return;
 	qsort(b->odd, b->n_odd, sizeof(b->odd[0]), by_offset);
 	for (size_t i = 0; i < b->n_odd; i++) {
 		struct range r = b->odd[i];

@@ -699,6 +699,79 @@ Test(jobs, an_error_of_the_target_by_its_policy)
 	}
 }
 
+/* The host again, on a store whose files fail on request. */
+static void with_faults(struct faults *f)
+{
+	pair_host_stop(&p.a);
+	p.a.faults = f;
+	OK(pair_host_start(&p, &p.a));
+}
+
+Test(jobs, an_error_of_the_source_by_its_policy)
+{
+	static struct faults f = {.match = "disk.raw"};
+	static const char *const policies[] = {"report", "stop", "ignore"};
+	put(0, SIZE, 1);
+	with_faults(&f);
+	for (unsigned i = 0; i < 3; i++) {
+		json_t *args = args_for(policies[i], "full");
+		json_object_set_new(args, "on_source_error", json_string(policies[i]));
+		atomic_store(&f.read, -ERR_IO);
+		json_int_t id = begin_with(&p.a, args);
+		if (i == 0) {
+			cr_assert_eq(job(&p.a, "wait", id), -ERR_IO);
+			cr_assert(strstr(p.a.err.text, "reading the volume at byte 0"), "%s", p.a.err.text);
+			nothing_of("report");
+			continue;
+		}
+		WAIT_FOR(i == 1 ? is(&p.a, id, "paused") : number(&p.a, id, "errors") > 0);
+		json_t *e = field(&p.a, id, "error");
+		cr_assert_str_eq(json_string_value(json_object_get(e, "side")), "source");
+		json_decref(e);
+		atomic_store(&f.read, 0);
+		if (i == 1)
+			OK(job(&p.a, "resume", id));
+		OK(job(&p.a, "wait", id));
+		expect_file(policies[i], model);
+	}
+}
+
+/* Room for what a guest overwrites: its write goes on, the job does not. */
+Test(jobs, a_checkpoint_that_was_given_up_fails_its_job)
+{
+	static struct faults f = {.match = "undo-"};
+	put(0, SIZE, 1);
+	with_faults(&f);
+	json_t *args = args_for("none", "none");
+	json_object_set_new(args, "on_source_error", json_string("stop")); /* no use in waiting for what is gone */
+	json_int_t id = begin_with(&p.a, args);
+	atomic_store(&f.write, -ERR_NOSPC);
+	put(0, 64 * K, 2);
+	cr_assert_eq(job(&p.a, "wait", id), -ERR_IO);
+	cr_assert(strstr(p.a.err.text, "was given up to make room"), "%s", p.a.err.text);
+	atomic_store(&f.write, 0);
+	nothing_of("none");
+	cr_assert_eq(pair_is(&p.a, "vm", 0, 64 * K, 2), 0);
+}
+
+Test(jobs, there_are_only_so_many)
+{
+	json_int_t ids[JOBS_MAX];
+	char name[16];
+	for (unsigned i = 0; i < JOBS_MAX; i++) {
+		snprintf(name, sizeof(name), "s%u", i);
+		ids[i] = begin(&p.a, name, "none");
+	}
+	cr_assert_eq(pair_do(&p.a, "backup", args_for("x", "full"), NULL), -ERR_LIMIT);
+	nothing_of("x");
+	for (unsigned i = 0; i < JOBS_MAX; i++) {
+		OK(job(&p.a, "cancel", ids[i]));
+		OK(job(&p.a, "wait", ids[i]));
+	}
+	OK(pair_do(&p.a, "backup", args_for("x", "full"), NULL));
+	WAIT_FOR(n_checkpoints(&p.a) == 0);
+}
+
 /* ---- the end of the daemon ---- */
 
 Test(jobs, a_daemon_that_ends_takes_its_jobs_along)
