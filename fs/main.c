@@ -24,10 +24,12 @@
 #include <unistd.h>
 
 #include "core/os/log.h"
+#include "core/range.h"
 #include "fs/daemon.h"
 #include "fs/fuse_ops.h"
 #include "fs/mount.h"
 #include "fs/options.h"
+#include "image/filecache.h"
 
 #ifndef REPFS_VERSION
 #define REPFS_VERSION "0.1.0"
@@ -204,7 +206,7 @@ static void streams_leave(const struct options *o)
 /* ---- the process ---------------------------------------------------------------------------------------------------
  */
 
-/* Each worker has a clone of /dev/fuse, each volume a handful of files. */
+/* Each worker has a clone of /dev/fuse, each volume a handful of files, and two for each checkpoint kept. */
 static void limits_raise(void)
 {
 	struct rlimit l;
@@ -212,6 +214,9 @@ static void limits_raise(void)
 		l.rlim_cur = l.rlim_max;
 		(void)setrlimit(RLIMIT_NOFILE, &l);
 	}
+	/* Half of them for closed epochs, two a checkpoint of each volume; the rest is all else there is. */
+	if (getrlimit(RLIMIT_NOFILE, &l) == 0 && l.rlim_cur != RLIM_INFINITY)
+		filecache_limit((unsigned)min_u64(max_u64(l.rlim_cur / 2, 16), UINT_MAX));
 }
 
 static int signals_prepare(struct program *p, struct err *e)

@@ -279,7 +279,11 @@ static bool seal_layer(struct volume *v, struct layer *l, struct held_list *list
 	int i = chain_find(v, l->id);
 	bool there = i >= 0 && v->chain[i] == l;
 	if (there) {
+		char path[VOLUME_PATH_SIZE];
+
 		overlay_seal(l->o, list, &old);
+		layer_path(v, l->kind, l->id, path);
+		overlay_cache(l->o, v->files, v->storage, path);
 		if ((uint32_t)i == v->n_sealed)
 			v->n_sealed++;
 	}
@@ -317,6 +321,7 @@ void chain_seal(struct volume *v)
 		layer_unref(l);
 	}
 	mutex_unlock(&v->index_lock);
+	filecache_trim(v->files);
 }
 
 /* It has left the chain, with all that readers of then were doing. */

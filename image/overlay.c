@@ -31,6 +31,7 @@ struct overlay {
 	bool durable;
 	bool unsure; /* a put of words failed: blocks that are not held may have one all the same */
 	struct held held;
+	bool cached;
 };
 
 static const uint8_t zero_block[BLOCK_SIZE];
@@ -283,6 +284,19 @@ const struct held *overlay_held(const struct overlay *o)
 void overlay_seal(struct overlay *o, struct held_list *list, struct held *old)
 {
 	held_seal(&o->held, list, old);
+}
+
+void overlay_cache(struct overlay *o, struct filecache *c, struct storage *s, const char *path)
+{
+	char name[STORAGE_PATH_MAX + 1];
+
+	if (o->cached)
+		return;
+	if (path_of(name, path, "data") == 0)
+		(void)filecache_add(c, s, name, &o->data);
+	if (path_of(name, path, "map") == 0)
+		(void)filecache_add(c, s, name, &o->map);
+	o->cached = true;
 }
 
 int overlay_allocated(struct overlay *o, uint64_t *ret)

@@ -19,6 +19,7 @@
 
 #include "core/err.h"
 #include "core/range.h"
+#include "image/filecache.h"
 #include "image/held.h"
 #include "image/storage.h"
 
@@ -49,6 +50,9 @@ const struct held *overlay_held(const struct overlay *o);  /* borrowed */
 /* It holds what `list` says, which it takes over: all that it held, and perhaps blocks that were put since, whose words
  * are written. The caller excludes all who look at what it holds; what that was is in *old, for held_free. */
 void overlay_seal(struct overlay *o, struct held_list *list, struct held *old);
+/* Gives its files to a cache, once; path is what it was opened by. The caller excludes all users of the overlay. No
+ * I/O; for want of memory they stay as they are. */
+void overlay_cache(struct overlay *o, struct filecache *c, struct storage *s, const char *path);
 
 /* One block or part of one, [off, off + len) within block. Reads the whole block and checks its checksum:
  * a mismatch is -ERR_CORRUPT. PRE: overlay_has. */

@@ -516,6 +516,7 @@ static void free_volume(struct volume *v)
 	mutex_destroy(&v->reap_lock);
 	mutex_destroy(&v->index_lock);
 	chainindex_free(v->index);
+	filecache_free(v->files);
 	mutex_destroy(&v->retired_lock);
 	mutex_destroy(&v->scratch_lock);
 	free(v);
@@ -553,7 +554,11 @@ int volume_open(struct storage *s, const struct volume_open_args *args, struct v
 	mutex_init(&v->retired_lock);
 	mutex_init(&v->scratch_lock);
 
-	rc = open_disk(v, args->size, e);
+	rc = filecache_new(&v->files);
+	if (rc < 0)
+		rc = err_set(e, -rc, "open volume %s: %s", args->name, err_short(rc));
+	else
+		rc = open_disk(v, args->size, e);
 	if (rc == 0)
 		rc = open_layers(v, args, e);
 	/* Last: nothing is removed when something that args name does not check out. */

@@ -29,6 +29,7 @@
 #include "core/os/thread.h"
 #include "core/repl_meta.h"
 #include "image/chainindex.h"
+#include "image/filecache.h"
 #include "image/overlay.h"
 #include "image/volume.h"
 
@@ -100,6 +101,7 @@ struct volume {
 	/* The oldest of them, which are sealed and in the index: closed epochs, but for those that closed just now. */
 	uint32_t n_sealed;
 	struct chainindex *index; /* NULL: none is sealed yet */
+	struct filecache *files;  /* the sealed ones' */
 	struct layer *active;	  /* NULL: none */
 	struct clone clones[VOLUME_CLONES_MAX];
 	uint32_t n_clones;
