@@ -22,6 +22,12 @@ uint64_t repl_wait_until(const struct repl *r)
 	return r->now_ns + r->meta->settings.peer_timeout_ms * UINT64_C(1000000) + DIALLED_WAIT_NS;
 }
 
+/* A session stands that is not on its way out: after a stop and an `unprotect` one is for a moment. */
+static bool session_stands(const struct repl *r)
+{
+	return r->link > LINK_HANDSHAKE && !r->closing;
+}
+
 static void dial_for(struct repl *r, struct repl_command *c)
 {
 	if (r->link != LINK_DOWN) /* the old primary dials */
@@ -60,7 +66,7 @@ static void cmd_protect(struct repl *r, struct repl_command *c)
 		refuse_committing(r, c);
 	else if (m->split_brain)
 		repl_command_done(r, c, -ERR_SPLIT, SPLIT_TEXT "; `unprotect` forgets the other copy");
-	else if (role_changing(r) || r->link > LINK_HANDSHAKE)
+	else if (role_changing(r) || session_stands(r))
 		repl_command_done(r, c, -ERR_BUSY, "another protect, of this host or of its peer, is under way");
 	else if (m->n_volumes == 0)
 		repl_command_done(r, c, -ERR_STATE, "the group has no volumes; `create` one first");
@@ -325,13 +331,18 @@ static void cmd_settings(struct repl *r, struct repl_command *c)
 static void cmd_ids(struct repl *r, struct repl_command *c)
 {
 	const struct repl_meta *m = r->meta;
-	if (m->role != ROLE_STANDALONE)
+	if (m->role != ROLE_STANDALONE) {
 		repl_command_done(r, c, -ERR_STATE, "this host is %s for it already; %s", role_name(m->role),
 				  is_primary(r) ? "see `status`" : "run it on the host that has the VM");
-	else if (role_changing(r) || r->link != LINK_DOWN || repl_tx_pending(r, TX_IDS))
+		return;
+	}
+	if (role_changing(r) || session_stands(r) || repl_tx_pending(r, TX_IDS)) {
 		repl_command_done(r, c, -ERR_BUSY, "another command is changing its role");
-	else
-		repl_tx(r, TX_IDS)->command = c;
+		return;
+	}
+	if (r->link != LINK_DOWN) /* one that ends, or the old primary's */
+		session_drop(r, "its volumes get other ids");
+	repl_tx(r, TX_IDS)->command = c;
 }
 
 void repl_command(struct repl *r, struct repl_command *c)

@@ -5956,13 +5956,35 @@ Test(repl, ids_change_only_while_there_is_no_peer)
 	EXPECT(h, "cmd=ERR_STATE");
 	host_free(h);
 
-	/* A JOIN that makes it a secondary comes between the command and its save: the JOIN's ids stand. */
-	h = host_new(&m);
-	link_up(h, false);
-	h->cmd = (struct repl_command){.cmd = CMD_IDS, .ids = {81}};
-	step(h, (struct repl_event){.type = EV_COMMAND, .command = &h->cmd});
-	EXPECT(h, "cmd=ERR_BUSY");
-	host_free(h);
+	/* A connection that ends is in nobody's way; one on which a JOIN comes before the save is, and its ids stand.
+	 */
+	for (int late_join = 0; late_join < 2; late_join++) {
+		h = host_new(&m);
+		link_up(h, false);
+		meta_of(&peer_meta, ROLE_PRIMARY, STATE_RUNNING);
+		peer_meta.volumes[0].id = 90;
+		join_frame(h, &peer_meta, 0);
+		EXPECT(h, "send:REFUSE close");
+		h->cmd = (struct repl_command){.cmd = CMD_IDS, .ids = {81}};
+		step(h, (struct repl_event){.type = EV_COMMAND, .command = &h->cmd});
+		EXPECT(h, "save:standalone/NONE");
+		if (late_join) {
+			link_up(h, false);
+			join_frame(h, &peer_meta, WIRE_JOIN_PROTECT);
+			EXPECT(h, "");
+			saved(h);
+			EXPECT(h, "cmd save:secondary/NONE");
+			saved(h);
+			cr_assert_eq(repl_meta(h->r)->volumes[0].id, 90);
+		} else {
+			saved(h);
+			EXPECT(h, "cmd");
+			cr_assert_eq(repl_meta(h->r)->volumes[0].id, 81);
+			command(h, CMD_PROTECT, 0);
+			EXPECT(h, "dial");
+		}
+		host_free(h);
+	}
 }
 
 /* ---- verify ---- */
