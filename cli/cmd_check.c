@@ -183,7 +183,8 @@ int cmd_check(struct cli *c)
 	format_bytes(k.bytes, text);
 	char bases[64] = "";
 	if (k.bases)
-		(void)snprintf(bases, sizeof(bases), ", %llu base images", (unsigned long long)k.bases);
+		(void)snprintf(bases, sizeof(bases), ", %llu base image%s", (unsigned long long)k.bases,
+			       k.bases == 1 ? "" : "s");
 	cli_note(c, "%llu groups, %llu volumes%s, %llu overlays with %s checked: %zu problem%s",
 		 (unsigned long long)k.groups, (unsigned long long)k.volumes, bases, (unsigned long long)k.overlays,
 		 text, n, n == 1 ? "" : "s");
