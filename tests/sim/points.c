@@ -8,7 +8,7 @@
  *   main      some 280 operations: replication, checkpoints, resyncs, failovers, a stop, a split brain;
  * on_io_error=pass detach    the primary's disk fails; its guest goes on through the peer; it is rebuilt; then that
  * again, and a failover commands  pause, settings, stop and start, failover and failback, switchover both ways,
- * unprotect and protect, on both hosts
+ * unprotect and protect, on both hosts; clones: scratches on both hosts, a job, crashes of both
  *
  * A script goes on after that as well as it can; then the faults are over, and all has to come right as after a seed.
  */
@@ -328,6 +328,60 @@ static void script_commands(struct script *x)
 	guest(x, 4);
 }
 
+static void clone_named(struct script *x, unsigned host, enum repl_cmd cmd, const char *name, uint64_t number)
+{
+	struct repl_command c = {.cmd = cmd, .number = number};
+
+	(void)snprintf(c.text, sizeof(c.text), "%s", name);
+	command(x, host, c);
+	run(x, 5 * MS);
+}
+
+static void clone_work(struct script *x, unsigned host, unsigned n)
+{
+	static const enum world_io kinds[] = {WORLD_WRITE, WORLD_ZERO, WORLD_WRITE, WORLD_FLUSH, WORLD_READ};
+
+	for (unsigned i = 0; i < n; i++) {
+		x->ops++;
+		world_clone_io(x->s->w, host, 0, kinds[i % ARRAY_LEN(kinds)], below(x, 4) * (300 << 10),
+			       128 + below(x, 9000));
+		run(x, OP_NS);
+	}
+}
+
+/* Scratches of a checkpoint on the secondary, and of one that was taken for a job on the primary; jobs come and go. */
+static void script_clones(struct script *x)
+{
+	const struct repl_meta *m;
+
+	begin(x, PROTOCOL_F, ON_IO_ERROR_PASS);
+	m = world_meta(x->s->w, !x->s->vm);
+	clone_named(x, !x->s->vm, CMD_CLONE, "c", m && m->n_ckpts ? m->ckpts[m->n_ckpts - 1].number : 1);
+	clone_work(x, !x->s->vm, 6);
+	guest(x, 6);
+	checkpoint(x);
+	clone_work(x, !x->s->vm, 10);
+	world_crash(x->s->w, !x->s->vm, WORLD_POWER);
+	guest(x, 4);
+	sync_up(x);
+	clone_work(x, !x->s->vm, 5);
+	clone_named(x, x->s->vm, CMD_HOLD, "job 1", 0);
+	guest(x, 6);
+	m = world_meta(x->s->w, x->s->vm);
+	clone_named(x, x->s->vm, CMD_CLONE, "d", m && m->n_ckpts ? m->ckpts[m->n_ckpts - 1].number : 1);
+	clone_named(x, x->s->vm, CMD_UNHOLD, "job 1", m && m->n_ckpts ? m->ckpts[m->n_ckpts - 1].number : 1);
+	guest(x, 4);
+	clone_work(x, x->s->vm, 5);
+	world_crash(x->s->w, x->s->vm, WORLD_POWER);
+	sync_up(x);
+	clone_work(x, x->s->vm, 5);
+	clone_named(x, !x->s->vm, CMD_UNCLONE, "c", 0);
+	failover(x, FAILOVER_DEFAULT, FAILOVER_DISCARD_ACTIVE, WORLD_KILL);
+	clone_named(x, !x->s->vm, CMD_UNCLONE, "d", 0);
+	checkpoint(x);
+	guest(x, 4);
+}
+
 static void script_main(struct script *x)
 {
 	part_replicate(x);
@@ -348,7 +402,8 @@ static void script_main(struct script *x)
 static const struct {
 	const char *name;
 	void (*run)(struct script *x);
-} scripts[] = {{"main", script_main}, {"detach", script_detach}, {"commands", script_commands}};
+} scripts[] = {
+    {"main", script_main}, {"detach", script_detach}, {"commands", script_commands}, {"clones", script_clones}};
 
 /* ---- a run ---- */
 
