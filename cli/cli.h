@@ -175,6 +175,7 @@ int cmd_extents(struct cli *c);
 int cmd_discard(struct cli *c);
 int cmd_resync(struct cli *c);
 int cmd_verify(struct cli *c);
+int cmd_resize(struct cli *c);
 int cmd_set(struct cli *c);
 int cmd_get(struct cli *c);
 int cmd_read(struct cli *c);

@@ -159,7 +159,7 @@ int offline_export(struct cli *c, struct store *st, const char *name, uint64_t c
 	if (rc == 0) {
 		(void)snprintf(label, sizeof(label), "export %.70s", c->args[0]);
 		progress_init(&p, c->out.progress, stderr, label);
-		rc = volume_export(v, layer, at, file, on_copy, &p, &e);
+		rc = volume_export(v, layer, at, repl_meta_size_at(m, i, ckpt), file, on_copy, &p, &e);
 		progress_end(&p);
 		volume_close(v);
 	}
@@ -169,7 +169,7 @@ int offline_export(struct cli *c, struct store *st, const char *name, uint64_t c
 		return fail_err(c, rc, &e);
 	return made(c,
 		    json_pack("{s:i, s:s, s:s, s:I}", "schema", 1, "volume", name, "file", file, "size",
-			      (json_int_t)m->volumes[i].size),
+			      (json_int_t)repl_meta_size_at(m, i, ckpt)),
 		    ret);
 }
 

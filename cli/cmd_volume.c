@@ -339,3 +339,35 @@ int cmd_show(struct cli *c)
 	json_decref(r);
 	return 0;
 }
+
+int cmd_resize(struct cli *c)
+{
+	struct err e = {0};
+	uint64_t size, old = 0;
+	char from[FORMAT_SIZE], to[FORMAT_SIZE];
+	json_t *r;
+	int rc = parse_size(c->args[1], &size, &e);
+	if (rc < 0)
+		return cli_fail_text(c, err_exit(rc), e.text);
+	if (size > INT64_MAX)
+		return cli_fail(c, ERR_USAGE, "%s is larger than any volume can be", c->args[1]);
+	json_t *args = json_pack("{s:s, s:I}", "name", c->args[0], "size", (json_int_t)size);
+	if (!args)
+		return cli_fail(c, ERR_NOMEM, "out of memory");
+	rc = cli_call_print(c, "resize", args, true, &r);
+	if (!r)
+		return rc;
+	(void)js_u64(r, "old_size", &old);
+	(void)js_u64(r, "size", &size);
+	format_bytes(old, from);
+	format_bytes(size, to);
+	if (old == size)
+		cli_note(c, "%s: has %s already", c->args[0], to);
+	else
+		cli_note(
+		    c,
+		    "%s: %s, was %s; a guest sees it when its device is told (virsh blockresize, QEMU's block_resize)",
+		    c->args[0], to, from);
+	json_decref(r);
+	return rc;
+}

@@ -151,6 +151,7 @@ const struct cli_verb cli_verbs[] = {
     {"import", "NAME FILE", 2, 2, "make a volume from a disk image", import_opts, cmd_import},
     {"export", "NAME[@N] FILE", 2, 2, "copy a volume, or its checkpoint N, to a file", NULL, cmd_export},
     {"delete", "NAME", 1, 1, "delete a volume and its checkpoints", NULL, cmd_delete},
+    {"resize", "NAME SIZE", 2, 2, "grow a volume, here and on the peer, while it is in use", NULL, cmd_resize},
     {"list", "", 0, 0, "the volumes of the store", list_opts, cmd_list},
     {"show", "NAME", 1, 1, "all about one volume", NULL, cmd_show},
     {"protect", "GROUP", 1, 1, "make this host primary for the group and replicate it to a peer", protect_opts,
@@ -197,7 +198,6 @@ const struct cli_verb cli_verbs[] = {
     {"completion", "bash|zsh|fish", 1, 1, "a completion script for the shell", NULL, cmd_completion},
     {"help", "[VERB]", 0, 1, "this text, or that of a verb", NULL, cmd_help},
 
-    {"resize", "NAME SIZE", 0, 0, "grow a volume", NULL, NULL},
     {"events", "", 0, 0, "follow what happens", NULL, NULL},
     {"metrics", "", 0, 0, "counters as Prometheus text", NULL, NULL},
     {"key", "new FILE", 0, 0, "make a pre-shared key", NULL, NULL},

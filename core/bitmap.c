@@ -284,6 +284,18 @@ void bitmap_swap(struct bitmap *a, struct bitmap *b)
 	*b = t;
 }
 
+void bitmap_grow(struct bitmap *b, uint64_t nbits, void *zeroed)
+{
+	struct bitmap larger;
+	uint64_t first, end = 0;
+
+	PRE(nbits >= b->nbits);
+	bitmap_init(&larger, nbits, zeroed);
+	while (end < b->nbits && bitmap_next_run(b, end, &first, &end))
+		bitmap_set_range(&larger, first, end - first);
+	*b = larger;
+}
+
 void bitmap_check(const struct bitmap *b)
 {
 	uint64_t w_end = words_for(b->nbits);

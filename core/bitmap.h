@@ -48,6 +48,10 @@ void bitmap_or(struct bitmap *dst, const struct bitmap *src);
 void bitmap_copy(struct bitmap *dst, const struct bitmap *src);
 void bitmap_swap(struct bitmap *a, struct bitmap *b);
 
+/* b goes on with nbits, no fewer than it had, in new zeroed memory of bitmap_bytes(nbits); what it had is the caller's
+ * again. Needs the exclusion of set* too. */
+void bitmap_grow(struct bitmap *b, uint64_t nbits, void *zeroed);
+
 void bitmap_check(const struct bitmap *b); /* re-checks the invariant and count; O(nbits) */
 
 #endif

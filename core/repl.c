@@ -395,6 +395,8 @@ static bool tx_prepare(struct repl *r, struct tx *t, struct repl_meta *m)
 	case TX_ATTACH:
 		detach_prepare(r, t, m);
 		return true;
+	case TX_RESIZE:
+		return resize_prepare(t, m);
 	case TX_HAND_OVER:
 	case TX_TAKE_OVER:
 		return switchover_prepare(r, t, m);
@@ -421,6 +423,8 @@ void repl_tx_run(struct repl *r)
 			save_again(r);
 			return;
 		}
+		if (r->txq[r->tx_head].kind == TX_RESIZE && (r->clear_busy || r->union_busy || r->mark_busy))
+			return; /* these look at the bitmaps that it replaces; their end comes here again */
 		r->tx = r->txq[r->tx_head];
 		r->tx_head = (r->tx_head + 1) % TX_MAX;
 		r->tx_count--;
@@ -475,6 +479,9 @@ static void tx_done(struct repl *r, struct tx *t, int error)
 	case TX_REBUILD:
 	case TX_ATTACH:
 		detach_tx_done(r, t, error);
+		break;
+	case TX_RESIZE:
+		resize_tx_done(r, t, error);
 		break;
 	case TX_HAND_OVER:
 	case TX_TAKE_OVER:
@@ -586,6 +593,7 @@ static void meta_saved(struct repl *r, const struct repl_event *ev)
 		struct repl_meta *old = r->meta;
 		t.arg = ev->bytes ? ev->bytes : t.arg;
 		INVARIANT(r->next->ckpt_max >= old->ckpt_max);
+		resize_maps(r, r->next, ev->maps);
 		r->meta = r->next;
 		r->next = old;
 		r->ckpt_used = max_u64(r->ckpt_used, r->meta->ckpt_max);
@@ -1024,6 +1032,8 @@ static void ev_io_done(struct repl *r, struct repl_io *io, int error)
 {
 	if (io->verify)
 		verify_io_done(r, io, error);
+	else if (io == &r->rz.io)
+		resize_io_done(r, error);
 	else if (io == &r->cycle_io)
 		primary_cycle_done(r, error);
 	else if (io == &r->clear_io) {
@@ -1233,6 +1243,7 @@ void repl_init(struct repl *r, const struct repl_init_args *a)
 	r->tick_ns = a->now_ns;
 	detach_init(r);
 	verify_init(r);
+	r->rz.io.internal = true;
 	if (r->meta->state == STATE_FAILOVER)
 		failover_commit_start(r);
 }

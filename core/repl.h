@@ -68,6 +68,10 @@ enum repl_kind {
 	REPL_DETACH,  /* of the peer's stream, a barrier: volume, lineage */
 	REPL_ATTACH,  /* of the peer's stream, a barrier: volume */
 	REPL_REBUILD, /* the core's own: write the bytes that came with ACT_SUBMIT (none: zeroes) to the disk */
+	REPL_RESIZE,  /* of the peer's stream, a barrier: volume; arg: its size to be. The disk is synced and its file
+		       * made  that long, which nothing shows: ext_len is 0, or the error's code */
+	REPL_GROW,    /* the core's own: the same of this host's file, without the sync; arg: also the size that it has,
+		       * to go back */
 	REPL_SCRUB,   /* one step of a look at the volume's overlays, into *scrub */
 	REPL_REOPEN,  /* the core's own: open the disks of the volumes in the mask `arg` anew (volume_reopen) */
 };
@@ -162,6 +166,7 @@ enum repl_cmd {
 	 * name is the shell's to know. The record holds its checkpoint, durably, until CMD_UNCLONE (text). */
 	CMD_CLONE,
 	CMD_UNCLONE,
+	CMD_RESIZE, /* flags: the volume's index; number: the size it is to have; result: the one it had */
 	/* flags: enum repl_repair; verify: what is found, filled in until it is done */
 	CMD_VERIFY,
 	/* verify: of the one that is to end, with -ERR_INTR; it may have ended by itself */
@@ -260,6 +265,8 @@ struct repl_event {
 	const struct wire_frame *frame;
 	const void *payload;
 	uint64_t bytes, heard_ns;
+	void *const
+	    *maps; /* META_SAVED: of volumes that have grown with it, zeroed, repl_volume_bytes of the new size */
 	const struct repl_usage *usage;
 	struct repl_command *command;
 };
@@ -268,8 +275,9 @@ enum repl_action_type {
 	ACT_SUBMIT,    /* io; REBUILD: data/data_len to copy */
 	ACT_COMPLETE,  /* io, error; answered: the bytes of a READ, data/data_len to copy (NULL: io->len zeroes) */
 	ACT_SEND,      /* frame; io: its payload is the frame's (WRITE, RESYNC_READ), or data/data_len to copy */
-	ACT_SAVE_META, /* meta; ckpt: epoch to open (0: none); active_id; drop: number to leave the chain, drop_through:
-			* it and all older ones leave it, whatever they hold (0: none) */
+	ACT_SAVE_META, /* meta, whose volumes may have grown (the shell makes all ready first); ckpt: epoch to open (0:
+			* none); active_id; drop: number to leave the chain, drop_through: it and all older ones leave
+			* it, whatever they hold (0: none) */
 	ACT_DIAL,      /* text: address */
 	ACT_CLOSE,     /* drain: send what is queued first, bounded; flags: 1 = keep what was received (failover) */
 	ACT_CMD_DONE,  /* command, error */

@@ -408,6 +408,9 @@ void repl_command(struct repl *r, struct repl_command *c)
 	case CMD_SWITCHOVER:
 		switchover_command(r, c);
 		break;
+	case CMD_RESIZE:
+		resize_command(r, c);
+		break;
 	case CMD_VERIFY:
 		verify_begin(r, c);
 		break;

@@ -106,6 +106,7 @@ enum tx_kind {
 	TX_UNCLONE,
 	TX_PEER_BROKEN, /* primary: the peer's checkpoints are given up */
 	TX_ROOM,	/* arg: enum room_policy; number: what goes, 0: all */
+	TX_RESIZE,	/* number: volume; arg: its size. io: of the stream; command; or neither: the handshake's */
 	TX_DETACH,	/* primary: the peer has begun the generation of a detach */
 	TX_REBUILD,	/* primary: a rebuild begins */
 	TX_ATTACH,	/* primary: a rebuild has ended */
@@ -310,6 +311,17 @@ struct repl {
 		struct repl_io own_io;
 		struct wire_scrubbed own_step; /* own_io's: the shell's while that is under way */
 	} vf;
+	/* resize (repl_resize.c) */
+	struct {
+		struct repl_command *c; /* NULL: none is under way */
+		unsigned phase;		/* enum resize_phase */
+		uint32_t volume;
+		uint64_t size, seq;
+		struct repl_io io;
+		bool busy;	  /* io is under way */
+		uint64_t joining; /* and is for the handshake of this session; 0: for the command */
+		bool beyond;	  /* the peer has dirty regions past this host's end of some volume */
+	} rz;
 	/* a target's answer to SCRUB */
 	struct repl_io scrub_io;
 	struct wire_scrubbed scrub;
@@ -470,6 +482,19 @@ void resync_sample(struct repl *r);	    /* of its rate, for status */
 bool resync_unanswered(const struct repl *r, const struct repl_io *io);
 uint32_t resync_hash_payload(uint64_t len); /* bytes of a HASH frame's payload */
 
+/* repl_resize.c */
+void resize_command(struct repl *r, struct repl_command *c);
+void resize_io_done(struct repl *r, int error);
+void resize_acked(struct repl *r, const struct repl_event *ev);
+void resize_session_lost(struct repl *r);	       /* source */
+bool resize_asked(struct repl *r, struct repl_io *io); /* target, at the barrier: false: answered, it is over */
+bool resize_prepare(struct tx *t, struct repl_meta *m);
+void resize_tx_done(struct repl *r, struct tx *t, int error);
+void resize_maps(struct repl *r, const struct repl_meta *next, void *const *maps);
+/* The peer's JOIN names larger volumes: true: this host grows first. */
+bool resize_join(struct repl *r);
+bool resize_saving(const struct repl *r); /* its bitmaps are about to be replaced: no job begins that looks at them */
+
 /* repl_verify.c */
 void verify_init(struct repl *r);
 void verify_begin(struct repl *r, struct repl_command *c);
@@ -532,7 +557,8 @@ void secondary_write_failed(struct repl *r, const struct repl_event *ev);
 void secondary_session_lost(struct repl *r);
 void secondary_settle(struct repl *r); /* at the end of each step: what waits for quiet */
 bool secondary_switching(const struct repl *r);
-void secondary_adopt_sync(struct repl *r); /* the disk, before TX_SECONDARY of an adoption */
+void secondary_adopt_sync(struct repl *r);			    /* the disk, before TX_SECONDARY of an adoption */
+void secondary_barrier_flushed(struct repl *r, struct repl_io *io); /* it was one like a FLUSH; it is over */
 void secondary_fresh_active(struct tx *t, struct repl_meta *m);
 void secondary_prepare(struct repl *r, struct tx *tx, struct repl_meta *m);
 void secondary_apply_end(struct repl *r, struct repl_io *io, int error);

@@ -298,6 +298,32 @@ static int validate_references(const struct repl_meta *m, struct err *e)
 	return reference_check(m, "received", m->received, false, e);
 }
 
+static int growth_bad(struct err *e, uint32_t i, const char *field, const char *matter)
+{
+	return err_set(e, ERR_CORRUPT, "group record, field growths[%" PRIu32 "].%s: %s", i, field, matter);
+}
+
+static int validate_growths(const struct repl_meta *m, struct err *e)
+{
+	if (m->n_growths > GROUP_GROWTHS_MAX)
+		return field_bad(e, "n_growths", "above 256");
+	for (uint32_t i = 0; i < m->n_growths; i++) {
+		const struct repl_growth *g = &m->growths[i];
+		int v = name_valid(g->volume) ? repl_meta_find_volume(m, g->volume) : -1;
+		if (v < 0)
+			return growth_bad(e, i, "volume", "not one of the group's");
+		if (g->last == 0 || g->last > m->ckpt_max)
+			return growth_bad(e, i, "last", "0 or above ckpt_max");
+		if (g->size == 0 || g->size % SECTOR_SIZE != 0 || g->size >= m->volumes[v].size)
+			return growth_bad(e, i, "size", "not a smaller size of its volume");
+		for (uint32_t k = 0; k < i; k++)
+			if (strcmp(m->growths[k].volume, g->volume) == 0 &&
+			    (m->growths[k].last >= g->last || m->growths[k].size >= g->size))
+				return growth_bad(e, i, "last", "not above that of the one before");
+	}
+	return 0;
+}
+
 int repl_meta_validate(const struct repl_meta *m, struct err *e)
 {
 	int rc;
@@ -321,7 +347,8 @@ int repl_meta_validate(const struct repl_meta *m, struct err *e)
 		return field_bad(e, "flags", "switched, and not a secondary");
 	if (m->handed && (m->role != ROLE_SECONDARY || m->state != STATE_RUNNING || m->inconsistent))
 		return field_bad(e, "flags", "handed, and not a whole secondary in RUNNING");
-	if ((rc = validate_volumes(m, e)) < 0 || (rc = validate_ckpts(m, e)) < 0 || (rc = validate_clones(m, e)) < 0)
+	if ((rc = validate_volumes(m, e)) < 0 || (rc = validate_ckpts(m, e)) < 0 || (rc = validate_clones(m, e)) < 0 ||
+	    (rc = validate_growths(m, e)) < 0)
 		return rc;
 	return validate_references(m, e);
 }
@@ -406,6 +433,12 @@ int repl_meta_encode(const struct repl_meta *m, void *buf, size_t size)
 	wbuf_u32(&w, m->n_clones);
 	for (uint32_t i = 0; i < m->n_clones; i++)
 		clone_encode(&m->clones[i], &w);
+	wbuf_u32(&w, m->n_growths);
+	for (uint32_t i = 0; i < m->n_growths; i++) {
+		wbuf_str(&w, m->growths[i].volume);
+		wbuf_u64(&w, m->growths[i].last);
+		wbuf_u64(&w, m->growths[i].size);
+	}
 	return w.failed ? -ERR_LIMIT : (int)w.len;
 }
 
@@ -500,6 +533,16 @@ static void parse_lists(struct field_reader *f, struct repl_meta *m, uint32_t ve
 	for (uint32_t i = 0; i < m->n_clones && !f->r.failed; i++)
 		clone_decode(&m->clones[i], &f->r);
 	field_end(f, "clones");
+	m->n_growths = rbuf_u32(&f->r);
+	if (m->n_growths > GROUP_GROWTHS_MAX)
+		f->r.failed = true;
+	field_end(f, "n_growths");
+	for (uint32_t i = 0; i < m->n_growths && !f->r.failed; i++) {
+		rbuf_str(&f->r, m->growths[i].volume, sizeof(m->growths[i].volume));
+		m->growths[i].last = rbuf_u64(&f->r);
+		m->growths[i].size = rbuf_u64(&f->r);
+	}
+	field_end(f, "growths");
 }
 
 int repl_meta_decode(struct repl_meta *m, const void *buf, size_t len, uint32_t version, struct err *e)
@@ -581,4 +624,56 @@ int repl_meta_find_ckpt(const struct repl_meta *m, uint64_t number)
 			high = mid;
 	}
 	return low < m->n_ckpts && m->ckpts[low].number == number ? (int)low : -ERR_NOENT;
+}
+
+/* ---- sizes ---- */
+
+uint64_t repl_meta_size_at(const struct repl_meta *m, uint32_t volume, uint64_t number)
+{
+	const struct repl_volume *v = &m->volumes[volume];
+
+	for (uint32_t i = 0; number && i < m->n_growths; i++)
+		if (number <= m->growths[i].last && strcmp(m->growths[i].volume, v->name) == 0)
+			return m->growths[i].size;
+	return v->size;
+}
+
+void repl_meta_forget_growths(struct repl_meta *m, const char *volume)
+{
+	uint64_t oldest = m->n_ckpts ? m->ckpts[0].number : UINT64_MAX;
+	uint32_t n = 0;
+
+	for (uint32_t i = 0; i < m->n_growths; i++) {
+		const struct repl_growth *g = &m->growths[i];
+		if (volume ? strcmp(g->volume, volume) == 0 : g->last < oldest)
+			continue;
+		if (n != i)
+			m->growths[n] = *g;
+		n++;
+	}
+	m->n_growths = n;
+}
+
+int repl_meta_grow(struct repl_meta *m, uint32_t volume, uint64_t size)
+{
+	struct repl_volume *v = &m->volumes[volume];
+	uint64_t last = m->n_ckpts ? m->ckpts[m->n_ckpts - 1].number : 0;
+
+	PRE(size > v->size && size % SECTOR_SIZE == 0 && size <= VOLUME_SIZE_MAX);
+	repl_meta_forget_growths(m, NULL);
+	/* With no checkpoint since it grew last the entry of then says it. */
+	for (uint32_t i = 0; i < m->n_growths; i++)
+		if (m->growths[i].last == last && strcmp(m->growths[i].volume, v->name) == 0)
+			last = 0;
+	if (last && m->n_growths == GROUP_GROWTHS_MAX)
+		return -ERR_LIMIT;
+	if (last) {
+		struct repl_growth *g = &m->growths[m->n_growths++];
+		memset(g, 0, sizeof(*g));
+		memcpy(g->volume, v->name, sizeof(g->volume));
+		g->last = last;
+		g->size = v->size;
+	}
+	v->size = size;
+	return 0;
 }

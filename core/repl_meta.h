@@ -17,6 +17,7 @@
 #define GROUP_CKPTS_MAX 4096
 #define GROUP_CLONES_MAX 64
 #define GENERATIONS_MAX 16
+#define GROUP_GROWTHS_MAX 256
 
 enum role { ROLE_STANDALONE, ROLE_PRIMARY, ROLE_SECONDARY };
 enum state { STATE_NONE, STATE_RUNNING, STATE_FAILOVER, STATE_FAILOVER_FAILED, STATE_DONE };
@@ -50,6 +51,13 @@ struct repl_clone {
 	uint64_t ckpt;	  /* what it stands on. Not listed any more: given up for want of room, all I/O is EIO */
 	uint64_t id;	  /* of its overlay's files; never used again */
 	uint64_t time_ns; /* wall clock: when it was made */
+};
+
+/* A volume has grown: its checkpoints up to `last` have `size` bytes, but for those that an earlier entry of it has. */
+struct repl_growth {
+	char volume[NAME_SIZE];
+	uint64_t last;
+	uint64_t size;
 };
 
 struct repl_volume {
@@ -107,6 +115,8 @@ struct repl_meta {
 	uint64_t clone_max; /* the highest id of a clone ever used; only grows */
 	uint32_t n_clones;
 	struct repl_clone clones[GROUP_CLONES_MAX];
+	uint32_t n_growths;
+	struct repl_growth growths[GROUP_GROWTHS_MAX]; /* in the order in which they came */
 	uint32_t n_ckpts;
 	struct repl_ckpt ckpts[GROUP_CKPTS_MAX]; /* ascending by number */
 };
@@ -144,6 +154,12 @@ int repl_meta_volume_by_id(const struct repl_meta *m, uint32_t id);	/* likewise,
 bool repl_meta_flagged(const struct repl_meta *m, unsigned flag);	/* of any volume: VOLUME_x */
 int repl_meta_find_ckpt(const struct repl_meta *m, uint64_t number);	/* index or -ERR_NOENT */
 int repl_meta_find_clone(const struct repl_meta *m, const char *name);	/* index or -ERR_NOENT */
+/* The size of a volume (by index) as of a checkpoint; 0: now. */
+uint64_t repl_meta_size_at(const struct repl_meta *m, uint32_t volume, uint64_t number);
+/* The volume has `size` bytes from now on, more than before; its checkpoints keep what they have. -ERR_LIMIT: too many
+ * growths are remembered for checkpoints that are kept. */
+int repl_meta_grow(struct repl_meta *m, uint32_t volume, uint64_t size);
+void repl_meta_forget_growths(struct repl_meta *m, const char *volume); /* NULL: those that no checkpoint needs */
 bool name_valid(const char *name);
 
 const char *role_name(unsigned role);	   /* "primary" */

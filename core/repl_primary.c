@@ -409,6 +409,9 @@ void primary_frame(struct repl *r, const struct repl_event *ev)
 	case WIRE_SCRUBBED:
 		verify_scrubbed(r, ev);
 		break;
+	case WIRE_RESIZE_ACK:
+		resize_acked(r, ev);
+		break;
 	case WIRE_IO_ERROR:
 		on_io_error(r, ev);
 		break;
@@ -630,7 +633,7 @@ void primary_cycle_done(struct repl *r, int error)
  * regions clean meanwhile; its claim tells (repl_intent has the other half of the argument). */
 static void intent_look(struct repl *r)
 {
-	if (r->clear_busy || r->union_busy || r->mark_busy || r->marks_busy)
+	if (r->clear_busy || r->union_busy || r->mark_busy || r->marks_busy || resize_saving(r))
 		return;
 	r->intent_looked_ns = r->now_ns;
 	const unsigned per = INTENT_SHIFT - REGION_SHIFT;
@@ -794,6 +797,7 @@ static void pause_saved(struct repl *r, struct tx *t, int error)
 void primary_session_lost(struct repl *r)
 {
 	verify_end(r, -ERR_PEER, "the connection to the peer was lost");
+	resize_session_lost(r);
 	detach_session_lost(r);
 	for (uint32_t i = 0; i < r->meta->n_volumes; i++) {
 		struct repl_volume_state *v = &r->vol[i];

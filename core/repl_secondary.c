@@ -24,7 +24,8 @@
 static bool is_barrier(const struct repl_io *io)
 {
 	return io->kind == REPL_FLUSH || io->kind == REPL_CHECKPOINT || io->kind == REPL_RESYNC_BEGIN ||
-	       io->kind == REPL_RESYNC_DONE || io->kind == REPL_DETACH || io->kind == REPL_ATTACH;
+	       io->kind == REPL_RESYNC_DONE || io->kind == REPL_DETACH || io->kind == REPL_ATTACH ||
+	       io->kind == REPL_RESIZE;
 }
 
 /* Of the session that stands; what an ended one delivered is applied and answered to nobody. */
@@ -49,8 +50,8 @@ static const char *out_of_order(const struct repl *r, const struct repl_io *io)
 		return r->in_phase == STREAM_RESYNC || (r->in_phase == STREAM_CLOSED && r->in_whole)
 			   ? NULL
 			   : "RESYNC_DONE out of order";
-	if (io->kind == REPL_VERIFY)
-		return r->in_phase == STREAM_OPEN ? NULL : "VERIFY outside of SYNCED";
+	if (io->kind == REPL_VERIFY || io->kind == REPL_RESIZE)
+		return r->in_phase == STREAM_OPEN ? NULL : "VERIFY or RESIZE outside of SYNCED";
 	if (io->resync)
 		return r->in_phase == STREAM_RESYNC ? NULL : "resync data outside a resync";
 	return r->in_phase == STREAM_CLOSED ? "data before RESYNC_BEGIN" : NULL;
@@ -337,6 +338,12 @@ static void flushed_up_to(struct repl *r, const struct repl_io *io)
 	secondary_ack(r, true);
 }
 
+void secondary_barrier_flushed(struct repl *r, struct repl_io *io)
+{
+	flushed_up_to(r, io);
+	barrier_end(r, io);
+}
+
 static void checkpoint_void(struct repl *r, struct repl_io *io, enum wire_void why)
 {
 	if (current(r, io))
@@ -385,11 +392,20 @@ static void barrier_done(struct repl *r, struct repl_io *io, int error)
 			return;
 		}
 	}
+	if (io->kind == REPL_RESIZE && !resize_asked(r, io))
+		return;
 	if (io->kind == REPL_RESYNC_BEGIN && !current(r, io)) {
 		/* Cut before it began: this copy stays as it is (what stood behind it is gone already). */
 		r->barrier = NULL;
 		repl_complete(r, io, -ERR_CANCELED);
 		secondary_run(r);
+		return;
+	}
+	if (io->kind == REPL_RESIZE) {
+		struct tx *grow = repl_tx(r, TX_RESIZE);
+		grow->io = io;
+		grow->number = io->volume;
+		grow->arg = io->arg;
 		return;
 	}
 	struct tx *t = repl_tx(r, io->kind == REPL_CHECKPOINT	  ? TX_SWITCH

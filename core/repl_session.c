@@ -310,8 +310,11 @@ static bool volumes_match(struct repl *r, const struct wire_join *j, char *why, 
 			(void)snprintf(why, size, "group %s has no volume %s here", m->group, j->volumes[i].name);
 			return false;
 		}
-		if (m->volumes[k].size != j->volumes[i].size) {
-			(void)snprintf(why, size, "volume %s has %llu bytes here and %llu there; make the sizes equal",
+		/* Of two that know each other the smaller one grows (repl_resize.c). */
+		bool afresh = (j->flags & WIRE_JOIN_PROTECT) || (r->protect && r->protect->cmd == CMD_PROTECT);
+		if (afresh && m->volumes[k].size != j->volumes[i].size) {
+			(void)snprintf(why, size,
+				       "volume %s has %llu bytes here and %llu there; `resize` the smaller one",
 				       j->volumes[i].name, (unsigned long long)m->volumes[k].size,
 				       (unsigned long long)j->volumes[i].size);
 			return false;
@@ -460,6 +463,10 @@ void session_join_ready(struct repl *r)
 	if (!volumes_match(r, &r->theirs, why, sizeof(why))) {
 		repl_set_error(r, ERR_STATE, "handshake", -1, 0, 0, "%s", why);
 		session_refuse(r, ERR_STATE, why);
+		return;
+	}
+	if (resize_join(r)) {
+		r->join_waits = true;
 		return;
 	}
 	/* [NUMMAX] In the record with the next save, and heard before any save that this JOIN itself leads to: a
@@ -658,12 +665,21 @@ static void on_dirty(struct repl *r, const struct repl_event *ev)
 		return;
 	}
 	struct rbuf b = {.data = ev->payload, .size = f->length_payload};
-	uint64_t size = r->meta->volumes[vi].size;
+	uint64_t size = r->meta->volumes[vi].size, theirs = size;
+	for (uint32_t k = 0; k < r->theirs.n_volumes; k++)
+		if (strcmp(r->theirs.volumes[k].name, r->meta->volumes[vi].name) == 0)
+			theirs = r->theirs.volumes[k].size;
 	while (b.pos < b.size) {
 		uint64_t off = rbuf_u64(&b), len = rbuf_u64(&b);
-		if (len == 0 || off >= size || len > size - off) {
+		if (len == 0 || off >= theirs || len > theirs - off) {
 			session_protocol_error(r, "DIRTY names a range outside volume %s", r->meta->volumes[vi].name);
 			return;
+		}
+		if (off + len > size) { /* this host's is growing to the peer's size just now */
+			r->rz.beyond = true;
+			if (off >= size)
+				continue;
+			len = size - off;
 		}
 		uint64_t first = off >> REGION_SHIFT, last = (off + len - 1) >> REGION_SHIFT;
 		bitmap_set_range(&r->vol[vi].theirs, first, last - first + 1);
@@ -688,8 +704,8 @@ static void marking_from_dirty(struct repl *r)
 
 static void union_start(struct repl *r)
 {
-	if (r->union_busy || r->union_started || r->clear_busy || !r->dirty_ended || r->join_waits ||
-	    r->decision > LINEAGE_FULL)
+	if (resize_saving(r) || r->union_busy || r->union_started || r->clear_busy || !r->dirty_ended ||
+	    r->join_waits || r->decision > LINEAGE_FULL)
 		return; /* tried again from the tick */
 	r->union_busy = r->union_started = true;
 	for (uint32_t i = 0; i < r->meta->n_volumes; i++)

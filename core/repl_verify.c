@@ -712,6 +712,8 @@ void verify_begin(struct repl *r, struct repl_command *c)
 		repl_command_done(r, c, -ERR_STATE, "it is being stopped");
 	else if (r->vf.c)
 		repl_command_done(r, c, -ERR_BUSY, "another verify is under way");
+	else if (r->rz.c)
+		repl_command_done(r, c, -ERR_BUSY, "a resize is under way; give it again in a moment");
 	else {
 		r->vf.c = c;
 		r->vf.run++;

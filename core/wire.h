@@ -76,6 +76,8 @@ enum wire_features {
 	X(VERIFY_ANSWER, 61) /* seq: of VERIFY; payload: (u64 offset, u64 length, u64 wire_verify_problem)* */         \
 	X(SCRUB, 62)	     /* seq: token; volume; offset: from here; length: of this overlay on */                   \
 	X(SCRUBBED, 63)	     /* seq: token; payload: wire_scrubbed */                                                  \
+	X(RESIZE, 64)	     /* seq volume; offset: the size it is to have. A barrier */                               \
+	X(RESIZE_ACK, 65)    /* seq: of RESIZE; offset: 0 it has, or an error's code; then payload: wire_refuse */     \
 	X(REPORT_WANT, 70)   /* seq: token of the REPORT that answers */                                               \
 	X(START_PROTECT, 71) /* seq: token; flags: enum wire_start_flags; payload: wire_start */                       \
 	X(VOLUME_READ, 72)   /* seq: token; offset length; payload: the volume's name */                               \

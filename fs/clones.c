@@ -69,6 +69,7 @@ static void clone_add(struct group *g, const struct repl_meta *m, const struct r
 		return;
 	}
 	k->id = c->id;
+	k->size = repl_meta_size_at(m, (uint32_t)volume, c->ckpt);
 	mutex_init(&k->lock);
 	reqset_init(&k->claims);
 	atomic_store(&v->refs, 1);

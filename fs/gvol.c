@@ -41,9 +41,25 @@ struct group *gvol_group(struct gvol *v)
 uint64_t gvol_size(struct gvol *v)
 {
 	struct group *g = gvol_group(v);
-	uint64_t size = g ? volume_size(v->vol) : 0;
+	uint64_t size = !g ? 0 : v->clone ? v->clone->size : volume_size(v->vol);
 	group_unref(g);
 	return size;
+}
+
+uint64_t gvol_size_at(struct group *g, struct gvol *v, uint64_t ckpt)
+{
+	mutex_lock(&g->lock);
+	uint64_t size = repl_meta_size_at(repl_meta(g->core), v->index, ckpt);
+	mutex_unlock(&g->lock);
+	return size;
+}
+
+/* Of a file; ckpt: of GVOL_CKPT. */
+static uint64_t file_size(struct group *g, struct gvol *v, enum gvol_file file, uint64_t ckpt)
+{
+	if (file == GVOL_CKPT)
+		return gvol_size_at(g, v, ckpt);
+	return v->clone ? v->clone->size : volume_size(v->vol);
 }
 
 /* ---- opens ---- */
@@ -223,9 +239,9 @@ int gvol_attr(struct gvol *v, enum gvol_file file, uint64_t ckpt, struct gvol_at
 		return -ERR_NOENT;
 	int err = file == GVOL_CKPT ? find_ckpt(g, ckpt, &c) : 0;
 	if (!err) {
+		a.size = file_size(g, v, file, ckpt);
 		pthread_rwlock_rdlock(&g->view);
 		enum volume_layer layer = layer_of(g, v, file, &ckpt);
-		a.size = volume_size(v->vol);
 		if (volume_allocated(v->vol, layer, ckpt, &a.allocated) < 0)
 			a.allocated = 0;
 		pthread_rwlock_unlock(&g->view);
@@ -268,13 +284,18 @@ int gvol_extent(struct gvol *v, enum gvol_file file, uint64_t ckpt, uint64_t off
 		group_unref(g);
 		return -ERR_IO;
 	}
+	uint64_t size = file_size(g, v, file, ckpt);
 	pthread_rwlock_rdlock(&g->view);
 	enum volume_layer layer = layer_of(g, v, file, &ckpt);
-	int err = 0;
-	if (file == GVOL_VOLUME && detached(g, v)) /* where the peer's disk has holes is not known here */
+	int err = off < size ? 0 : -ERR_RANGE;
+	if (err)
+		;					/* past the end of a smaller checkpoint */
+	else if (file == GVOL_VOLUME && detached(g, v)) /* where the peer's disk has holes is not known here */
 		*ret = (struct extent){off, volume_size(v->vol) - off, true};
 	else
 		err = volume_extent(v->vol, layer, ckpt, off, ret);
+	if (!err && ret->len > size - off) /* the volume has grown since */
+		ret->len = size - off;
 	pthread_rwlock_unlock(&g->view);
 	group_unref(g);
 	return err;

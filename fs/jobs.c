@@ -862,7 +862,7 @@ static int begin(struct job *j, struct group *g, const struct job_args *a, struc
 				.volume = j->mode == JOB_STREAM ? NULL : j->v->vol,
 				.layer = LAYER_IMAGE,
 				.ckpt = j->ckpt,
-				.size = volume_size(j->v->vol),
+				.size = j->ckpt ? gvol_size_at(g, j->v, j->ckpt) : volume_size(j->v->vol),
 				.path = j->target,
 				.format = backup_format_of(j->target),
 				.list = j->mode != JOB_FULL && (j->mode != JOB_TOP || own)};

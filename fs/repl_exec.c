@@ -315,6 +315,87 @@ static void verify_compare(struct repl_exec *x, struct repl_io *io)
 	io->ext_len = (uint64_t)a.n * WIRE_VERIFY_RANGE_SIZE; /* without memory for it the session ends */
 }
 
+/* ---- growing ---- */
+
+/* No room: the filesystem has no files that large, a limit stands against it, or the volume would be larger than all of
+ * the filesystem. A hole needs no room now, so what is free now says nothing. */
+static int grow_file(struct repl_exec *x, const struct repl_io *io)
+{
+	struct volume *v = x->vols[io->volume];
+	uint64_t room, total;
+	int err = 0;
+	if (io->arg > volume_size(v))
+		err = storage_free_bytes(store_storage(x->store), &room, &total);
+	if (!err && io->arg > volume_size(v) && io->arg > total)
+		err = -ERR_NOSPC;
+	return err ? err : volume_extend(v, io->arg);
+}
+
+static int resize_barrier(struct repl_exec *x, struct repl_io *io)
+{
+	int err = repl_exec_sync_disks(x, &io->failed);
+	io->ext_len = 0;
+	if (!err && io->arg > volume_size(x->vols[io->volume]))
+		io->ext_len = (uint64_t)-grow_file(x, io);
+	return err;
+}
+
+static void grown_free(struct repl_exec *x)
+{
+	for (uint32_t i = 0; i < x->n_vols; i++) {
+		if (x->grown[i])
+			volume_ungrow(x->vols[i]);
+		free(x->grown[i]);
+		x->grown[i] = NULL;
+	}
+}
+
+/* All that may fail of the volumes that m has larger, before the record says so. */
+static int grow_prepare(struct repl_exec *x, const struct repl_meta *m, struct err *e)
+{
+	int err = 0;
+	for (uint32_t i = 0; i < x->n_vols && !err; i++) {
+		uint64_t size = m->volumes[i].size;
+		if (size <= volume_size(x->vols[i]))
+			continue;
+		x->grown[i] = calloc(1, repl_volume_bytes(size));
+		err = x->grown[i] ? volume_grow_prepare(x->vols[i], size) : -ERR_NOMEM;
+		if (!err)
+			err = intent_grow_prepare(x->intents[i], size);
+		if (err)
+			(void)err_set(e, -err, "volume %s can't grow to %llu bytes: %s", m->volumes[i].name,
+				      (unsigned long long)size, err_short(err));
+	}
+	if (err)
+		grown_free(x);
+	return err;
+}
+
+void *const *repl_exec_grow(struct repl_exec *x)
+{
+	for (uint32_t i = 0; i < x->n_vols; i++) {
+		if (!x->grown[i])
+			continue;
+		volume_grow(x->vols[i]);
+		intent_grow(x->intents[i]);
+	}
+	return x->grown;
+}
+
+bool repl_exec_grown(struct repl_exec *x)
+{
+	bool any = false;
+	for (uint32_t i = 0; i < x->n_vols; i++) {
+		if (!x->grown[i])
+			continue;
+		free(x->maps[i]);
+		x->maps[i] = x->grown[i];
+		x->grown[i] = NULL;
+		any = true;
+	}
+	return any;
+}
+
 /* One step: so much is read under the volume's locks, and between two questions of the peer. */
 #define SCRUB_STEP (UINT64_C(1) << 20)
 
@@ -715,6 +796,8 @@ int repl_exec_io(struct repl_exec *x, struct repl_io *io, const void *buf, void 
 	case TARGET_DISK:
 		if (io->kind == REPL_READ)
 			return read_disk(x, io, into);
+		if (io->kind == REPL_RESIZE)
+			return resize_barrier(x, io);
 		INVARIANT(io->kind != REPL_HASH); /* answers: only repl_exec_apply does */
 		if (io->kind != REPL_WRITE && io->kind != REPL_ZERO && io->kind != REPL_DISCARD) /* barriers */
 			return repl_exec_sync_disks(x, &io->failed);
@@ -741,6 +824,8 @@ int repl_exec_io(struct repl_exec *x, struct repl_io *io, const void *buf, void 
 		return verify_hash(x, io);
 	case REPL_SCRUB:
 		return scrub(x, io);
+	case REPL_GROW:
+		return grow_file(x, io);
 	case REPL_MARK:
 		return mark(x, io);
 	case REPL_COMMIT:
@@ -767,7 +852,7 @@ int repl_exec_io(struct repl_exec *x, struct repl_io *io, const void *buf, void 
 bool repl_exec_is_stream(unsigned type)
 {
 	return (type >= WIRE_WRITE && type <= WIRE_RESYNC_DONE) || type == WIRE_RESYNC_BEGIN || type == WIRE_HASH ||
-	       type == WIRE_VERIFY || (type >= WIRE_DETACH && type <= WIRE_READ_REQ);
+	       type == WIRE_VERIFY || type == WIRE_RESIZE || (type >= WIRE_DETACH && type <= WIRE_READ_REQ);
 }
 
 static enum repl_kind stream_kind(unsigned type)
@@ -789,6 +874,8 @@ static enum repl_kind stream_kind(unsigned type)
 		return REPL_HASH;
 	case WIRE_VERIFY:
 		return REPL_VERIFY;
+	case WIRE_RESIZE:
+		return REPL_RESIZE;
 	case WIRE_RESYNC_DONE:
 		return REPL_RESYNC_DONE;
 	case WIRE_DETACH:
@@ -853,6 +940,11 @@ const char *repl_exec_stream_io(struct repl_exec *x, const struct wire_frame *f,
 			why = "RESYNC_BEGIN without a generation";
 	} else if (io->kind == REPL_RESYNC_DONE) {
 		why = stream_lineage(f, payload, io);
+	} else if (io->kind == REPL_RESIZE) {
+		why = stream_volume(x, f, io);
+		io->arg = f->offset;
+		if (why == NULL && f->offset % SECTOR_SIZE)
+			why = "a size that is not a multiple of 512";
 	} else if (io->kind == REPL_DETACH || io->kind == REPL_ATTACH) {
 		why = stream_volume(x, f, io);
 		if (why == NULL && io->kind == REPL_DETACH)
@@ -891,6 +983,8 @@ int repl_exec_save(struct repl_exec *x, const struct repl_save *s, struct err *e
 	INVARIANT(!x->unsure || s->ckpt == 0); /* the record as it was, in place of the one that failed */
 	for (uint32_t i = 0; i < x->n_vols && !err && !x->unsure; i++)
 		err = prepare(x, s, i, e);
+	if (!err && !x->unsure)
+		err = grow_prepare(x, s->meta, e);
 	if (err) { /* no record names them */
 		unprepare(x);
 		return err;
@@ -899,6 +993,8 @@ int repl_exec_save(struct repl_exec *x, const struct repl_save *s, struct err *e
 	if (!err && x->unsure)
 		unprepare(x);
 	x->unsure = err != 0;
+	if (err) /* their files stay as long as they are */
+		grown_free(x);
 	return err;
 }
 

@@ -22,8 +22,9 @@ struct repl_exec {
 	struct intent *intents[GROUP_VOLUMES_MAX];
 	struct changed *changed[GROUP_VOLUMES_MAX]; /* a primary's: what has changed since its peer's checkpoints */
 	void *maps[GROUP_VOLUMES_MAX];		    /* the core's bitmaps */
-	bool unsure;				    /* the last save failed, and may be found all the same */
-	struct repl_usage usage; /* of usage_version, which is 0 before the first; under the core's exclusion */
+	void *grown[GROUP_VOLUMES_MAX]; /* of volumes that the save under way makes larger: the core's next maps */
+	bool unsure;			/* the last save failed, and may be found all the same */
+	struct repl_usage usage;	/* of usage_version, which is 0 before the first; under the core's exclusion */
 	uint64_t usage_version;
 };
 
@@ -84,5 +85,9 @@ struct repl_save {
 int repl_exec_save(struct repl_exec *x, const struct repl_save *s, struct err *e);
 uint64_t repl_exec_switch(struct repl_exec *x, const struct repl_save *s); /* bytes that left the active overlays */
 void repl_exec_reap(struct repl_exec *x);
+/* Volumes that a save has made larger. Under the core's exclusion and in one with EV_META_SAVED, whose `maps` it
+ * returns: from here on their new part can be written to, which the core has to know of. */
+void *const *repl_exec_grow(struct repl_exec *x);
+bool repl_exec_grown(struct repl_exec *x); /* after that step: whether there were any */
 
 #endif

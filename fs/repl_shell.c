@@ -637,9 +637,12 @@ static void save_run(struct pool_job *job)
 	struct outbox o;
 	outbox_init(&o);
 	lock_with(g, &o);
+	/* Not before: a guest that sees the new size may write there, and the core has to know of it by then. */
+	ev.maps = err ? NULL : repl_exec_grow(&g->exec);
 	step(g, &ev);
+	bool grown = !err && repl_exec_grown(&g->exec);
 	unlock_with(g);
-	o.invalidate = changed && late;
+	o.invalidate = (changed && late) || grown;
 	outbox_run(g, &o);
 	if (!err)
 		repl_exec_reap(&g->exec);

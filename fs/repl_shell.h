@@ -30,8 +30,9 @@ struct group;
 
 /* What a gvol is that is a clone. */
 struct gclone {
-	uint64_t id; /* of its overlay, in the record */
-	bool going;  /* being removed: it can't be opened; under daemon.names */
+	uint64_t size; /* of its checkpoint */
+	uint64_t id;   /* of its overlay, in the record */
+	bool going;    /* being removed: it can't be opened; under daemon.names */
 	struct mutex lock;
 	struct reqset claims; /* of its writes, under lock */
 };
@@ -235,8 +236,9 @@ void daemon_conn_add(struct conn *c);
 void daemon_conn_set_link(struct conn *c, struct link *l);
 void daemon_conn_remove(struct conn *c);
 void daemon_conn_put(struct conn *c);
-void daemon_conns_close(struct daemon *d, const struct group *g); /* at once; g NULL: all */
-struct group *gvol_group(struct gvol *v);			  /* a reference; NULL: deleted */
+void daemon_conns_close(struct daemon *d, const struct group *g);      /* at once; g NULL: all */
+uint64_t gvol_size_at(struct group *g, struct gvol *v, uint64_t ckpt); /* as of a checkpoint; takes group.lock */
+struct group *gvol_group(struct gvol *v);			       /* a reference; NULL: deleted */
 void daemon_names_changed(struct daemon *d);
 json_t *group_status_json(struct group *g);
 

@@ -308,6 +308,7 @@ int daemon_command(struct daemon *d, struct ctl_conn *ctl, const char *verb, con
 	    {"backup", verb_do_backup},	    {"switchover", verb_do_switchover},
 	    {"jobs", verb_do_jobs},	    {"job", verb_do_job},
 	    {"clone", verb_do_clone},	    {"verify", verb_do_verify},
+	    {"resize", verb_do_resize},
 	};
 	for (size_t i = 0; i < sizeof(table) / sizeof(table[0]); i++) {
 		if (strcmp(table[i].verb, verb) != 0)

@@ -54,7 +54,7 @@ int verb_do_clone(const struct call *c)
 	if (!err) {
 		(void)snprintf(path, sizeof(path), "%s/clones/%s", mount ? mount : "", clone);
 		verb_result(c, json_pack("{s:s, s:s, s:I, s:I, s:o}", "clone", clone, "volume", v->name, "checkpoint",
-					 (json_int_t)ckpt, "size", (json_int_t)volume_size(v->vol), "path",
+					 (json_int_t)ckpt, "size", (json_int_t)gvol_size_at(g, v, ckpt), "path",
 					 mount ? json_string(path) : json_null()));
 	}
 	group_unref(g);

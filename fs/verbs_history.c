@@ -72,7 +72,8 @@ int verb_do_extents(const struct call *c)
 	const json_t *layer = json_object_get(c->args, "layer");
 	const char *text = json_string_value(layer);
 	uint64_t number = json_is_integer(layer) ? (uint64_t)json_integer_value(layer) : 0;
-	uint64_t since = verb_arg_u64(c, "since", 0), size = volume_size(v->vol);
+	uint64_t since = verb_arg_u64(c, "since", 0);
+	uint64_t size = number ? gvol_size_at(g, v, number) : volume_size(v->vol);
 	struct runs_arg r = {json_array()};
 	enum gvol_file file = GVOL_CKPT;
 	if (text && strcmp(text, "active") == 0)

@@ -64,6 +64,7 @@ int verb_do_create(const struct call *c);
 int verb_do_import(const struct call *c);
 int verb_do_delete(const struct call *c);
 int verb_do_export(const struct call *c);
+int verb_do_resize(const struct call *c);
 int verb_do_list(const struct call *c);
 int verb_do_show(const struct call *c);
 

@@ -259,6 +259,7 @@ int verb_do_export(const struct call *c)
 			ckpt = serving == SERVING_VIEW ? atomic_load(&g->base) : 0;
 		}
 		struct gvol_attr a;
+		uint64_t size = layer == LAYER_IMAGE ? gvol_size_at(g, v, ckpt) : volume_size(v->vol);
 		if (!err && layer == LAYER_IMAGE && gvol_attr(v, GVOL_CKPT, ckpt, &a) < 0)
 			err = err_set(c->e, ERR_NOENT, "it has no checkpoint %llu; see `checkpoints`",
 				      (unsigned long long)ckpt);
@@ -268,14 +269,14 @@ int verb_do_export(const struct call *c)
 		if (!err && disk && gvol_detached(v))
 			err = err_set(c->e, ERR_STATE, "%s", gone);
 		if (!err)
-			err = volume_export(v->vol, layer, ckpt, file, verb_progress, &p, c->e);
+			err = volume_export(v->vol, layer, ckpt, size, file, verb_progress, &p, c->e);
 		if (!err && disk && gvol_detached(v)) { /* while it was read */
 			(void)unlink(file);
 			err = err_set(c->e, ERR_STATE, "%s", gone);
 		}
 		if (!err)
-			verb_result(c, json_pack("{s:s, s:s, s:I}", "volume", v->name, "file", file, "size",
-						 (json_int_t)volume_size(v->vol)));
+			verb_result(
+			    c, json_pack("{s:s, s:s, s:I}", "volume", v->name, "file", file, "size", (json_int_t)size));
 	}
 	gvol_release(h);
 	err = verb_prefixed(c, v->name, err);
@@ -396,4 +397,29 @@ int verb_do_show(const struct call *c)
 	group_unref(g);
 	gvol_unref(v);
 	return 0;
+}
+
+int verb_do_resize(const struct call *c)
+{
+	struct gvol *v;
+	struct group *g;
+	uint64_t size = verb_arg_u64(c, "size", 0);
+	int err = verb_need_volume(c, &v, &g);
+	if (err)
+		return err;
+	struct shell_command *sc = shell_command_new(CMD_RESIZE);
+	if (sc) {
+		sc->c.flags = v->index;
+		sc->c.number = size;
+	}
+	err = verb_prefixed(c, v->name, store_check_size(size, c->e));
+	if (!err)
+		err = verb_command(c, g, sc);
+	if (!err)
+		verb_result(c, json_pack("{s:s, s:s, s:I, s:I}", "volume", v->name, "group", g->name, "size",
+					 (json_int_t)volume_size(v->vol), "old_size", (json_int_t)sc->c.result));
+	shell_command_unref(sc);
+	group_unref(g);
+	gvol_unref(v);
+	return err;
 }

@@ -25,14 +25,14 @@ static int copy(struct backup *b, const char *file, store_progress_fn fn, void *
 	return backup_finish(b, NULL, e);
 }
 
-int volume_export(struct volume *v, enum volume_layer layer, uint64_t ckpt, const char *file, store_progress_fn fn,
-		  void *arg, struct err *e)
+int volume_export(struct volume *v, enum volume_layer layer, uint64_t ckpt, uint64_t size, const char *file,
+		  store_progress_fn fn, void *arg, struct err *e)
 {
 	const struct backup_args args = {.what = "export to",
 					 .volume = v,
 					 .layer = layer,
 					 .ckpt = ckpt,
-					 .size = volume_size(v),
+					 .size = size ? size : volume_size(v),
 					 .path = file,
 					 .format = BACKUP_RAW};
 	struct backup *b = NULL;

@@ -19,6 +19,17 @@ int held_init(struct held *h, uint64_t blocks)
 	return 0;
 }
 
+void held_grow(struct held *h, uint64_t blocks, void *memory)
+{
+	if (h->list) {
+		free(memory);
+		return;
+	}
+	bitmap_grow(&h->bits, blocks, memory);
+	free(h->memory);
+	h->memory = memory;
+}
+
 void held_free(struct held *h)
 {
 	free(h->memory);
@@ -168,7 +179,14 @@ int held_list_of(const struct held *h, struct held_list **ret)
 	uint64_t n = 0, last = UINT64_MAX;
 	struct held_list *l;
 
-	PRE(!h->list);
+	if (h->list) {
+		l = list_new(h->list->n);
+		if (!l)
+			return -ERR_NOMEM;
+		memcpy(l, h->list, sizeof(*l) + h->list->n * sizeof(l->w[0]));
+		*ret = l;
+		return 0;
+	}
 	for (uint64_t at, end = 0; bitmap_next_run(&h->bits, end, &at, &end);)
 		n += run_words(NULL, at, end, &last);
 	l = list_new(n);

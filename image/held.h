@@ -33,6 +33,9 @@ struct held {
 int held_init(struct held *h, uint64_t blocks); /* empty. 0 or -ERR_NOMEM */
 void held_free(struct held *h);			/* zeroed by calloc is fine */
 
+/* For a volume that has grown: memory as of bitmap_bytes(blocks), zeroed, taken over. A list is what it was. */
+void held_grow(struct held *h, uint64_t blocks, void *memory);
+
 bool held_test(const struct held *h, uint64_t block);
 uint64_t held_count(const struct held *h);
 /* The first block in [from, end) that is held (not held); `end` if there is none. Bounded by the range. */

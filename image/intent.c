@@ -66,6 +66,8 @@ struct intent {
 	uint8_t *bits; /* npages * PAGE_BITS_BYTES */
 	uint64_t written, synced;
 	bool write_failed, ended;
+	uint64_t grown_size; /* prepared: the volume's, and the larger map */
+	uint8_t *grown;
 };
 
 static void page_encode(const struct intent *t, uint64_t page, uint8_t out[static PAGE_SIZE_BYTES])
@@ -388,6 +390,7 @@ void intent_close(struct intent *t)
 	disk_close(t->disk);
 	mutex_destroy(&t->lock);
 	free(t->fine);
+	free(t->grown);
 	(void)pthread_rwlock_destroy(&t->sync_lock);
 	free(t->bits);
 	free(t);
@@ -488,6 +491,64 @@ int intent_reopen(struct intent *t)
 	mutex_unlock(&t->lock);
 	(void)pthread_rwlock_unlock(&t->sync_lock);
 	return rc;
+}
+
+/* ---- growing ---- */
+
+static uint64_t pages_of(uint64_t nbits)
+{
+	return (nbits + PAGE_BITS - 1) / PAGE_BITS;
+}
+
+/* Bits behind the end are what a map that was made all set left there: they count from now on. */
+static void clear_tail(struct intent *t) REQUIRES(t->lock)
+{
+	for (uint64_t bit = t->nbits; bit < t->npages * PAGE_BITS; bit++)
+		t->bits[bit / 8] &= (uint8_t) ~(1U << (bit % 8));
+}
+
+/* The new pages lie where a clean end puts its fine map, which does not count by now: one that is cut off is found by
+ * an open for the old size, which looks at the old pages only. */
+int intent_grow_prepare(struct intent *t, uint64_t size)
+{
+	uint8_t page[PAGE_SIZE_BYTES], number[8];
+	uint64_t npages = pages_of(units_of(size, INTENT_SHIFT));
+	uint8_t *bits = calloc(npages, PAGE_BITS_BYTES);
+	int rc;
+
+	PRE(size <= VOLUME_SIZE_MAX && units_of(size, INTENT_SHIFT) >= t->nbits);
+	if (!bits)
+		return -ERR_NOMEM;
+	mutex_lock(&t->lock);
+	free(t->grown);
+	t->grown = bits;
+	t->grown_size = size;
+	clear_tail(t);
+	t->written++;
+	rc = t->ended ? -ERR_STATE : write_pages(t, t->npages - 1, t->npages);
+	t->write_failed = t->write_failed || rc < 0;
+	for (uint64_t p = t->npages; rc == 0 && p < npages; p++) {
+		memset(page, 0, sizeof(page));
+		put_u64(number, p);
+		put_u32(page + PAGE_BITS_BYTES, crc32c(crc32c(0, number, sizeof(number)), page, PAGE_BITS_BYTES));
+		rc = disk_write(t->disk, page_off(p), page, sizeof(page));
+	}
+	mutex_unlock(&t->lock);
+	return rc == 0 ? intent_sync(t) : rc;
+}
+
+void intent_grow(struct intent *t)
+{
+	mutex_lock(&t->lock);
+	PRE(t->grown != NULL);
+	memcpy(t->grown, t->bits, t->npages * PAGE_BITS_BYTES);
+	free(t->bits);
+	t->bits = t->grown;
+	t->grown = NULL;
+	t->nbits = units_of(t->grown_size, INTENT_SHIFT);
+	t->nregions = units_of(t->grown_size, REGION_SHIFT);
+	t->npages = pages_of(t->nbits);
+	mutex_unlock(&t->lock);
 }
 
 /* ---- beginning and ending ---- */

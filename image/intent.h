@@ -38,6 +38,10 @@ int intent_begin(struct intent *t, struct err *e);
  * unless INTENT_DURABLE, and where it is durable already). A sync that failed fails for good. Thread-safe. */
 int intent_write(struct intent *t, uint64_t first, uint64_t n, bool set);
 int intent_sync(struct intent *t);
+/* For a volume that grows: makes the map's new part on the disk, durably, all clear; what the map is in memory stays.
+ * Repeatable. Then intent_grow, in memory, which can't fail. Nothing is written meanwhile. */
+int intent_grow_prepare(struct intent *t, uint64_t size);
+void intent_grow(struct intent *t);
 /* A clean end: keeps `dirty` as the fine map, durably. Nothing is under way, and nothing can be written after it
  * (-ERR_STATE). A failure costs the fine map at most. */
 int intent_end(struct intent *t, const struct bitmap *dirty);

@@ -259,6 +259,18 @@ void overlay_take_over(struct overlay *o, const struct overlay *from)
 	o->unsure = from->unsure;
 }
 
+size_t overlay_grow_bytes(uint64_t volume_size)
+{
+	return bitmap_bytes(overlay_blocks_in(volume_size));
+}
+
+void overlay_grow(struct overlay *o, uint64_t volume_size, void *memory)
+{
+	PRE(overlay_blocks_in(volume_size) >= o->blocks);
+	held_grow(&o->held, overlay_blocks_in(volume_size), memory);
+	o->blocks = overlay_blocks_in(volume_size);
+}
+
 void overlay_set_durable(struct overlay *o, bool durable)
 {
 	o->durable = durable;

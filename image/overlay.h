@@ -34,6 +34,10 @@ void overlay_close(struct overlay *o); /* NULL is fine */
 /* o has just been opened from the files of `from`, for a volume that is no smaller: it holds what `from` holds, and not
  * what a put that failed may have left a word of. */
 void overlay_take_over(struct overlay *o, const struct overlay *from);
+/* For a volume that has grown: what o lacks past its old end is absent. memory: zeroed, of overlay_grow_bytes, taken
+ * over. Nobody else uses o meanwhile. */
+size_t overlay_grow_bytes(uint64_t volume_size);
+void overlay_grow(struct overlay *o, uint64_t volume_size, void *memory);
 /* Removes the files of path; absent ones are fine. */
 int overlay_unlink(struct storage *s, const char *path);
 

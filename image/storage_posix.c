@@ -101,6 +101,8 @@ static int posix_set_size(struct disk *d, uint64_t size)
 	do
 		rc = ftruncate(posix_disk(d)->fd, (off_t)size);
 	while (rc < 0 && errno == EINTR);
+	if (rc < 0 && errno == EFBIG) /* more than the filesystem's files, or a limit of the process, can have */
+		return -ERR_NOSPC;
 	return rc < 0 ? err_from_errno(errno) : 0;
 }
 

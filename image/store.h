@@ -100,7 +100,8 @@ int store_import(struct store *st, const struct store_import_args *args, store_p
 		 const char **ret_format, struct err *e);
 /* Copies a layer of an open volume to a new sparse file; FILE must not exist, appears under its name only when
  * whole (image/newfile.h), synced. ckpt 0 with LAYER_DISK: the disk. */
-int volume_export(struct volume *v, enum volume_layer layer, uint64_t ckpt, const char *file, store_progress_fn fn,
-		  void *arg, struct err *e);
+/* size: what the file gets; 0: the volume's. */
+int volume_export(struct volume *v, enum volume_layer layer, uint64_t ckpt, uint64_t size, const char *file,
+		  store_progress_fn fn, void *arg, struct err *e);
 
 #endif

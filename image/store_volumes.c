@@ -438,6 +438,7 @@ static int unname(struct store *st, struct repl_meta *m, uint32_t index, struct 
 {
 	if (m->n_volumes == 1)
 		return store_delete_group(st, m->group, e);
+	repl_meta_forget_growths(m, m->volumes[index].name);
 	memmove(&m->volumes[index], &m->volumes[index + 1], (m->n_volumes - index - 1) * sizeof(m->volumes[0]));
 	m->n_volumes--;
 	memset(&m->volumes[m->n_volumes], 0, sizeof(m->volumes[0]));

@@ -7,8 +7,10 @@
  * after a read of the disk the live bits of that run are looked at again and what they show is read from the overlay
  * instead (V2). Other overlays gain bits only by a merge, of blocks that a newer one in the same chain held already.
  *
- * Resizing replaces every overlay by one opened for the new size, under the exclusive lock. That is the one place where
- * I/O happens under it; it is rare, and costs what opening the volume costs.
+ * Growing is in three steps, so that nothing can fail once it is decided: the disk gets longer (volume_extend; nobody
+ * sees it, and the next open cuts a hole off again), memory is found (volume_grow_prepare), and after the record that
+ * names the size all bitmaps grow under the exclusive lock (volume_grow). No overlay file changes: they are as long as
+ * what was saved.
  */
 #include <inttypes.h>
 #include <stdio.h>
@@ -493,6 +495,9 @@ static int open_layers(struct volume *v, const struct volume_open_args *args, st
 	return rc;
 }
 
+struct growth;
+static void growth_free(struct growth *g);
+
 static void free_volume(struct volume *v)
 {
 	for (uint32_t i = 0; i < v->n_chain; i++)
@@ -503,6 +508,7 @@ static void free_volume(struct volume *v)
 	layer_unref(v->prepared_undo);
 	layer_unref(v->prepared_active);
 	layer_unref(v->prepared_clone);
+	growth_free(v->growth);
 	disk_close(v->disk);
 	free(v->base);
 	scratch_free_all(v);
@@ -609,7 +615,8 @@ int volume_reopen(struct volume *v, struct err *e)
 	if (rc < 0)
 		return err_set(e, -rc, "reopen volume %s: %s", v->name, why.text);
 	rc = disk_get_size(fresh, &size);
-	if (rc == 0 && size != volume_size(v))
+	/* Longer is one whose growth was not recorded. */
+	if (rc == 0 && size < volume_size(v))
 		rc = -ERR_CORRUPT;
 	if (rc < 0) {
 		disk_close(fresh);
@@ -626,117 +633,136 @@ int volume_reopen(struct volume *v, struct err *e)
 	return 0;
 }
 
-/* ---- resize ---- */
+/* ---- growing ---- */
 
-struct resized {
-	struct layer *chain[VOLUME_CKPTS_MAX];
+/* Memory for the bitmaps of all overlays, by their order. */
+struct growth {
+	uint64_t size;
 	uint32_t n;
-	struct layer *active;
-	struct layer *clones[VOLUME_CLONES_MAX];
-	uint32_t n_clones;
-	struct chainindex *index;
+	void *memory[VOLUME_CKPTS_MAX + 1 + VOLUME_CLONES_MAX];
 };
 
-/* A failed write-back is reported once to each open file: one that is closed unasked would take it along (I10). */
-static int layer_reopen(struct volume *v, struct layer *l, uint64_t size, struct layer **ret)
+static void growth_free(struct growth *g)
 {
-	int rc = overlay_sync_data(l->o);
-
-	if (rc == 0)
-		rc = overlay_sync_map(l->o);
-	if (rc == 0)
-		rc = open_layer(v, l->kind, l->id, size, ret, NULL);
-	if (rc == 0) {
-		overlay_take_over((*ret)->o, l->o);
-		(*ret)->merged = l->merged;
-	}
-	return rc;
+	for (uint32_t i = 0; g && i < g->n; i++)
+		free(g->memory[i]);
+	free(g);
 }
 
-static void resized_drop(struct resized *z)
+int volume_extend(struct volume *v, uint64_t size)
 {
-	for (uint32_t i = 0; i < z->n; i++)
-		layer_unref(z->chain[i]);
-	layer_unref(z->active);
-	for (uint32_t i = 0; i < z->n_clones; i++)
-		layer_unref(z->clones[i]);
-	chainindex_free(z->index);
-	free(z);
-}
-
-static int resize_disk(struct volume *v, uint64_t size)
-{
-	int rc = disk_set_size(v->disk, size);
-
-	if (rc == 0 && v->power) {
-		rc = disk_sync(v->disk);
-		if (rc < 0)
-			(void)disk_set_size(v->disk, v->size);
-	}
-	return rc;
-}
-
-static int resize_locked(struct volume *v, uint64_t size, struct resized *z)
-{
-	int rc = 0;
-
-	if (v->prepared_undo || v->prepared_active || v->prepared_clone)
-		return -ERR_BUSY;
-	for (; rc == 0 && z->n < v->n_chain; z->n += rc == 0)
-		rc = layer_reopen(v, v->chain[z->n], size, &z->chain[z->n]);
-	if (rc == 0 && v->active)
-		rc = layer_reopen(v, v->active, size, &z->active);
-	for (; rc == 0 && z->n_clones < v->n_clones; z->n_clones += rc == 0)
-		rc = layer_reopen(v, v->clones[z->n_clones].l, size, &z->clones[z->n_clones]);
-	if (rc == 0)
-		rc = resize_disk(v, size);
-	if (rc < 0)
-		return rc;
-	for (uint32_t i = 0; i < z->n; i++) {
-		struct layer *old = v->chain[i];
-
-		v->chain[i] = z->chain[i];
-		z->chain[i] = old;
-	}
-	struct layer *old = v->active;
-
-	v->active = z->active;
-	z->active = old;
-	for (uint32_t i = 0; i < z->n_clones; i++) {
-		old = v->clones[i].l;
-		v->clones[i].l = z->clones[i];
-		z->clones[i] = old;
-	}
-	z->index = v->index; /* of the old size; what was sealed is sealed again by the next checkpoint or merge */
-	v->index = NULL;
-	v->n_sealed = 0;
-	__atomic_store_n(&v->size, size, __ATOMIC_RELAXED);
-	return 0;
-}
-
-int volume_resize(struct volume *v, uint64_t size)
-{
-	struct resized *z;
 	int rc;
 
 	if (size < volume_size(v) || size % SECTOR_SIZE != 0 || size > VOLUME_SIZE_MAX)
 		return -ERR_RANGE;
-	if (size == volume_size(v))
-		return 0;
-	z = calloc(1, sizeof(*z));
-	if (!z)
+	check_zero(pthread_rwlock_rdlock(&v->sync_lock));
+	rc = disk_set_size(v->disk, size);
+	if (rc == 0 && v->power)
+		rc = disk_sync(v->disk);
+	check_zero(pthread_rwlock_unlock(&v->sync_lock));
+	return rc;
+}
+
+static uint32_t overlays_count(const struct volume *v)
+{
+	return v->n_chain + (v->active ? 1 : 0) + v->n_clones;
+}
+
+static int growth_new(struct volume *v, uint64_t size, struct growth **ret)
+{
+	struct growth *g = calloc(1, sizeof(*g));
+	uint32_t n;
+
+	if (!g)
 		return -ERR_NOMEM;
+	volume_lock_shared(v);
+	n = overlays_count(v);
+	volume_unlock(v);
+	g->size = size;
+	for (; g->n < n; g->n++) {
+		g->memory[g->n] = calloc(1, overlay_grow_bytes(size));
+		if (!g->memory[g->n]) {
+			growth_free(g);
+			return -ERR_NOMEM;
+		}
+	}
+	*ret = g;
+	return 0;
+}
+
+int volume_grow_prepare(struct volume *v, uint64_t size)
+{
+	struct growth *g = NULL;
+	uint64_t now = 0;
+	int rc;
+
+	if (size < volume_size(v) || size % SECTOR_SIZE != 0 || size > VOLUME_SIZE_MAX)
+		return -ERR_RANGE;
+	mutex_lock(&v->prepare_lock);
+	rc = v->prepared_undo || v->prepared_active || v->prepared_clone ? -ERR_BUSY : disk_get_size(v->disk, &now);
+	if (rc == 0 && now < size)
+		rc = volume_extend(v, size);
+	if (rc == 0)
+		rc = growth_new(v, size, &g);
+	if (rc == 0) {
+		growth_free(v->growth);
+		v->growth = g;
+	}
+	mutex_unlock(&v->prepare_lock);
+	return rc;
+}
+
+void volume_ungrow(struct volume *v)
+{
+	mutex_lock(&v->prepare_lock);
+	growth_free(v->growth);
+	v->growth = NULL;
+	mutex_unlock(&v->prepare_lock);
+}
+
+static void layer_grow(struct growth *g, struct layer *l)
+{
+	INVARIANT(g->n > 0);
+	overlay_grow(l->o, g->size, g->memory[--g->n]);
+}
+
+void volume_grow(struct volume *v)
+{
+	struct chainindex *index;
+	struct growth *g;
+
 	mutex_lock(&v->prepare_lock);
 	mutex_lock(&v->merge_lock);
 	mutex_lock(&v->index_lock);
+	g = v->growth;
+	v->growth = NULL;
+	PRE(g != NULL);
 	volume_lock_exclusive(v);
-	rc = resize_locked(v, size, z);
+	for (uint32_t i = 0; i < v->n_chain; i++)
+		layer_grow(g, v->chain[i]);
+	if (v->active)
+		layer_grow(g, v->active);
+	for (uint32_t i = 0; i < v->n_clones; i++)
+		layer_grow(g, v->clones[i].l);
+	index = v->index; /* of the old size; what was sealed is put into a new one */
+	v->index = NULL;
+	v->n_sealed = 0;
+	__atomic_store_n(&v->size, g->size, __ATOMIC_RELAXED);
 	volume_unlock(v);
 	mutex_unlock(&v->index_lock);
 	mutex_unlock(&v->merge_lock);
 	mutex_unlock(&v->prepare_lock);
-	resized_drop(z);
+	growth_free(g);
+	chainindex_free(index);
 	chain_seal(v);
+}
+
+int volume_resize(struct volume *v, uint64_t size)
+{
+	int rc = size == volume_size(v) ? 0 : volume_grow_prepare(v, size);
+
+	if (rc == 0 && size != volume_size(v))
+		volume_grow(v);
 	return rc;
 }
 

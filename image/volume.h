@@ -17,7 +17,7 @@
  *      again after: a bit is set before the disk's write begins, so an unset bit proves that the bytes read are
  *      from before it (I8 without a lock against writers).
  *   V3 The chain changes (a checkpoint, a drop) under the chain lock held exclusively; every read and write holds
- *      it shared. No I/O happens under the exclusive lock, except that volume_resize reopens the overlays under it.
+ *      it shared. No I/O happens under the exclusive lock.
  *
  * Who excludes whom: the caller (the core's range claims) guarantees that no two volume_write requests in progress
  * touch the same block, and likewise for volume_write_active, and volume_write_clone of one clone. Reads need no claim.
@@ -210,8 +210,17 @@ struct volume_scrub {
 };
 void volume_scrub(struct volume *v, struct volume_scrub *s, uint64_t budget);
 
-/* Grow only; -ERR_RANGE to shrink; -ERR_BUSY between volume_prepare and its end. Overlays follow: what lies past the
- * old size reads as zeroes in every older image. */
+/* Growing only; -ERR_RANGE to shrink. What lies past the old size reads as zeroes in every older image.
+ *   volume_extend        the disk's file gets that long, or as long as the volume is again; nothing shows it.
+ * -ERR_NOSPC: the filesystem has no files that large, or a limit stands against it volume_grow_prepare  that, if it is
+ * not so yet, and memory; repeatable. -ERR_BUSY between volume_prepare and its end volume_grow          in memory,
+ * under the chain lock: can't fail. For readers and writers it is one step volume_ungrow        drops what
+ * volume_grow_prepare found, if the record that names the size could not be saved A merge that is under way ends first.
+ * volume_resize: all of it. */
+int volume_extend(struct volume *v, uint64_t size);
+int volume_grow_prepare(struct volume *v, uint64_t size);
+void volume_grow(struct volume *v);
+void volume_ungrow(struct volume *v);
 int volume_resize(struct volume *v, uint64_t size);
 
 struct volume_counters {

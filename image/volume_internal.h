@@ -109,6 +109,7 @@ struct volume {
 
 	struct mutex prepare_lock;
 	struct layer *prepared_undo, *prepared_active, *prepared_clone;
+	struct growth *growth; /* prepared; under prepare_lock */
 	struct mutex merge_lock;
 	struct mutex reap_lock;
 	struct mutex index_lock;

@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
-"""verify and its repairs, with real mounts (SPEC 8). Bits are turned over in the files under the daemons."""
+"""verify and its repairs, and resize, with real mounts (SPEC 8). Bits are turned over in the files under the daemons."""
 
 import os
+import random
+import resource
 import subprocess
 import sys
 import time
@@ -143,6 +145,105 @@ def test_ends():
     a.repctl("set", "vm1", "resync_rate=0")
     a.wait_synced("vm1")
     a.repctl("verify", "vm1")
+
+
+def test_resize():
+    """Both hosts grow under fio; open handles see it, older checkpoints do not change."""
+    e2e.need("fio")
+    p, a, b = pair()
+    vol = a.volume("vm1")
+    n = p.checkpoint()
+    old = e2e.sha(vol)
+    fio = subprocess.Popen(["fio", "--name=v", "--filename=" + vol, "--size=%d" % SIZE, "--direct=1", "--ioengine=psync", "--numjobs=1",
+                            "--rw=randwrite", "--bs=4k-64k", "--fsync=50", "--verify=crc32c", "--verify_fatal=1", "--verify_backlog=64",
+                            "--loops=1000", "--runtime=4", "--time_based", "--output-format=terse"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                           cwd=e2e.tmp())
+    try:
+        with open(vol, "r+b", buffering=0) as f, open(b.volume("vm1"), "rb", buffering=0) as g:
+            for i in range(1, 5):
+                size = SIZE + i * (MIB + 512)
+                a.repctl("resize", "vm1", str(size)).says("blockresize")
+                for h, what in ((f, "primary"), (g, "secondary")):
+                    check_eq(os.fstat(h.fileno()).st_size, size, "the size by an open handle of the " + what)
+                    check_eq(h.seek(0, os.SEEK_END), size, "the end by an open handle of the " + what)
+                f.seek(size - 512)
+                f.write(b"\x44" * 512)
+                e2e.check_errno(27, "a write past the new end", os.pwrite, f.fileno(), b"x" * 512, size)
+            os.ftruncate(f.fileno(), size)  # what QEMU does for a block_resize
+            e2e.check_errno(1, "ftruncate to another size", os.ftruncate, f.fileno(), size + 512)
+        out = fio.communicate()[0].decode()
+        check_eq(fio.returncode, 0, "fio: " + out)
+    finally:
+        fio.kill()
+    check_eq([h.status("vm1")["volumes"][0]["size"] for h in (a, b)], [size] * 2, "the size by both status")
+    check_eq(e2e.pread(vol, SIZE, MIB - 512), bytes(MIB - 512), "the new part")
+    new = p.checkpoint()
+    check_eq(os.stat(b.checkpoint_file("vm1", n)).st_size, SIZE, "an older checkpoint's size")
+    check_eq(e2e.sha(b.checkpoint_file("vm1", n)), old, "an older checkpoint")
+    check_eq(os.stat(b.checkpoint_file("vm1", new)).st_size, size, "a newer checkpoint's size")
+    out = os.path.join(e2e.tmp(), "out")
+    b.repctl("export", "vm1@%d" % n, out)
+    check_eq(e2e.sha(out), old, "an export of the older checkpoint")
+    p.same("vm1")
+    a.repctl("verify", "vm1")
+    a.repctl("resize", "vm1", str(SIZE), code=2).says("never shrinks")
+    b.repctl("resize", "vm1", "1G", code=5).says("primary")
+    a.repctl("resize", "vm2", "1G", code=4)
+    e2e.fsync(vol)
+    a.kill9()
+    b.wait_status("vm1", 30, link="DOWN")
+    b.repctl("-y", "failover", "vm1", "--to", str(n), "--wait")
+    with open(b.volume("vm1"), "rb") as f:
+        data = f.read()
+    check_eq(len(data), size, "the size after a failover to a smaller checkpoint")
+    check(data[SIZE:] == bytes(size - SIZE), "past the checkpoint's end it is not zeroes")
+    import hashlib
+    check_eq(hashlib.sha256(data[:SIZE]).hexdigest(), old, "the content after a failover to a smaller checkpoint")
+
+
+def test_resize_refused():
+    """A secondary that can't have a file of that size stops it before anything has changed, on either host."""
+    p, a, b = pair()
+    resource.prlimit(b.pid(), resource.RLIMIT_FSIZE, (2 * SIZE, 2 * SIZE))
+    a.repctl("resize", "vm1", str(4 * SIZE), code=1).says("peer", "no space", "nothing was changed")
+    for h in (a, b):
+        check_eq(os.stat(h.volume("vm1")).st_size, SIZE, "the size after a refusal")
+        check_eq(os.stat(h.disk("vm1")).st_size, SIZE, "the file's size after a refusal")
+    a.repctl("resize", "vm1", str(2 * SIZE))
+    e2e.pwrite(a.volume("vm1"), 2 * SIZE - BLOCK, b"\x31" * BLOCK, sync=True)
+    p.same("vm1")
+    # more than the filesystem under the store is large
+    ram = e2e.Tmpfs(64 * MIB)
+    c = e2e.Host("c", store=os.path.join(ram.path, "s")).start()
+    c.create("vm3", 16 * MIB)
+    c.repctl("resize", "vm3", "65M", code=1).says("no space")
+    c.repctl("resize", "vm3", "48M")
+    check_eq(os.stat(c.volume("vm3")).st_size, 48 * MIB, "a standalone volume's size")
+
+
+def test_resize_killed():
+    """Either host is killed while it grows: the pair comes back with one size, and all bytes."""
+    p, a, b = pair()
+    vol, size, rng = a.volume("vm1"), SIZE, random.Random(55)
+    a.repctl("set", "vm1", "peer_timeout=1s")
+    e2e.pwrite(vol, SIZE - BLOCK, b"\x41" * BLOCK, sync=True)
+    for i in range(8):
+        want = size + MIB
+        child = subprocess.Popen([e2e.program("repctl"), "--store", a.store, "resize", "vm1", str(want)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        time.sleep(rng.random() * 0.012)
+        victim = (a, b)[i % 2]
+        victim.kill9()
+        child.wait(30)
+        victim.start()
+        a.wait_synced("vm1")
+        b.wait_status("vm1", 30, state="RUNNING")
+        sizes = [os.stat(h.volume("vm1")).st_size for h in (a, b)]
+        check(sizes[0] == sizes[1] and sizes[0] in (size, want), "sizes after a kill", size, want, sizes)
+        size = sizes[0]
+        e2e.pwrite(vol, size - BLOCK, bytes([0x60 + i]) * BLOCK, sync=True)
+    a.repctl("resize", "vm1", str(size + MIB))
+    p.same("vm1")
+    e2e.check_bytes(vol, SIZE - BLOCK, BLOCK, 0x41, "what was there before")
 
 
 if __name__ == "__main__":

@@ -331,7 +331,12 @@ static void save_job(void *arg)
 	}
 	report_delay(h);
 	h->saving = false;
-	host_step(h, &(struct repl_event){.type = EV_META_SAVED, .error = err, .bytes = discarded});
+	host_step(h, &(struct repl_event){.type = EV_META_SAVED,
+					  .error = err,
+					  .bytes = discarded,
+					  .maps = err ? NULL : repl_exec_grow(&h->x)});
+	if (!err)
+		(void)repl_exec_grown(&h->x);
 	if (!err && !h->dying)
 		repl_exec_reap(&h->x);
 	if (!err && !h->dying && chain)

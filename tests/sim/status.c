@@ -174,6 +174,8 @@ static bool command_did(struct host *h, const struct repl_command *c)
 	case CMD_CHECKPOINT:
 	case CMD_DISCARD:
 	case CMD_RESYNC:
+	case CMD_RESIZE:
+		return m->volumes[c->flags].size >= c->number;
 	case CMD_VERIFY:
 	case CMD_VERIFY_CANCEL:
 		return true;

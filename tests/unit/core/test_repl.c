@@ -40,10 +40,10 @@ static void note(struct host *h, const char *fmt, ...)
 
 static const char *name_of(const struct repl_io *io)
 {
-	static const char *const kinds[] = {"write",  "zero",	"discard", "sync",    "ckpt",  "rbegin",
-					    "hash",   "rdone",	"verify",  "scan",    "read",  "rhash",
-					    "mark",   "commit", "iclear",  "intents", "merge", "gread",
-					    "detach", "attach", "rebuild", "scrub",   "reopen"};
+	static const char *const kinds[] = {"write",  "zero",	 "discard", "sync",  "ckpt",   "rbegin", "hash",
+					    "rdone",  "verify",	 "scan",    "read",  "rhash",  "mark",	 "commit",
+					    "iclear", "intents", "merge",   "gread", "detach", "attach", "rebuild",
+					    "resize", "grow",	 "scrub",   "reopen"};
 	static char letter[2];
 	if (io->internal)
 		return kinds[io->kind];
@@ -6326,5 +6326,236 @@ Test(repl, a_target_compares_at_the_frames_place_and_looks_at_its_overlays)
 	forget(h);
 	frame(h, WIRE_SCRUB, 3, 0, 0, NULL, 0);
 	EXPECT(h, "send:REFUSE close");
+	host_free(h);
+}
+
+/* ---- resize ---- */
+
+/* A save that makes the volume larger. */
+static void saved_larger(struct host *h)
+{
+	cr_assert(h->saving);
+	h->saving = false;
+	void *maps[GROUP_VOLUMES_MAX] = {calloc(1, repl_volume_bytes(h->saved.volumes[0].size))};
+	step(h, (struct repl_event){.type = EV_META_SAVED, .maps = maps});
+	free(h->mem);
+	h->mem = maps[0];
+}
+
+static void resize(struct host *h, uint64_t size)
+{
+	command(h, CMD_RESIZE, size);
+}
+
+static void refuse_resize(struct host *h, uint64_t seq, enum err_code code)
+{
+	uint8_t buf[64];
+	struct wire_refuse x = {.code = (uint16_t)code, .text = "no"};
+	int n = wire_refuse_encode(&x, buf, sizeof(buf));
+	frame(h, WIRE_RESIZE_ACK, seq, code, 0, buf, (uint32_t)n);
+}
+
+Test(repl, a_resize_is_shown_when_both_hosts_have_it)
+{
+	struct host *h = warm_primary(PROTOCOL_A);
+	resize(h, SIZE + 65536);
+	EXPECT(h, "do:grow/own");
+	fin(h, "grow");
+	EXPECT(h, "send:RESIZE#4");
+	cr_assert_eq(repl_meta(h->r)->volumes[0].size, SIZE);
+	guest(h, 'w', REPL_WRITE, 0, 4096);
+	fin(h, "w");
+	forget(h);
+	frame(h, WIRE_RESIZE_ACK, 4, 0, 0, NULL, 0);
+	EXPECT(h, "save:primary/RUNNING");
+	cr_assert_eq(h->saved.volumes[0].size, SIZE + 65536);
+	cr_assert(dirty(h, 0));
+	saved_larger(h);
+	EXPECT(h, "cmd");
+	cr_assert_eq(h->cmd.result, SIZE);
+	cr_assert(dirty(h, 0), "what was dirty is dirty still");
+	guest(h, 'x', REPL_WRITE, SIZE, 65536);
+	fin(h, "x"); /* its intent bit: a unit that was not there */
+	fin(h, "x");
+	EXPECT(h, "do:x/intent do:x/disk send:WRITE#6 done:x");
+	cr_assert(dirty(h, SIZE));
+	tick(h, SEC / 10);
+	cr_assert(strstr(h->trace, "send:CHECKPOINT#") != NULL, "%s", h->trace);
+	host_free(h);
+}
+
+Test(repl, a_peer_that_can_not_grow_stops_a_resize_before_anything_is_changed)
+{
+	struct host *h = warm_primary(PROTOCOL_A);
+	resize(h, SIZE + 512);
+	fin(h, "grow");
+	forget(h);
+	refuse_resize(h, 4, ERR_NOSPC);
+	EXPECT(h, "do:grow/own");
+	cr_assert_eq(h->submitted[0]->arg, SIZE, "its own file gets its old length");
+	fin(h, "grow");
+	EXPECT(h, "cmd=ERR_NOSPC");
+	cr_assert(strstr(h->cmd.err.text, "nothing was changed"), "%s", h->cmd.err.text);
+	cr_assert_eq(repl_meta(h->r)->volumes[0].size, SIZE);
+	/* and this host's own file */
+	resize(h, SIZE + 512);
+	fin_full(h, "grow", -ERR_NOSPC, false, 0, false);
+	EXPECT(h, "do:grow/own cmd=ERR_NOSPC");
+	host_free(h);
+}
+
+Test(repl, a_resize_whose_connection_is_lost_says_so)
+{
+	struct host *h = warm_primary(PROTOCOL_A);
+	resize(h, SIZE + 512);
+	fin(h, "grow");
+	forget(h);
+	link_down(h);
+	EXPECT(h, "cmd=ERR_PEER");
+	h = warm_primary(PROTOCOL_A);
+	resize(h, SIZE + 512);
+	link_down(h);
+	forget(h);
+	fin(h, "grow");
+	EXPECT(h, "do:grow/own");
+	fin(h, "grow");
+	EXPECT(h, "cmd=ERR_STATE");
+	host_free(h);
+}
+
+/* The clear's job looks at the bitmaps that the record's save replaces. */
+Test(repl, a_resize_is_not_saved_while_intent_bits_are_being_cleared)
+{
+	struct host *h = warm_primary(PROTOCOL_A);
+	ack(h, 3, 3, 3);
+	ticks(h, 2 * SEC);
+	fin(h, "sync");
+	ack(h, 4, 4, 4);
+	ticks(h, 25 * SEC);
+	cr_assert(strstr(h->trace, "do:iclear/own") != NULL, "%s", h->trace);
+	resize(h, SIZE + 512);
+	fin(h, "grow");
+	const char *at = strstr(h->trace, "send:RESIZE#");
+	cr_assert(at != NULL);
+	uint64_t seq = (uint64_t)atoi(at + strlen("send:RESIZE#"));
+	forget(h);
+	frame(h, WIRE_RESIZE_ACK, seq, 0, 0, NULL, 0);
+	EXPECT(h, "");
+	fin(h, "iclear");
+	EXPECT(h, "save:primary/RUNNING");
+	ack(h, seq, seq, seq);
+	ticks(h, 25 * SEC); /* none begins meanwhile */
+	cr_assert(strstr(h->trace, "do:iclear") == NULL, "%s", h->trace);
+	saved_larger(h);
+	host_free(h);
+}
+
+Test(repl, a_resize_is_refused_by_reason)
+{
+	struct host *h = warm_primary(PROTOCOL_A);
+	resize(h, SIZE);
+	EXPECT(h, "cmd");
+	resize(h, SIZE - 512);
+	EXPECT(h, "cmd=ERR_RANGE");
+	resize(h, SIZE + 1);
+	EXPECT(h, "cmd=ERR_RANGE");
+	resize(h, VOLUME_SIZE_MAX + 512);
+	EXPECT(h, "cmd=ERR_RANGE");
+	frame(h, WIRE_RESIZE_ACK, 1, 0, 0, NULL, 0);
+	EXPECT(h, "send:REFUSE close");
+	resize(h, SIZE + 512);
+	EXPECT(h, "cmd=ERR_STATE");
+	host_free(h);
+	h = secondary();
+	resize(h, SIZE + 512);
+	EXPECT(h, "cmd=ERR_STATE");
+	host_free(h);
+}
+
+static void resize_frame(struct host *h, uint64_t seq, uint64_t size)
+{
+	struct repl_io *io = &h->io['r'];
+	*io = (struct repl_io){.kind = REPL_RESIZE, .seq = seq, .arg = size, .owner = 'r'};
+	struct wire_frame f = {.type = WIRE_RESIZE, .seq = seq, .offset = size};
+	step(h, (struct repl_event){.type = EV_FRAME, .session = h->session, .frame = &f, .io = io});
+}
+
+Test(repl, a_target_grows_at_the_barrier_and_its_checkpoints_do_not)
+{
+	struct host *h = secondary();
+	forget(h);
+	stream(h, 'a', WIRE_WRITE, REPL_WRITE, 2, 0, 4096);
+	resize_frame(h, 3, SIZE + 4096);
+	stream(h, 'b', WIRE_WRITE, REPL_WRITE, 4, 0, 4096);
+	EXPECT(h, "do:a/disk");
+	fin(h, "a");
+	EXPECT(h, "done:a do:r/disk");
+	fin(h, "r");
+	EXPECT(h, "save:secondary/RUNNING");
+	cr_assert_eq(h->saved.volumes[0].size, SIZE + 4096);
+	cr_assert_eq(repl_meta_size_at(&h->saved, 0, 1), SIZE);
+	saved_larger(h);
+	EXPECT(h, "send:RESIZE_ACK#3 send:ACK done:r do:b/disk");
+	fin(h, "b");
+	forget(h);
+	resize_frame(h, 5, SIZE + 4096); /* the same again */
+	fin(h, "r");
+	EXPECT(h, "do:r/disk send:RESIZE_ACK#5 send:ACK done:r");
+	resize_frame(h, 6, SIZE + 8192); /* no room: it is an ordinary flush, and nothing stops */
+	fin_full(h, "r", 0, false, ERR_NOSPC, false);
+	EXPECT(h, "do:r/disk send:RESIZE_ACK#6 send:ACK done:r");
+	cr_assert_eq(repl_meta(h->r)->volumes[0].size, SIZE + 4096);
+	stream(h, 'c', WIRE_WRITE, REPL_WRITE, 7, 0, 4096);
+	EXPECT(h, "do:c/disk");
+	host_free(h);
+}
+
+/* A cut between the two records: the smaller grows before anything is decided, and says nothing before. */
+Test(repl, the_smaller_of_two_grows_in_the_handshake)
+{
+	static struct repl_meta m;
+	meta_of(&m, ROLE_PRIMARY, STATE_RUNNING);
+	meta_of(&peer_meta, ROLE_SECONDARY, STATE_RUNNING);
+	peer_meta.volumes[0].size = SIZE + (3 << 20);
+	struct host *h = host_new(&m);
+	tick(h, 1);
+	link_up(h, true);
+	forget(h);
+	join_frame(h, &peer_meta, 0);
+	EXPECT(h, "do:grow/own");
+	dirty_frame(h, SIZE - 65536, 131072); /* it may have said what it holds by now: also of what is not here yet */
+	frame(h, WIRE_DIRTY_END, 0, 0, 0, NULL, 0);
+	EXPECT(h, "");
+	fin(h, "grow");
+	EXPECT(h, "save:primary/RUNNING");
+	saved_larger(h);
+	EXPECT(h, "do:intents/own");
+	cr_assert(dirty(h, SIZE - 65536) && dirty(h, SIZE));
+	cr_assert_eq(repl_meta(h->r)->volumes[0].size, SIZE + (3 << 20));
+	fin(h, "intents");
+	saved(h);
+	cr_assert(strstr(h->trace, "send:RESYNC_BEGIN#1") != NULL, "%s", h->trace);
+	host_free(h);
+
+	h = host_new(&m); /* one that can't says why, and again at the next try */
+	tick(h, 1);
+	link_up(h, true);
+	join_frame(h, &peer_meta, 0);
+	forget(h);
+	fin_full(h, "grow", -ERR_NOSPC, false, 0, false);
+	EXPECT(h, "send:REFUSE close");
+	host_free(h);
+
+	h = host_new(&m); /* a smaller peer grows by itself */
+	peer_meta.volumes[0].size = SIZE - 512;
+	tick(h, 1);
+	link_up(h, true);
+	forget(h);
+	join_frame(h, &peer_meta, 0);
+	EXPECT(h, "");
+	frame(h, WIRE_DIRTY_END, 0, 0, 0, NULL, 0);
+	EXPECT(h, "do:intents/own");
+	fin(h, "intents");
+	saved(h);
 	host_free(h);
 }

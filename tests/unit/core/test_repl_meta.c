@@ -14,6 +14,8 @@
 #define NUMBERS_SIZE 88
 /* What version 3 has behind the checkpoints of meta_full. */
 #define CLONES_SIZE (8 + 4 + 2 * 37)
+#define GROWTHS_SIZE (4 + 2 * 21)
+#define BEHIND_CKPTS (CLONES_SIZE + GROWTHS_SIZE)
 
 static uint8_t enc[REPL_META_ENCODED_MAX];
 
@@ -60,6 +62,15 @@ static void clone_put(struct repl_meta *m, const char *name, const char *volume,
 	c->time_ns = 0x3333 + id;
 }
 
+static void growth_put(struct repl_meta *m, uint64_t last, uint64_t size)
+{
+	struct repl_growth *g = &m->growths[m->n_growths++];
+
+	snprintf(g->volume, sizeof(g->volume), "vm1");
+	g->last = last;
+	g->size = size;
+}
+
 /* A secondary with something in every field. */
 static struct repl_meta *meta_full(void)
 {
@@ -97,6 +108,8 @@ static struct repl_meta *meta_full(void)
 	m->clone_max = 6;
 	clone_put(m, "test-a", "vm1", 41, 5);
 	clone_put(m, "b", "vm1-data", 8, 2); /* 8 is not listed: this one is lost */
+	growth_put(m, 9, 512);
+	growth_put(m, 41, UINT64_C(10) << 30);
 	return m;
 }
 
@@ -266,7 +279,15 @@ Test(repl_meta, documented_bytes)
 	p += 12 + 37;
 	cr_assert_arr_eq(p, "\x01\0b\x08\0vm1-data", 13);
 	cr_assert_eq(get_u64(p + 13), 8);
-	cr_assert_eq(p + 37 - enc, len);
+	p += 37;
+	cr_assert_eq(get_u32(p), 2);
+	cr_assert_arr_eq(p + 4, "\x03\0vm1", 5);
+	cr_assert_eq(get_u64(p + 9), 9);
+	cr_assert_eq(get_u64(p + 17), 512);
+	p += 4 + 21;
+	cr_assert_eq(get_u64(p + 5), 41);
+	cr_assert_eq(get_u64(p + 13), UINT64_C(10) << 30);
+	cr_assert_eq(p + 21 - enc, len);
 	cr_assert_eq(enc[len], 0xee);
 	free(m);
 }
@@ -297,8 +318,9 @@ Test(repl_meta, every_cut_and_any_excess_is_refused)
 	}
 	assert_refused(enc, 4, "field group:");
 	assert_refused(enc, 20, "field uuid:");
-	assert_refused(enc, (size_t)len - 1, "field clones:");
-	assert_refused(enc, (size_t)len - CLONES_SIZE - 1, "field checkpoints:");
+	assert_refused(enc, (size_t)len - 1, "field growths:");
+	assert_refused(enc, (size_t)len - GROWTHS_SIZE - 1, "field clones:");
+	assert_refused(enc, (size_t)len - BEHIND_CKPTS - 1, "field checkpoints:");
 	assert_refused(enc, (size_t)len + 1, "1 bytes too many");
 	free(m);
 }
@@ -323,16 +345,18 @@ Test(repl_meta, version_2_is_read)
 {
 	struct repl_meta *m = meta_full(), *back = malloc(sizeof(*back));
 	struct err e = {0};
-	size_t len = (size_t)encode(m) - CLONES_SIZE;
+	size_t len = (size_t)encode(m) - BEHIND_CKPTS;
 
 	memset(back, 0x5a, sizeof(*back));
 	cr_assert_eq(repl_meta_decode(back, enc, len, 2, &e), 0, "%s", e.text);
 	memset(m->clones, 0, sizeof(m->clones));
 	m->n_clones = 0;
+	memset(m->growths, 0, sizeof(m->growths));
+	m->n_growths = 0;
 	m->clone_max = 0;
 	cr_assert_eq(memcmp(back, m, sizeof(*m)), 0);
 	cr_assert_eq(repl_meta_decode(back, enc, len, REPL_META_VERSION, NULL), -ERR_CORRUPT);
-	cr_assert_eq(repl_meta_decode(back, enc, len + CLONES_SIZE, 2, NULL), -ERR_CORRUPT);
+	cr_assert_eq(repl_meta_decode(back, enc, len + BEHIND_CKPTS, 2, NULL), -ERR_CORRUPT);
 	free(back);
 	free(m);
 }
@@ -342,7 +366,7 @@ Test(repl_meta, version_1_is_read)
 {
 	struct repl_meta *m = meta_full(), *back = malloc(sizeof(*back));
 	struct err e = {0};
-	int len = encode(m) - CLONES_SIZE;
+	int len = encode(m) - BEHIND_CKPTS;
 	size_t at = 2 + strlen(m->group) + 16 + 1 + 1 + 4 + 144 + 10 * 8;
 
 	size_t behind = 4 + 4 * 26, flags[] = {(size_t)len - behind - 1, (size_t)len - behind - 39 - 1};
@@ -359,6 +383,8 @@ Test(repl_meta, version_1_is_read)
 	m->volumes[1].flags = 0;
 	memset(m->clones, 0, sizeof(m->clones));
 	m->n_clones = 0;
+	memset(m->growths, 0, sizeof(m->growths));
+	m->n_growths = 0;
 	m->clone_max = 0;
 	cr_assert_eq(memcmp(back, m, sizeof(*m)), 0);
 	cr_assert_eq(repl_meta_decode(back, enc, (size_t)len - 8, REPL_META_VERSION, NULL), -ERR_CORRUPT);
@@ -433,6 +459,14 @@ Test(repl_meta, single_fields)
 	BREAK("field clones[1].id: stands twice", m->clones[1].id = 5);
 	BREAK("field clones[1].id: 0", m->clones[1].id = 0);
 	BREAK("field clones[1].id: 0 or above", m->clones[1].id = 7);
+	BREAK("field n_growths:", m->n_growths = GROUP_GROWTHS_MAX + 1);
+	BREAK("field growths[0].volume:", strcpy(m->growths[0].volume, "vm2"));
+	BREAK("field growths[1].last: not", m->growths[1].last = 9);
+	BREAK("field growths[0].last: 0", m->growths[0].last = 0);
+	BREAK("field growths[1].last: 0 or above", m->growths[1].last = 51);
+	BREAK("field growths[0].size:", m->growths[0].size = 513);
+	BREAK("field growths[1].size:", m->growths[1].size = m->volumes[0].size);
+	BREAK("field growths[1].last: not", m->growths[1].size = 512);
 }
 
 Test(repl_meta, references_between_fields)
@@ -536,7 +570,8 @@ Test(repl_meta, bytes_broken)
 	put_u64(enc + 27 + 3 * 8, 0); /* history[1] of 5 */
 	assert_refused(enc, len, "field lineage:");
 	/* counts that promise more than there is, or more than there may be */
-	size_t n_clones = len - 2 * 37 - 4, n_ckpts = len - CLONES_SIZE - 4 * 26 - 4, n_volumes = n_ckpts - 39 - 34 - 4;
+	size_t n_growths = len - GROWTHS_SIZE, n_clones = n_growths - 2 * 37 - 4;
+	size_t n_ckpts = len - BEHIND_CKPTS - 4 * 26 - 4, n_volumes = n_ckpts - 39 - 34 - 4;
 	encode(m);
 	cr_assert_eq(get_u32(enc + n_ckpts), 4);
 	put_u32(enc + n_ckpts, 4000);
@@ -549,8 +584,14 @@ Test(repl_meta, bytes_broken)
 	assert_refused(enc, len, "field clones:");
 	put_u32(enc + n_clones, GROUP_CLONES_MAX + 1);
 	assert_refused(enc, len, "field n_clones:");
-	put_u32(enc + n_clones, 1);
-	assert_refused(enc, len, "37 bytes too many");
+	encode(m);
+	cr_assert_eq(get_u32(enc + n_growths), 2);
+	put_u32(enc + n_growths, 3);
+	assert_refused(enc, len, "field growths:");
+	put_u32(enc + n_growths, GROUP_GROWTHS_MAX + 1);
+	assert_refused(enc, len, "field n_growths:");
+	put_u32(enc + n_growths, 1);
+	assert_refused(enc, len, "21 bytes too many");
 	encode(m);
 	cr_assert_eq(get_u32(enc + n_volumes), 2);
 	put_u32(enc + n_volumes, GROUP_VOLUMES_MAX + 1);
@@ -654,5 +695,57 @@ Test(repl_meta, every_byte_every_value)
 	}
 	cr_assert_gt(refused, 10000);
 	cr_assert_gt(taken, 10000);
+	free(m);
+}
+
+/* ---- sizes ---- */
+
+Test(repl_meta, checkpoints_keep_the_size_that_their_volume_had)
+{
+	struct repl_meta *m = meta_new("vm1");
+
+	m->n_volumes = 2;
+	snprintf(m->volumes[0].name, NAME_SIZE, "vm1");
+	snprintf(m->volumes[1].name, NAME_SIZE, "vm2");
+	m->volumes[0].size = m->volumes[1].size = 4096;
+	m->volumes[1].id = 1;
+	m->ckpt_max = 100;
+	cr_assert_eq(repl_meta_grow(m, 0, 8192), 0); /* no checkpoint: nothing to remember */
+	cr_assert_eq(m->n_growths, 0);
+	ckpt_put(m, 3, CKPT_STREAM, 0);
+	cr_assert_eq(repl_meta_grow(m, 0, 12288), 0);
+	cr_assert_eq(repl_meta_grow(m, 0, 16384), 0); /* none between the two */
+	ckpt_put(m, 5, CKPT_STREAM, 0);
+	ckpt_put(m, 9, CKPT_STREAM, 0);
+	cr_assert_eq(repl_meta_grow(m, 0, 20480), 0);
+	cr_assert_eq(repl_meta_grow(m, 1, 8192), 0);
+	ckpt_put(m, 10, CKPT_STREAM, 0);
+	cr_assert_eq(m->n_growths, 3);
+	cr_assert_eq(repl_meta_validate(m, NULL), 0);
+	static const uint64_t want[][3] = {
+	    {3, 8192, 4096}, {5, 16384, 4096}, {9, 16384, 4096}, {10, 20480, 8192}, {0, 20480, 8192}};
+	for (unsigned i = 0; i < 5; i++)
+		for (unsigned v = 0; v < 2; v++)
+			cr_assert_eq(repl_meta_size_at(m, v, want[i][0]), want[i][1 + v], "%u %u", i, v);
+	/* What no checkpoint needs any more is forgotten. */
+	memmove(&m->ckpts[0], &m->ckpts[1], 3 * sizeof(m->ckpts[0]));
+	m->n_ckpts = 3;
+	repl_meta_forget_growths(m, NULL);
+	cr_assert_eq(m->n_growths, 2);
+	cr_assert_eq(repl_meta_size_at(m, 0, 5), 16384);
+	repl_meta_forget_growths(m, "vm1");
+	cr_assert_eq(m->n_growths, 1);
+	cr_assert_str_eq(m->growths[0].volume, "vm2");
+	/* More than can be remembered. */
+	for (uint64_t n = 11; n < 11 + GROUP_GROWTHS_MAX - 1; n++) {
+		m->ckpt_max = n;
+		cr_assert_eq(repl_meta_grow(m, 0, m->volumes[0].size + 512), 0);
+		ckpt_put(m, n, CKPT_STREAM, 0);
+	}
+	cr_assert_eq(m->n_growths, GROUP_GROWTHS_MAX);
+	uint64_t size = m->volumes[0].size;
+	cr_assert_eq(repl_meta_grow(m, 0, size + 512), -ERR_LIMIT);
+	cr_assert_eq(m->volumes[0].size, size);
+	cr_assert_eq(repl_meta_validate(m, NULL), 0);
 	free(m);
 }

@@ -119,6 +119,9 @@ static struct wire_frame frame_min(unsigned type)
 	case WIRE_SCRUBBED:
 		f.length_payload = 32;
 		break;
+	case WIRE_RESIZE:
+		f.offset = 512;
+		break;
 	case WIRE_CHECKPOINT:
 	case WIRE_CHECKPOINT_ACK:
 	case WIRE_RESYNC_BEGIN:
@@ -230,6 +233,7 @@ Test(wire_header, payload_bounds_of_each_type)
 	    {WIRE_VERIFY, 0, 2056, 1},
 	    {WIRE_VERIFY_ANSWER, 0, 3072, 24},
 	    {WIRE_SCRUBBED, 32, 2080, 32},
+	    {WIRE_RESIZE_ACK, 0, 483, 1},
 	};
 
 	for (unsigned i = 0; i < N_TYPES; i++) {
@@ -377,7 +381,7 @@ Test(wire_header, flags_seq_and_reserved)
 		struct wire_frame f = frame_min(t);
 		f.seq = 0;
 		if ((t >= WIRE_WRITE && t <= WIRE_RESYNC_DONE) || t == WIRE_RESYNC_BEGIN || t == WIRE_HASH ||
-		    (t >= WIRE_VERIFY && t <= WIRE_SCRUBBED) || (t >= WIRE_DETACH && t <= WIRE_READ_REPLY) ||
+		    (t >= WIRE_VERIFY && t <= WIRE_RESIZE_ACK) || (t >= WIRE_DETACH && t <= WIRE_READ_REPLY) ||
 		    (t >= WIRE_REPORT_WANT && t <= WIRE_DONE))
 			assert_refused(f, "seq");
 		else
