@@ -83,9 +83,10 @@ struct job {
 	struct cond queue_cond;	 /* it got shorter, or dead */
 	struct written *queue, **queue_tail;
 	uint64_t queue_bytes;
-	bool tapped; /* the step's own */
-	bool dead;   /* nothing more is taken */
-	bool full;   /* it could not be taken: the target lacks it */
+	bool tapped;  /* the step's own */
+	bool closing; /* its end is asked for: what is under way is taken, whatever the queue holds */
+	bool dead;    /* nothing more is taken */
+	bool full;    /* it could not be taken: the target lacks it */
 };
 
 /* Of a stream: one request. */
@@ -321,7 +322,7 @@ static void let_go(struct job *j)
 static bool wait_for_room(struct job *j, uint64_t len) REQUIRES(j->queue_lock)
 {
 	uint64_t before = j->queue_bytes, deadline = clock_mono_ns() + STREAM_WAIT_NS;
-	while (!j->dead && j->queue_bytes + len > JOB_QUEUE_MAX && j->queue_bytes) {
+	while (!j->dead && !j->closing && j->queue_bytes + len > JOB_QUEUE_MAX && j->queue_bytes) {
 		if (__atomic_load_n(&j->state, __ATOMIC_RELAXED) != JOB_RUNNING ||
 		    !cond_wait_until(&j->queue_cond, &j->queue_lock, deadline)) {
 			if (j->queue_bytes >= before)
@@ -379,6 +380,11 @@ static void untap(struct job *j)
 {
 	if (!j->tapped)
 		return;
+	/* Who waits for this thread to make room must not be waited for by it. */
+	mutex_lock(&j->queue_lock);
+	j->closing = true;
+	cond_broadcast(&j->queue_cond);
+	mutex_unlock(&j->queue_lock);
 	j->tapped = false;
 	(void)volume_set_tap(j->v->vol, NULL, NULL);
 }
