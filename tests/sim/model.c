@@ -1601,13 +1601,15 @@ void model_opened(struct host *h, enum world_crash how, bool evict)
 	record_look(h);
 	h->n_drops = 0;
 	h->least = h->seen->settings;
-	/* Of the active overlays only where they are shown; what was not served before is of no account. But those of a
-	 * secondary whose checkpoints were given up are shown again without being emptied first, over the one that its
-	 * next sync keeps, if there is nothing in them. */
+	/* Of the active overlays only where they are shown; what was not served before is of no account. Zeroes that
+	 * are there no more may show all the same, from below. Where there is nothing in the overlays at all that
+	 * counts, as they are shown over another checkpoint then without being emptied first: over the next one, or
+	 * over what the next sync of a secondary keeps whose checkpoints were given up. */
 	if (h->serving == SERVING_VIEW)
 		for (uint32_t v = 0; v < WORLD_VOLUMES; v++)
 			crash_look_active(h, v, how, evict);
-	else if (h->seen->role == ROLE_SECONDARY && h->seen->broken && repl_exec_active_bytes(&h->x) == 0)
+	if ((h->serving == SERVING_VIEW || (h->seen->role == ROLE_SECONDARY && h->seen->broken)) &&
+	    repl_exec_active_bytes(&h->x) == 0)
 		active_clear(h);
 	clones_opened(h, how);
 	unsigned kept = 0;
