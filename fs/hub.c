@@ -1178,7 +1178,7 @@ int hub_protect(struct group *g, const struct wire_start *x, uint32_t flags, str
 	struct shell_command *sc = err ? NULL : shell_command_new(CMD_PROTECT);
 	if (!err && sc == NULL)
 		err = err_set(e, ERR_NOMEM, "out of memory");
-	if (!err) {
+	if (sc) {
 		memcpy(sc->c.text, x->peer, sizeof(sc->c.text));
 		sc->c.flags = flags;
 		err = group_command(g, sc, ctl, deadline_ns, e);
