@@ -93,6 +93,9 @@ bool group_clones_publish(struct group *g, const struct repl_meta *m)
 	bool changed = false;
 	uint64_t there[GROUP_CLONES_MAX];
 	uint32_t n = 0;
+	if (m->n_clones == 0 && atomic_load(&g->n_clones) == 0) /* with every checkpoint */
+		return false;
+	atomic_store(&g->n_clones, m->n_clones);
 	pthread_rwlock_wrlock(&d->names);
 	for (struct gvol **at = &d->clones; *at;) {
 		struct gvol *v = *at;

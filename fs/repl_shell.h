@@ -142,7 +142,8 @@ struct group {
 
 	uint32_t n_vols;
 	struct gvol *vols[GROUP_VOLUMES_MAX];
-	struct repl_exec exec; /* the volumes themselves */
+	_Atomic uint32_t n_clones; /* as last published */
+	struct repl_exec exec;	   /* the volumes themselves */
 };
 
 /* ---- repl_shell.c ---- */
