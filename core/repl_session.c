@@ -802,7 +802,9 @@ void session_tx_done(struct repl *r, struct tx *t, int error)
 		repl_set_error(r, ERR_STATE, "handshake", -1, 0, 0,
 			       "the peer has failed over; this host is no longer primary. `failback` on the peer makes "
 			       "this copy follow");
-		session_close(r, true);
+		/* One that has come since is a survivor's, whose JOIN waits: it is answered as this host is now. */
+		if (r->link != LINK_DOWN && (t->session == r->session || r->dialer))
+			session_close(r, true);
 		return;
 	}
 	case TX_UNPROTECT:

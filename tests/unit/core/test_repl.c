@@ -2621,6 +2621,29 @@ Test(lineage_core, a_new_primary_lets_its_old_checkpoints_go)
 	host_free(h);
 }
 
+/* Found by a host that was killed and came back while `failback` was given: what it had heard on its own connection was
+ * still being saved when the survivor's came up, and the end of that save closed it. */
+Test(lineage_core, a_failback_that_comes_while_a_step_down_is_saved_is_answered)
+{
+	static struct repl_meta survivor;
+	struct host *h = primary(PROTOCOL_F);
+	meta_of(&survivor, ROLE_STANDALONE, STATE_DONE);
+	survivor.lineage = (struct lineage){.current = 200, .bitmap = 100};
+	survivor.alone = true;
+	link_down(h);
+	tick(h, 0);
+	link_up(h, true);
+	join_frame(h, &survivor, 0);
+	EXPECT(h, "dial send:JOIN save:secondary/NONE");
+	link_up(h, false);
+	survivor.role = ROLE_PRIMARY;
+	join_frame(h, &survivor, WIRE_JOIN_FAILBACK);
+	EXPECT(h, "");
+	saved(h);
+	EXPECT(h, "send:JOIN send:DIRTY_END");
+	host_free(h);
+}
+
 /* ---- switchover ---- */
 
 static const struct repl_meta *held_by(const struct host *h)
