@@ -311,7 +311,7 @@ static bool volumes_match(struct repl *r, const struct wire_join *j, char *why, 
 			return false;
 		}
 		/* Of two that know each other the smaller one grows (repl_resize.c). */
-		bool afresh = (j->flags & WIRE_JOIN_PROTECT) || (r->protect && r->protect->cmd == CMD_PROTECT);
+		bool afresh = (j->flags & WIRE_JOIN_PROTECT) && m->role == ROLE_STANDALONE;
 		if (afresh && m->volumes[k].size != j->volumes[i].size) {
 			(void)snprintf(why, size,
 				       "volume %s has %llu bytes here and %llu there; `resize` the smaller one",

@@ -149,7 +149,7 @@ static void clone_look(struct host *h, struct sim_clone *c, enum world_crash how
 	struct world *w = h->w;
 	uint8_t *buf = simalloc(w->size[c->vol]);
 	world_quiet(h, true);
-	int err = volume_read_clone(h->x.vols[c->vol], c->id, 0, w->size[c->vol], buf);
+	int err = volume_read_clone(h->x.vols[c->vol], c->id, 0, size_clip(h, c->vol, 0, w->size[c->vol], buf), buf);
 	world_quiet(h, false);
 	if (c->lost ? err != -ERR_NOENT : err)
 		world_fail(w, "host %u: clone %s, which is %s, is read after a crash with %s", h->id, c->name,
@@ -336,10 +336,11 @@ void world_clone_io(struct world *w, unsigned host, unsigned nth, enum world_io 
 	struct sim_clone *c = clone_nth(h, nth);
 	if (!h->up || h->closing || !c || c->busy)
 		return;
-	off = off % w->size[c->vol] / WORLD_UNIT * WORLD_UNIT;
+	uint64_t size = size_now(h, c->vol);
+	off = off % size / WORLD_UNIT * WORLD_UNIT;
 	len = (len + WORLD_UNIT - 1) / WORLD_UNIT * WORLD_UNIT;
-	if (len > w->size[c->vol] - off)
-		len = w->size[c->vol] - off;
+	if (len > size - off)
+		len = size - off;
 	struct clone_op *o = simalloc(sizeof(*o));
 	*o = (struct clone_op){h, c->id, kind, UNITS_IN(off), UNITS_IN(len)};
 	host_spawn(h, clone_job, o, world_delay(w, w->disk_ns / 4 + 1));

@@ -277,8 +277,37 @@ static void clone_work(struct sim *s)
 		world_clone_io(w, h, (unsigned)world_more(w, n), does[world_more(w, ARRAY_LEN(does))], off, len);
 }
 
-static void (*const kinds[])(struct sim *s) = {clock_jump, path_errors, no_room, burst,	     replace, tune,  idle,
-					       blunder,	   takeover,	job,	 switchover, verify,  clones};
+/* A volume grows, while the guest goes on; now and then a host dies of it, or the connection does. */
+static void grow(struct sim *s)
+{
+	struct world *w = s->w;
+	unsigned h = world_more(w, 10) ? s->vm : !s->vm;
+	uint32_t vol = (uint32_t)world_more(w, WORLD_VOLUMES);
+	const struct repl_meta *m = world_meta(w, h);
+	if (m && world_more(w, 4) && world_more(w, 4))
+		(void)world_run_until(w, sim_in_sync, SEC);
+	m = world_meta(w, h);
+	if (!m || m->volumes[vol].size >= w->size[vol])
+		return;
+	uint64_t now = m->volumes[vol].size, room = (w->size[vol] - now) / SECTOR_SIZE;
+	struct repl_command c = {.cmd = CMD_RESIZE, .flags = vol};
+	c.number = now + SECTOR_SIZE * (1 + world_more(w, world_more(w, 3) ? room / 4 + 1 : room));
+	c.number = c.number > w->size[vol] ? w->size[vol] / SECTOR_SIZE * SECTOR_SIZE : c.number;
+	if (c.number <= now)
+		return;
+	if (world_more(w, 3) == 0) {
+		enum world_crash how = world_more(w, 2) ? WORLD_POWER : WORLD_KILL;
+		world_crash_at(w, (unsigned)world_more(w, 2), how, 1 + world_more(w, 12));
+	}
+	w->count.resizes += world_command(w, h, &c, NULL);
+	if (world_more(w, 6) == 0) {
+		world_run(w, world_more(w, 10 * MS));
+		world_cut(w);
+	}
+}
+
+static void (*const kinds[])(struct sim *s) = {clock_jump, path_errors, no_room, burst,	     replace, tune,   idle,
+					       blunder,	   takeover,	job,	 switchover, verify,  clones, grow};
 
 #define KINDS (sizeof(kinds) / sizeof(kinds[0]))
 

@@ -216,6 +216,7 @@ static void ghost_add(struct host *h, uint64_t number, enum ckpt_kind kind)
 	for (uint32_t v = 0; v < WORLD_VOLUMES; v++) {
 		g->v[v] = units_dup(h->w, v, h->disk[v].now);
 		g->given_up[v] = h->seen->volumes[v].flags & VOLUME_STALE;
+		g->size[v] = size_now(h, v);
 	}
 	g->next = h->ghosts;
 	h->ghosts = g;
@@ -1318,7 +1319,7 @@ static void verify_check(struct host *h, const struct repl_verify *v, int error)
 				   v->list[i].off, v->list[i].len, v->list[i].volume, v->list[i].problem,
 				   v->list[i].overlay ? "overlay" : "disk");
 	for (uint32_t i = 0; i < WORLD_VOLUMES; i++)
-		sizes += w->size[i];
+		sizes += size_now(h, i);
 	if (error == 0 && v->bytes != sizes)
 		world_fail(w, "host %u: verify looked at %" PRIu64 " of %" PRIu64 " bytes", h->id, v->bytes, sizes);
 }
@@ -1496,7 +1497,7 @@ static void crash_look_active(struct host *h, uint32_t vol, enum world_crash how
 	struct image *a = &h->act[vol];
 	struct ghost *base = base_of(h, h->base);
 	world_quiet(h, true);
-	int err = volume_read_view(h->x.vols[vol], h->base, 0, w->size[vol], buf);
+	int err = volume_read_view(h->x.vols[vol], h->base, 0, size_clip(h, vol, 0, w->size[vol], buf), buf);
 	world_quiet(h, false);
 	if (err)
 		world_fail(w, "host %u: the view of volume %u can't be read after a crash: %s", h->id, vol,
@@ -1692,6 +1693,7 @@ static int look_read(struct host *h, struct look *l, uint8_t *buf)
 {
 	uint64_t off = (uint64_t)l->first * WORLD_UNIT, len = (uint64_t)l->n * WORLD_UNIT;
 	struct volume *v = h->x.vols[l->vol];
+	len = size_clip(h, l->vol, off, len, buf);
 	if (l->active)
 		return volume_read_view(v, h->base, off, len, buf);
 	if (l->ghost)
@@ -1783,7 +1785,8 @@ static void read_done(struct host *h, struct sim_io *s, int error)
 
 static bool dirty_on(struct host *h, uint32_t vol, uint64_t region)
 {
-	return bitmap_test(&repl_volume_state(h->core, vol)->dirty, region);
+	const struct bitmap *b = &repl_volume_state(h->core, vol)->dirty;
+	return region < b->nbits && bitmap_test(b, region);
 }
 
 /* Who would sync to whom if they met now, and whether the dirty sets would be enough for it. */
@@ -1899,6 +1902,19 @@ void model_check_all(struct world *w)
 		clones_check(h);
 		for (uint32_t v = 0; v < WORLD_VOLUMES; v++) {
 			check_bytes(h, v, NULL);
+			if (m->volumes[v].size != size_now(h, v) || size_now(h, v) != size_now(&w->h[0], v))
+				world_fail(w,
+					   "at the end volume %u has %" PRIu64 " bytes on host %u, %" PRIu64
+					   " in its record, %" PRIu64 " on host 0",
+					   v, size_now(h, v), h->id, m->volumes[v].size, size_now(&w->h[0], v));
+			for (uint32_t k = 0; k < m->n_ckpts; k++) {
+				struct ghost *g = ghost_find(h, m->ckpts[k].number);
+				if (g && repl_meta_size_at(m, v, g->number) != g->size[v])
+					world_fail(w,
+						   "host %u: checkpoint %" PRIu64 " of volume %u had %" PRIu64
+						   " bytes, and is said to have %" PRIu64,
+						   h->id, g->number, v, g->size[v], repl_meta_size_at(m, v, g->number));
+			}
 			for (uint32_t k = 0; k < m->n_ckpts; k++)
 				if (repl_shows_ckpt(h->core, k))
 					check_bytes(h, v, base_of(h, m->ckpts[k].number));

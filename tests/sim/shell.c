@@ -394,10 +394,11 @@ bool world_io(struct world *w, unsigned host, enum world_io kind, uint32_t vol, 
 		return false;
 	static const enum repl_kind kinds[] = {REPL_WRITE, REPL_ZERO, REPL_DISCARD, REPL_FLUSH, REPL_WRITE, REPL_WRITE};
 	struct sim_io *s = simalloc(sizeof(*s));
-	off = off / WORLD_UNIT * WORLD_UNIT % w->size[vol];
+	uint64_t size = size_now(h, vol);
+	off = off / WORLD_UNIT * WORLD_UNIT % size;
 	len = (len + WORLD_UNIT - 1) / WORLD_UNIT * WORLD_UNIT;
-	if (len > w->size[vol] - off)
-		len = w->size[vol] - off;
+	if (len > size - off)
+		len = size - off;
 	if (kind == WORLD_WRITE && len > REPL_DATA_MAX)
 		len = REPL_DATA_MAX;
 	s->h = h;

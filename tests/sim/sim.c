@@ -278,8 +278,24 @@ static void protect(struct sim *s, const struct repl_meta *m)
 }
 
 /* What a manager would do to get the pair back to work. */
+/* Two that forgot each other are protected afresh only with equal sizes: somebody makes them so. */
+static void even_sizes(struct sim *s)
+{
+	struct world *w = s->w;
+	const struct repl_meta *m[WORLD_HOSTS] = {world_meta(w, 0), world_meta(w, 1)};
+	if (!m[0] || !m[1])
+		return;
+	for (uint32_t v = 0; v < WORLD_VOLUMES; v++) {
+		unsigned h = m[0]->volumes[v].size > m[1]->volumes[v].size;
+		struct repl_command c = {.cmd = CMD_RESIZE, .flags = v, .number = m[!h]->volumes[v].size};
+		if (m[h]->volumes[v].size < c.number && m[h]->role == ROLE_STANDALONE)
+			(void)world_command(w, h, &c, NULL);
+	}
+}
+
 void sim_maintain(struct sim *s)
 {
+	even_sizes(s);
 	struct world *w = s->w;
 	if (s->failover_asked && s->failover.done) {
 		s->failover_asked = false;
@@ -500,7 +516,7 @@ static bool plant(struct sim *s, struct plant *p)
 		p->overlay = true;
 		return plant_in_overlay(s, p);
 	}
-	uint64_t at = world_more(w, w->size[p->vol]);
+	uint64_t at = world_more(w, size_now(&w->h[p->host], p->vol));
 	char path[64];
 	(void)snprintf(path, sizeof(path), "%s/disk.raw", folders[p->vol]);
 	p->off = at / BLOCK_SIZE * BLOCK_SIZE;
@@ -523,8 +539,9 @@ static void verify_ends(struct sim *s, enum repl_repair repair, const struct pla
 	if (p == NULL)
 		return;
 	bool primary = p->host == s->vm;
+	uint64_t size = size_now(&w->h[s->vm], p->vol);
 	if (d->volume != p->vol || d->overlay != p->overlay || d->off != p->off ||
-	    d->len != (w->size[p->vol] - p->off < BLOCK_SIZE ? w->size[p->vol] - p->off : BLOCK_SIZE) ||
+	    d->len != (size - p->off < BLOCK_SIZE ? size - p->off : BLOCK_SIZE) ||
 	    (p->overlay && (d->layer != p->layer || d->problem != PROBLEM_CHECKSUM ||
 			    d->where != (primary ? WHERE_PRIMARY : WHERE_SECONDARY))) ||
 	    (!p->overlay && (d->problem != PROBLEM_DIFFERS || d->where != WHERE_BOTH)))
@@ -676,13 +693,13 @@ static void run_range(unsigned job)
 	       "/%" PRIu64 "/%" PRIu64 " (stop/drop-history/break) broken %" PRIu64 " dropped %" PRIu64
 	       " retained %" PRIu64 " thinned %" PRIu64 " hashed %" PRIu64 ", %" PRIu64
 	       " of them different, replaced %" PRIu64 ", made %" PRIu64 " holds %" PRIu64 " verified %" PRIu64
-	       "/%" PRIu64 " turned over %" PRIu64 " repaired %" PRIu64 " clones %" PRIu64 ", %" PRIu64
-	       " of them lost, written %" PRIu64 ", read %" PRIu64 "\n",
+	       "/%" PRIu64 " turned over %" PRIu64 " repaired %" PRIu64 " resized %" PRIu64 "/%" PRIu64
+	       " clones %" PRIu64 ", %" PRIu64 " of them lost, written %" PRIu64 ", read %" PRIu64 "\n",
 	       job, total.clock_jumps, total.settings, total.aheads, total.queue_full, total.path_errors, total.no_room,
 	       total.apply_stops, total.cow_errors[0], total.cow_errors[1], total.cow_errors[2], total.broken,
 	       total.room_drops, total.retained, total.thinned, total.hashes, total.hashes_differ, total.replaced,
-	       total.made, total.holds, total.verify_ends, total.verifies, total.planted, total.repairs, total.clones,
-	       total.clones_lost, total.clone_writes, total.clone_reads);
+	       total.made, total.holds, total.verify_ends, total.verifies, total.planted, total.repairs, total.resized,
+	       total.resizes, total.clones, total.clones_lost, total.clone_writes, total.clone_reads);
 	fflush(stdout);
 }
 

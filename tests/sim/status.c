@@ -158,6 +158,9 @@ static bool command_did(struct host *h, const struct repl_command *c)
 			if (m->volumes[i].id != c->ids[i])
 				return false;
 		return true;
+	case CMD_RESIZE:
+		h->w->count.resized++;
+		return m->volumes[c->flags].size >= c->number;
 	case CMD_DROP:
 		return repl_meta_find_ckpt(m, c->number) < 0;
 	case CMD_PAUSE:
@@ -174,8 +177,6 @@ static bool command_did(struct host *h, const struct repl_command *c)
 	case CMD_CHECKPOINT:
 	case CMD_DISCARD:
 	case CMD_RESYNC:
-	case CMD_RESIZE:
-		return m->volumes[c->flags].size >= c->number;
 	case CMD_VERIFY:
 	case CMD_VERIFY_CANCEL:
 		return true;

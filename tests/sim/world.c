@@ -632,7 +632,7 @@ static void make_group(struct host *h)
 			  &e) < 0)
 		world_fail(w, "making the store of host %u: %s", h->id, e.text);
 	for (uint32_t v = 0; v < WORLD_VOLUMES; v++)
-		if (store_create_volume(st, names[v], w->size[v], GROUP_NAME, &e) < 0)
+		if (store_create_volume(st, names[v], w->first_size[v], GROUP_NAME, &e) < 0)
 			world_fail(w, "making volume %s of host %u: %s", names[v], h->id, e.text);
 	store_close(st);
 }
@@ -655,6 +655,8 @@ struct world *world_new(const struct world_config *c)
 	for (uint32_t v = 0; v < WORLD_VOLUMES; v++) {
 		uint64_t most = v ? 1500 << 10 : 3600 << 10;
 		w->size[v] = c->size[v] ? c->size[v] : (most - world_below(w, most / 2)) / SECTOR_SIZE * SECTOR_SIZE;
+		w->first_size[v] = w->size[v];
+		w->size[v] += (v + 1) * (100 << 10);
 		w->units[v] = UNITS_IN(w->size[v]);
 	}
 	for (unsigned i = 0; i < WORLD_HOSTS; i++) {
@@ -701,7 +703,7 @@ uint64_t world_now(const struct world *w)
 
 uint64_t world_volume_size(const struct world *w, uint32_t vol)
 {
-	return w->size[vol];
+	return w->first_size[vol];
 }
 
 const struct world_counters *world_counters(const struct world *w)

@@ -115,7 +115,7 @@ struct world_counters {
 	uint64_t cow_errors[3];	    /* by on_cow_error */
 	uint64_t retained, thinned; /* dropped by retention; times that history had filled its room */
 	uint64_t broken, room_drops, hashes, hashes_differ, replaced, made, holds;
-	uint64_t verifies, verify_ends, planted, repairs;
+	uint64_t resizes, resized, verifies, verify_ends, planted, repairs;
 	uint64_t clones, clones_lost, clone_writes, clone_reads;
 };
 const struct world_counters *world_counters(const struct world *w);

@@ -59,6 +59,7 @@ struct ghost { /* what a checkpoint must read as */
 	uint64_t number;
 	enum ckpt_kind kind;
 	ver *v[WORLD_VOLUMES];
+	uint64_t size[WORLD_VOLUMES];
 	/* Taken of a disk that was given up: it is not synced, so what a crash leaves on that disk is what the
 	 * checkpoint shows of it from then on. */
 	bool given_up[WORLD_VOLUMES];
@@ -269,7 +270,8 @@ struct world {
 	size_t n_heap, cap_heap;
 	struct host h[WORLD_HOSTS];
 	struct conn *conns;
-	uint64_t size[WORLD_VOLUMES];
+	uint64_t first_size[WORLD_VOLUMES]; /* as they are made */
+	uint64_t size[WORLD_VOLUMES];	    /* and what they can grow to: the model's arrays */
 	uint32_t units[WORLD_VOLUMES];
 	bool calm;
 	uint64_t partition_until;
@@ -307,6 +309,19 @@ void world_quiet(struct host *h, bool on); /* no faults while the model looks */
 static inline struct host *peer_of(struct host *h)
 {
 	return &h->w->h[!h->id];
+}
+
+/* What the volume of a host that is up has by now. */
+static inline uint64_t size_now(const struct host *h, uint32_t vol)
+{
+	return volume_size(h->x.vols[vol]);
+}
+/* A range of the model as the volume has it: what lies past its end reads as zeroes. */
+static inline uint64_t size_clip(const struct host *h, uint32_t vol, uint64_t off, uint64_t len, uint8_t *buf)
+{
+	uint64_t size = size_now(h, vol), have = off >= size ? 0 : len < size - off ? len : size - off;
+	memset(buf + have, 0, len - have);
+	return have;
 }
 
 /* shell.c */
