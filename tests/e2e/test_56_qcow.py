@@ -654,6 +654,26 @@ def test_base_is_replicated_flat():
     expect(p.a.checkpoint_file("vm1", n5), want, "the checkpoint after the base is back")
 
 
+def test_base_grows_with_its_peer():
+    m, p = Images(), Pair()
+    base = chain(m)
+    p.a.repctl("create", "vm1", "--base", base)
+    want = want_file(m, "base")
+    p.protect("vm1")
+    v = p.a.volume("vm1")
+    p.a.repctl("resize", "vm1", "9M")
+    want += bytes(9 * MIB - len(want))
+    for at, size in ((1000, 9000), (8 * MIB + 100, 9000)):
+        e2e.pwrite(v, at, b"g" * size, direct=False)
+        want[at:at + size] = b"g" * size
+    e2e.fsync(v)
+    p.checkpoint()
+    expect(p.b.disk("vm1"), want, "the peer's copy of the larger volume")
+    p.a.restart()
+    p.a.wait_synced("vm1")
+    expect(v, want, "the larger volume after a restart")
+
+
 def test_base_backups_and_check():
     m = Images()
     base, h = chain(m), Host("a").start()
