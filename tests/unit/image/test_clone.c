@@ -291,3 +291,28 @@ Test(clone_one, requests_outside_and_of_nothing)
 	clones_switch();
 	pads_check();
 }
+
+/* The volume grows under it: it shows what it showed, and zeroes behind. */
+Test(clone_one, the_volume_grows)
+{
+	const uint64_t more = ODD_SIZE + (UINT64_C(40) << BLOCK_SHIFT);
+	uint8_t *buf = malloc(more), byte = 0x5c;
+	pad_make(m.ckpts[0].number);
+	for (unsigned i = 0; i < 8; i++)
+		pad_write(&pads[0]);
+	cr_assert_eq(volume_prepare_clone(m.v, 77, NULL), 0);
+	cr_assert_eq(volume_resize(m.v, more), -ERR_BUSY);
+	volume_unprepare(m.v);
+	cr_assert_eq(volume_resize(m.v, more), 0);
+	memset(buf, POISON, more);
+	cr_assert_eq(volume_read_clone(m.v, 1, 0, more, buf), 0);
+	model_compare(&m, "grown clone", 1, buf, pads[0].content, 0, ODD_SIZE);
+	for (uint64_t i = ODD_SIZE; i < more; i++)
+		cr_assert_eq(buf[i], 0, "byte %lu", (unsigned long)i);
+	struct volume_req r = {.kind = VOLUME_WRITE, .off = more - 1, .len = 1, .buf = &byte};
+	cr_assert_eq(volume_write_clone(m.v, 1, &r), 0);
+	cr_assert_eq(volume_read_clone(m.v, 1, 0, more, buf), 0);
+	cr_assert(buf[more - 1] == byte && buf[more - 2] == 0);
+	model_compare(&m, "grown clone", 1, buf, pads[0].content, 0, ODD_SIZE);
+	free(buf);
+}
