@@ -1000,6 +1000,15 @@ static bool is_apart(const struct host *h, const struct repl_ckpt *c)
 	return (c->flags & (CKPT_PINNED | CKPT_JOB)) || repl_holder(h->core, c->number, 0, buf);
 }
 
+/* Was it neither counted nor dropped already when the merge may have begun that a drop ends? */
+static bool was_apart(const struct host *h, const struct repl_ckpt *c)
+{
+	for (unsigned i = 0; i < h->n_late; i++)
+		if (h->late[i] == c->number)
+			return false;
+	return is_apart(h, c);
+}
+
 /* How many stretches of one period `of` begin among the unpinned checkpoints above index i, and whether i goes on with
  * the last of them. */
 static uint64_t periods_above(const struct host *h, const struct repl_meta *m, uint32_t i, uint64_t of,
@@ -1007,7 +1016,7 @@ static uint64_t periods_above(const struct host *h, const struct repl_meta *m, u
 {
 	uint64_t n = 0, last = 0;
 	for (uint32_t k = m->n_ckpts; k-- > i + 1;) {
-		if (is_apart(h, &m->ckpts[k]))
+		if (was_apart(h, &m->ckpts[k]))
 			continue;
 		n += n == 0 || m->ckpts[k].time_ns / of != last;
 		last = m->ckpts[k].time_ns / of;
@@ -1041,6 +1050,7 @@ static void least_kept(struct host *h, const struct settings *s, bool dropped)
 {
 	struct settings *l = &h->least;
 	if (dropped) {
+		h->n_late = 0;
 		*l = *s;
 		return;
 	}
@@ -1087,8 +1097,9 @@ static void retention_check(struct host *h, const struct repl_meta *old, const s
 					   h->id, c->number);
 			h->w->count.retained++;
 		}
-		above += !is_pinned;
-		differ += !is_pinned && differs;
+		bool counts = !was_apart(h, c);
+		above += counts;
+		differ += counts && differs;
 	}
 }
 
@@ -1331,6 +1342,8 @@ void model_command(struct host *h, const struct sim_command *s, int error)
 	status_command(h, s, error);
 	if (c->cmd == CMD_VERIFY && !w->planted)
 		verify_check(h, c->verify, error);
+	if (!error && (c->cmd == CMD_HOLD || c->cmd == CMD_CLONE) && h->n_late < sizeof(h->late) / sizeof(h->late[0]))
+		h->late[h->n_late++] = c->number ? c->number : c->result;
 	if (error || c->cmd != CMD_CHECKPOINT)
 		return;
 	/* I17: answered after the secondary's completion, and numbers only grow. */
@@ -1600,7 +1613,7 @@ void model_opened(struct host *h, enum world_crash how, bool evict)
 	for (uint32_t v = 0; v < WORLD_VOLUMES; v++)
 		crash_look_disk(h, v, how, evict);
 	record_look(h);
-	h->n_drops = 0;
+	h->n_drops = h->n_late = 0;
 	h->least = h->seen->settings;
 	/* Of the active overlays only where they are shown; what was not served before is of no account. Zeroes that
 	 * are there no more may show all the same, from below. Where there is nothing in the overlays at all that

@@ -240,7 +240,9 @@ struct host {
 	uint64_t drops[8];		/* that were under way as it died; until its next start */
 	unsigned n_drops;
 	struct settings least; /* of what they keep, see least_kept */
-	bool stopped;	       /* it applies nothing more of what it has received, until it is in sync again */
+	uint64_t late[16];     /* and those that are held since then */
+	unsigned n_late;
+	bool stopped; /* it applies nothing more of what it has received, until it is in sync again */
 	bool wrote_alone;
 	bool own;	    /* its disk was written by its own guest, or by a failover, since it last followed */
 	uint64_t peer_life; /* when the session began */
