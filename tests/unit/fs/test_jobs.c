@@ -38,7 +38,7 @@ static void put(uint64_t off, uint64_t len, uint8_t byte)
 
 static const char *target(const char *name)
 {
-	static char paths[4][256];
+	static char paths[4][512];
 	static unsigned next;
 	char *s = paths[next++ % 4];
 	snprintf(s, sizeof(paths[0]), "%s/%s", p.dir, name);
