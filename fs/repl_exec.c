@@ -204,6 +204,7 @@ static void hash_compare(struct repl_exec *x, struct repl_io *io)
 static void read_blocks(struct repl_exec *x, const struct repl_io *io, uint8_t *buf, uint64_t bad[static 2])
 {
 	bad[0] = bad[1] = 0;
+	volume_forget(x->vols[io->volume], io->off, io->len);
 	if (volume_read_disk(x->vols[io->volume], io->off, io->len, buf) == 0)
 		return;
 	for (uint64_t at = 0, i = 0; at < io->len; at += BLOCK_SIZE, i++) {

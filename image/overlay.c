@@ -451,6 +451,12 @@ struct disk *overlay_data(struct overlay *o)
 	return o->data;
 }
 
+void overlay_forget(struct overlay *o)
+{
+	disk_forget(o->data, 0, 0);
+	disk_forget(o->map, 0, 0);
+}
+
 int overlay_sync_data(struct overlay *o)
 {
 	return disk_sync(o->data);

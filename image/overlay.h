@@ -75,6 +75,7 @@ void overlay_publish(struct overlay *o, uint64_t block, uint32_t n);
  * and the word that such blocks have in the map. */
 #define OVERLAY_UNCHECKED 1U
 struct disk *overlay_data(struct overlay *o);
+void overlay_forget(struct overlay *o); /* its files' pages, as disk_forget */
 int overlay_sync_data(struct overlay *o);
 int overlay_sync_map(struct overlay *o);
 

@@ -84,6 +84,8 @@ void volume_scrub(struct volume *v, struct volume_scrub *s, uint64_t budget)
 
 		if (key != s->layer)
 			s->off = 0;
+		if (s->off == 0) /* what the medium has, not what is remembered of it */
+			overlay_forget(l->o);
 		s->layer = key;
 		if (!scrub_blocks(v, l, s, budget))
 			break;

@@ -45,6 +45,9 @@ struct disk_ops {
 	/* Allocated bytes (st_blocks * 512). */
 	int (*allocated)(struct disk *d, uint64_t *ret);
 	void (*close)(struct disk *d);
+	/* What is read of the range next comes from the medium, as far as the system can; what is not written out
+	 * stays. len 0: to the end. May be NULL. */
+	void (*forget)(struct disk *d, uint64_t off, uint64_t len);
 };
 
 enum storage_open_flags {
@@ -101,6 +104,11 @@ static inline int disk_set_size(struct disk *d, uint64_t size)
 static inline int disk_get_size(struct disk *d, uint64_t *ret)
 {
 	return d->ops->get_size(d, ret);
+}
+static inline void disk_forget(struct disk *d, uint64_t off, uint64_t len)
+{
+	if (d->ops->forget)
+		d->ops->forget(d, off, len);
 }
 static inline int disk_allocated(struct disk *d, uint64_t *ret)
 {

@@ -92,6 +92,11 @@ static int posix_get_size(struct disk *d, uint64_t *ret)
 	return 0;
 }
 
+static void posix_forget(struct disk *d, uint64_t off, uint64_t len)
+{
+	(void)posix_fadvise(posix_disk(d)->fd, (off_t)off, (off_t)len, POSIX_FADV_DONTNEED);
+}
+
 static int posix_set_size(struct disk *d, uint64_t size)
 {
 	int rc;
@@ -266,6 +271,7 @@ static const struct disk_ops posix_disk_ops = {
     .zero = posix_zero,
     .extent = posix_extent,
     .sync = posix_sync,
+    .forget = posix_forget,
     .set_size = posix_set_size,
     .get_size = posix_get_size,
     .allocated = posix_allocated,

@@ -965,6 +965,13 @@ static bool range_fits(const struct volume *v, uint64_t off, uint64_t len)
 	return off <= size && len <= size - off;
 }
 
+void volume_forget(struct volume *v, uint64_t off, uint64_t len)
+{
+	check_zero(pthread_rwlock_rdlock(&v->sync_lock));
+	disk_forget(v->disk, off, len);
+	check_zero(pthread_rwlock_unlock(&v->sync_lock));
+}
+
 int volume_read_disk(struct volume *v, uint64_t off, uint64_t len, void *buf)
 {
 	return range_fits(v, off, len) ? disk_read(v->disk, off, buf, (size_t)len) : -ERR_RANGE;

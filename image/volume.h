@@ -89,6 +89,8 @@ int volume_check_base(struct volume *v, struct err *e);
  * the volume's blocks or fewer. false: it has no base. */
 bool volume_own(struct volume *v, struct bitmap *ret);
 
+/* Reads of the disk in this range come from the medium next, as far as the system can. */
+void volume_forget(struct volume *v, uint64_t off, uint64_t len);
 /* Reads. view: active over image(base); base 0 = the disk below active. ckpt: image(k); -ERR_NOENT if k is not kept. */
 int volume_read_disk(struct volume *v, uint64_t off, uint64_t len, void *buf);
 int volume_read_view(struct volume *v, uint64_t base, uint64_t off, uint64_t len, void *buf);

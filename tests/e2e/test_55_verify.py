@@ -42,7 +42,7 @@ def test_under_fio():
     a.repctl("set", "vm1", "checkpoint_interval=200ms", "keep_last=2")
     fio = subprocess.Popen(["fio", "--name=v", "--filename=" + vol, "--size=%d" % SIZE, "--direct=1", "--ioengine=psync", "--numjobs=1",
                             "--rw=randwrite", "--bs=4k-64k", "--fsync=50", "--verify=crc32c", "--verify_fatal=1", "--verify_backlog=64",
-                            "--loops=1000", "--runtime=6", "--time_based", "--output-format=terse"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            "--loops=1000", "--runtime=4", "--time_based", "--output-format=terse"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                            cwd=e2e.tmp())
     try:
         n = 0

@@ -95,7 +95,7 @@ static void s_close(struct disk *d)
 }
 
 static const struct disk_ops disk_ops = {s_read,     s_write,	 s_zero,      s_extent, s_sync,
-					 s_set_size, s_get_size, s_allocated, s_close};
+					 s_set_size, s_get_size, s_allocated, s_close,	NULL};
 
 #define STORE(s) ((struct sstorage *)(void *)(s))
 

@@ -105,8 +105,8 @@ static void f_disk_close(struct disk *d)
 	free(fault_disk(d));
 }
 
-static const struct disk_ops f_disk_ops = {f_read,     f_write,	   f_zero,	f_extent,    f_sync,
-					   f_set_size, f_get_size, f_allocated, f_disk_close};
+static const struct disk_ops f_disk_ops = {f_read,     f_write,	   f_zero,	f_extent,     f_sync,
+					   f_set_size, f_get_size, f_allocated, f_disk_close, NULL};
 
 static int f_open(struct storage *s, const char *path, unsigned flags, struct disk **ret)
 {

@@ -53,6 +53,26 @@ Test(storage, reads_what_was_written_and_zeroes_past_the_end)
 	disk_close(NULL);
 }
 
+/* Synced or not: what is read next is what was written. */
+Test(storage, forgetting_loses_nothing)
+{
+	uint8_t buf[8192], want[8192];
+	struct disk *d;
+
+	memset(want, 0x5a, sizeof(want));
+	cr_assert_eq(storage_open(s, "f", STORAGE_CREATE, &d), 0);
+	for (unsigned turn = 0; turn < 3; turn++) {
+		cr_assert_eq(disk_write(d, 4096 * turn, want, sizeof(want)), 0);
+		if (turn == 1)
+			cr_assert_eq(disk_sync(d), 0);
+		disk_forget(d, 4096, turn == 2 ? 0 : 4096);
+		memset(buf, 0xaa, sizeof(buf));
+		cr_assert_eq(disk_read(d, 4096 * turn, buf, sizeof(buf)), 0);
+		cr_assert_arr_eq(buf, want, sizeof(buf));
+	}
+	disk_close(d);
+}
+
 Test(storage, open_flags)
 {
 	struct disk *d = (struct disk *)1;
