@@ -97,6 +97,8 @@ void switchover_command(struct repl *r, struct repl_command *c)
 		wait_with(r, c);
 	else if (r->stopping || repl_tx_pending(r, TX_STOPPED))
 		repl_command_done(r, c, -ERR_BUSY, "it is being stopped");
+	else if (r->rz.c)
+		repl_command_done(r, c, -ERR_BUSY, "a volume of it is being resized");
 	else if (detach_any(r))
 		repl_command_done(r, c, -ERR_STATE,
 				  "a local disk is detached: only the peer holds its content; `resync` it first, or "

@@ -2783,6 +2783,14 @@ Test(switchover, is_refused_and_says_why)
 	cr_assert(strstr(h->cmd.err.text, "resume"), "%s", h->cmd.err.text);
 	host_free(h);
 
+	h = primary(PROTOCOL_F);
+	struct repl_command grow = {.cmd = CMD_RESIZE, .number = 2 * SIZE};
+	step(h, (struct repl_event){.type = EV_COMMAND, .command = &grow});
+	forget(h);
+	command(h, CMD_SWITCHOVER, 0);
+	EXPECT(h, "cmd=ERR_BUSY");
+	host_free(h);
+
 	h = secondary();
 	command(h, CMD_SWITCHOVER, 0);
 	EXPECT(h, "cmd=ERR_STATE");
