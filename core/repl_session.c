@@ -665,10 +665,12 @@ static void on_dirty(struct repl *r, const struct repl_event *ev)
 		return;
 	}
 	struct rbuf b = {.data = ev->payload, .size = f->length_payload};
+	/* The smaller side grows to the larger before it says anything, so what it says may lie past what its JOIN did.
+	 */
 	uint64_t size = r->meta->volumes[vi].size, theirs = size;
 	for (uint32_t k = 0; k < r->theirs.n_volumes; k++)
 		if (strcmp(r->theirs.volumes[k].name, r->meta->volumes[vi].name) == 0)
-			theirs = r->theirs.volumes[k].size;
+			theirs = max_u64(size, r->theirs.volumes[k].size);
 	while (b.pos < b.size) {
 		uint64_t off = rbuf_u64(&b), len = rbuf_u64(&b);
 		if (len == 0 || off >= theirs || len > theirs - off) {

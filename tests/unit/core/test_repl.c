@@ -1832,6 +1832,29 @@ static struct host *halted(bool dialer)
 	return host_new(&m);
 }
 
+/* The peer's volume is smaller in its JOIN, and it grows to this host's size before it goes on: what it says then is in
+ * that. */
+Test(lineage_core, a_peer_that_grows_in_the_handshake_tells_of_all_of_it)
+{
+	struct host *h = halted(true);
+	peer_meta.volumes[0].size = SIZE - 65536;
+	tick(h, 0);
+	link_up(h, true);
+	join_frame(h, &peer_meta, WIRE_JOIN_SPLIT);
+	EXPECT(h, "dial send:JOIN send:DIRTY_END");
+	dirty_frame(h, SIZE - 131072, 131072);
+	frame(h, WIRE_DIRTY_END, 0, 0, 0, NULL, 0);
+	EXPECT(h, "close");
+	cr_assert(bitmap_test(&repl_volume_state(h->r, 0)->theirs, (SIZE >> REGION_SHIFT) - 1));
+	link_down(h);
+	link_up(h, true);
+	join_frame(h, &peer_meta, WIRE_JOIN_SPLIT);
+	forget(h);
+	dirty_frame(h, SIZE - 65536, 131072);
+	EXPECT(h, "send:REFUSE close");
+	host_free(h);
+}
+
 /* Else `resolve --discard peer` on the primary would be "so it is already". */
 Test(lineage_core, a_resolve_while_the_split_brain_is_being_recorded_is_refused)
 {
