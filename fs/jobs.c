@@ -188,12 +188,12 @@ static void forget_locked(struct jobs *t) REQUIRES(t->lock)
 	}
 }
 
-static void queue_locked(struct job *j) REQUIRES(j->t->lock)
+static void queue_locked(struct jobs *t, struct job *j) REQUIRES(t->lock)
 {
 	if (!j->listed || j->queued || ended(j) || (j->state == JOB_PAUSED && !j->cancel))
 		return;
 	j->queued = true;
-	pool_submit(j->t->d->pool, &j->run);
+	pool_submit(t->d->pool, &j->run);
 }
 
 int jobs_open(struct daemon *d, struct jobs **ret)
@@ -216,7 +216,7 @@ void jobs_shutdown(struct jobs *t)
 		if (ended(j))
 			continue;
 		j->cancel = j->drop = true;
-		queue_locked(j);
+		queue_locked(t, j);
 	}
 	cond_broadcast(&t->cond);
 	mutex_unlock(&t->lock);
@@ -257,16 +257,16 @@ void jobs_tick(struct jobs *t)
 	mutex_lock(&t->lock);
 	for (struct job *j = t->list; j; j = j->next)
 		if (j->state == JOB_RUNNING && j->due_ns <= now)
-			queue_locked(j);
+			queue_locked(t, j);
 	mutex_unlock(&t->lock);
 }
 
 /* ---- running ---- */
 
-static void set_state_locked(struct job *j, enum job_state s) REQUIRES(j->t->lock)
+static void set_state_locked(struct jobs *t, struct job *j, enum job_state s) REQUIRES(t->lock)
 {
 	__atomic_store_n(&j->state, s, __ATOMIC_RELAXED); /* a guest that waits for room looks without the lock */
-	cond_broadcast(&j->t->cond);
+	cond_broadcast(&t->cond);
 }
 
 /* ---- holding a checkpoint ---- */
@@ -370,7 +370,7 @@ static void written(void *arg, const struct volume_req *r)
 	if (j->idle || !room) {
 		j->idle = false;
 		j->due_ns = 0;
-		queue_locked(j);
+		queue_locked(j->t, j);
 	}
 	mutex_unlock(&j->t->lock);
 }
@@ -429,7 +429,7 @@ static void end(struct job *j, enum job_state s, const struct err *e)
 		j->err = (struct err){0};
 	if (s == JOB_DONE)
 		j->side = -1;
-	set_state_locked(j, s);
+	set_state_locked(t, j, s);
 	mutex_unlock(&t->lock);
 }
 
@@ -473,7 +473,7 @@ static void met(struct job *j, int code, enum backup_side side, uint64_t off)
 		j->due_ns = clock_mono_ns() + RETRY_NS;
 	} else if (p == JOB_STOP) {
 		j->err = e;
-		set_state_locked(j, JOB_PAUSED);
+		set_state_locked(j->t, j, JOB_PAUSED);
 	}
 	mutex_unlock(&j->t->lock);
 	if (p == JOB_REPORT)
@@ -714,7 +714,7 @@ static void run(struct pool_job *p)
 	mutex_lock(&t->lock);
 	j->queued = false;
 	if (j->state == JOB_RUNNING && (j->due_ns <= clock_mono_ns() || j->cancel))
-		queue_locked(j);
+		queue_locked(t, j);
 	cond_broadcast(&t->cond);
 	mutex_unlock(&t->lock);
 }
@@ -921,7 +921,7 @@ static bool launch(struct jobs *t, struct job *j)
 		j->next = *at;
 		*at = j;
 		j->listed = true;
-		queue_locked(j);
+		queue_locked(t, j);
 		forget_locked(t);
 	}
 	mutex_unlock(&t->lock);
@@ -997,24 +997,26 @@ static int no_job(uint64_t id, struct err *e)
 	return err_set(e, ERR_NOENT, "job %" PRIu64 ": there is no such job; see `jobs`", id);
 }
 
-static int live_locked(struct jobs *t, uint64_t id, struct job **ret, struct err *e) REQUIRES(t->lock)
+/* NULL: there is none, or it has ended, and *ret_err says so. */
+static struct job *live_locked(struct jobs *t, uint64_t id, int *ret_err, struct err *e) REQUIRES(t->lock)
 {
 	struct job *j = find_locked(t, id);
 	if (j == NULL)
-		return no_job(id, e);
-	if (ended(j))
-		return err_set(e, ERR_STATE, "job %" PRIu64 " has ended: it is %s", id, state_names[j->state]);
-	*ret = j;
-	return 0;
+		*ret_err = no_job(id, e);
+	else if (ended(j))
+		*ret_err = err_set(e, ERR_STATE, "job %" PRIu64 " has ended: it is %s", id, state_names[j->state]);
+	else
+		return j;
+	return NULL;
 }
 
 int jobs_pause(struct jobs *t, uint64_t id, struct err *e)
 {
-	struct job *j;
+	int err = 0;
 	mutex_lock(&t->lock);
-	int err = live_locked(t, id, &j, e);
-	if (!err)
-		set_state_locked(j, JOB_PAUSED);
+	struct job *j = live_locked(t, id, &err, e);
+	if (j)
+		set_state_locked(t, j, JOB_PAUSED);
 	/* The step under way ends first: what is answered holds. */
 	while (!err && (j = find_locked(t, id)) != NULL && j->queued && j->state == JOB_PAUSED)
 		cond_wait(&t->cond, &t->lock);
@@ -1024,10 +1026,10 @@ int jobs_pause(struct jobs *t, uint64_t id, struct err *e)
 
 int jobs_resume(struct jobs *t, uint64_t id, struct err *e)
 {
-	struct job *j;
+	int err = 0;
 	mutex_lock(&t->lock);
-	int err = live_locked(t, id, &j, e);
-	if (!err && j->state == JOB_PAUSED) {
+	struct job *j = live_locked(t, id, &err, e);
+	if (j && j->state == JOB_PAUSED) {
 		j->err = (struct err){0};
 		j->side = -1;
 		j->due_ns = 0;
@@ -1035,35 +1037,36 @@ int jobs_resume(struct jobs *t, uint64_t id, struct err *e)
 		j->rate = 0;
 		j->budget_ns = j->rate_ns = clock_mono_ns();
 		j->rate_copied = j->copied;
-		set_state_locked(j, JOB_RUNNING);
-		queue_locked(j);
+		set_state_locked(t, j, JOB_RUNNING);
+		queue_locked(t, j);
 	}
 	mutex_unlock(&t->lock);
 	return err;
 }
 
-static void cancel_locked(struct job *j) REQUIRES(j->t->lock)
+static void cancel_locked(struct jobs *t, struct job *j) REQUIRES(t->lock)
 {
 	j->drop = j->cancel;
 	j->cancel = true;
-	queue_locked(j);
+	queue_locked(t, j);
 }
 
 int jobs_cancel(struct jobs *t, uint64_t id, struct err *e)
 {
-	struct job *j;
+	int err = 0;
 	mutex_lock(&t->lock);
-	int err = live_locked(t, id, &j, e);
-	if (!err)
-		cancel_locked(j);
+	struct job *j = live_locked(t, id, &err, e);
+	if (j)
+		cancel_locked(t, j);
 	mutex_unlock(&t->lock);
 	return err;
 }
 
 /* ---- what is said of them ---- */
 
-static json_t *json_locked(const struct job *j) REQUIRES(j->t->lock)
+static json_t *json_locked(struct jobs *t, const struct job *j) REQUIRES(t->lock)
 {
+	(void)t;
 	char started[40];
 	clock_format(j->started_wall_ns, started, sizeof(started));
 	bool moving = j->state == JOB_RUNNING && j->rate > 0;
@@ -1094,7 +1097,7 @@ json_t *jobs_one_json(struct jobs *t, uint64_t id)
 {
 	mutex_lock(&t->lock);
 	const struct job *j = find_locked(t, id);
-	json_t *o = j ? json_locked(j) : NULL;
+	json_t *o = j ? json_locked(t, j) : NULL;
 	mutex_unlock(&t->lock);
 	return o;
 }
@@ -1105,7 +1108,7 @@ json_t *jobs_json(struct jobs *t, const char *group)
 	mutex_lock(&t->lock);
 	for (const struct job *j = t->list; j; j = j->next)
 		if (group == NULL || strcmp(j->group, group) == 0)
-			json_array_append_new(a, json_locked(j));
+			json_array_append_new(a, json_locked(t, j));
 	mutex_unlock(&t->lock);
 	return a;
 }
@@ -1117,7 +1120,7 @@ static int wait_ended(struct jobs *t, uint64_t id, struct ctl_conn *c, bool own,
 {
 	uint64_t told = 0;
 	bool given_up = false;
-	struct job *j;
+	struct job *j = NULL;
 	while ((j = find_locked(t, id)) != NULL && !ended(j)) {
 		uint64_t now = clock_mono_ns();
 		bool late = deadline_ns && now >= deadline_ns;
@@ -1128,10 +1131,10 @@ static int wait_ended(struct jobs *t, uint64_t id, struct ctl_conn *c, bool own,
 				    : err_set(e, ERR_INTR, "job %" PRIu64 ": interrupted; it goes on", id);
 		if ((late || gone) && !given_up) {
 			given_up = true;
-			cancel_locked(j);
+			cancel_locked(t, j);
 		}
 		if (c && !gone && now - told >= TELL_NS) {
-			json_t *p = json_locked(j);
+			json_t *p = json_locked(t, j);
 			told = now;
 			mutex_unlock(&t->lock);
 			(void)ctl_progress(c, p);

@@ -153,8 +153,8 @@ static void flight_end(struct gio *gio)
 	gio->flight_at = NULL;
 }
 
-/* The barrier leaves: what was sent before it is in the checkpoint, what is sent after it is not. */
-static void changed_point(struct group *g, const struct wire_frame *f) REQUIRES(g->lock)
+/* The barrier leaves: what was sent before it is in the checkpoint, what is sent after it is not. Within a step. */
+static void changed_point(struct group *g, const struct wire_frame *f)
 {
 	for (uint32_t i = 0; i < g->n_vols; i++)
 		changed_begin(g->exec.changed[i], f->offset, f->length, (f->flags & WIRE_CKPT_PIN) != 0,

@@ -96,7 +96,7 @@ static int write_piece(struct apply *a, uint64_t off, size_t len, struct err *e)
 /* All extents: read, and written if `write`. */
 static int go_over(struct apply *a, bool write, struct err *e)
 {
-	struct range r;
+	struct range r = {0};
 	int more;
 
 	while ((more = extentlist_next(a->list, &r, e)) == 1) {

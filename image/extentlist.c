@@ -193,7 +193,7 @@ int extentlist_rewind(struct extentlist *l, struct err *e)
 static int validate(struct extentlist *l, struct err *e)
 {
 	uint64_t bytes = 0;
-	struct range r;
+	struct range r = {0};
 	int rc = read_head(l, e);
 
 	while (rc == 0) {

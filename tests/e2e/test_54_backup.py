@@ -280,6 +280,16 @@ def test_foreground():
         seen += part
     check_eq(os.waitpid(pid, 0)[1], 0, "backup on a terminal")
     os.close(fd)
+    # `none` says where the view is; its end by an interrupt is its target.
+    p = repctl_popen(host, "backup", "vm1", at(d, "none"), "--sync", "none", stderr=subprocess.PIPE)
+    line = p.stderr.readline()
+    check("the view is " + host.checkpoint_file("vm1", "") in line, "what `none` says: %r" % line)
+    e2e.pwrite(vol, 0, b"\x33" * 65536, sync=True)
+    p.send_signal(signal.SIGINT)
+    p.communicate(timeout=30)
+    wait_for(lambda: os.path.exists(at(d, "none")), "the target of an interrupted `none`", 30)
+    check_eq(json.loads(open(at(d, "none.extents")).readline())["bytes"], 65536, "what it holds")
+    host.repctl("import", "vm1", at(d, "none"), "--apply")
     check(re.search(rb"backup vm1 .*%", seen), "no bar on a terminal: %r" % seen[-500:])
     compare(at(d, "t"), vol, "the one on a terminal")
 
