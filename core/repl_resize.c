@@ -332,12 +332,25 @@ bool resize_asked(struct repl *r, struct repl_io *io)
 
 /* ---- the handshake ---- */
 
+/* A halted pair that nobody resolves with these JOINs: each side keeps what it has. */
+static bool stays_halted(const struct repl *r)
+{
+	struct wire_join mine = r->mine;
+	int source;
+	if (!r->meta->split_brain && !(r->theirs.flags & WIRE_JOIN_SPLIT))
+		return false;
+	if (r->dialer)
+		return lineage_decide(&mine, &r->theirs, &source) == LINEAGE_SPLIT;
+	repl_join(r, &mine); /* about to be its answer */
+	return lineage_decide(&r->theirs, &mine, &source) == LINEAGE_SPLIT;
+}
+
 bool resize_join(struct repl *r)
 {
 	const struct wire_join *j = &r->theirs;
 	if (r->rz.busy || r->rz.c)
 		return true; /* its end comes first; nothing of it is in the record yet */
-	if (r->meta->split_brain || (j->flags & WIRE_JOIN_SPLIT))
+	if (stays_halted(r))
 		return false;
 	for (uint32_t k = 0; k < j->n_volumes; k++) {
 		int i = repl_meta_find_volume(r->meta, j->volumes[k].name);

@@ -6564,6 +6564,37 @@ Test(repl, a_target_grows_at_the_barrier_and_its_checkpoints_do_not)
 	host_free(h);
 }
 
+/* Halted, both keep their sizes; but not where a `resolve` makes one of them the other's source. */
+Test(repl, a_resolve_between_sizes_grows_the_smaller)
+{
+	for (int dialer = 0; dialer < 2; dialer++) {
+		for (int wins = 0; wins < 2; wins++) {
+			struct host *h = halted(dialer);
+			peer_meta.volumes[0].size = SIZE + (3 << 20);
+			tick(h, 0);
+			link_up(h, dialer);
+			join_frame(h, &peer_meta, WIRE_JOIN_SPLIT);
+			EXPECT(h, dialer ? "dial send:JOIN send:DIRTY_END" : "send:JOIN send:DIRTY_END");
+			link_down(h);
+			command(h, CMD_RESOLVE, wins ? DISCARD_PEER : DISCARD_LOCAL);
+			link_up(h, dialer);
+			forget(h);
+			join_frame(h, &peer_meta, WIRE_JOIN_SPLIT);
+			EXPECT(h, "do:grow/own");
+			fin(h, "grow");
+			forget(h);
+			saved_larger(h);
+			if (wins)
+				frame(h, WIRE_DIRTY_END, 0, 0, 0, NULL, 0);
+			EXPECT(h, wins	   ? dialer ? "do:intents/own" : "send:JOIN do:intents/own"
+				  : dialer ? "send:DIRTY_END"
+					   : "send:JOIN send:DIRTY_END");
+			cr_assert_eq(repl_meta(h->r)->volumes[0].size, SIZE + (3 << 20));
+			host_free(h);
+		}
+	}
+}
+
 /* A cut between the two records: the smaller grows before anything is decided, and says nothing before. */
 Test(repl, the_smaller_of_two_grows_in_the_handshake)
 {
