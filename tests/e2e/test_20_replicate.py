@@ -19,10 +19,11 @@ from repfs_e2e import BLOCK, GIB, KIB, MIB, Host, Pair, check, check_eq, check_e
 
 GROUP_KEYS = {"group", "role", "state", "link", "protocol", "health", "reasons", "peer", "generation", "checkpoint",
               "checkpoint_age_s", "checkpoint_valid", "split_brain", "rpo_s", "dirty_bytes", "queue_bytes", "resync", "commit",
-              "error", "counters", "volumes", "jobs"}
+              "error", "counters", "volumes", "jobs", "clones"}
 COUNTER_KEYS = {"writes", "write_bytes", "flushes", "sent_bytes", "received_bytes", "resync_bytes", "cow_bytes", "checkpoints",
                 "reconnects"}
-VOLUME_KEYS = {"name", "id", "size", "path", "detached", "active_bytes", "hidden_bytes", "history_bytes", "checkpoints"}
+VOLUME_KEYS = {"name", "id", "size", "path", "detached", "active_bytes", "hidden_bytes", "history_bytes", "checkpoints",
+               "base"}
 RFC3339 = re.compile(r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|[+-]\d\d:\d\d)$")
 
 SIZE = 4 * MIB
