@@ -661,13 +661,13 @@ void model_hashed(struct host *h, const struct sim_io *s)
 }
 
 /* At its place in the stream both disks hold the same, block by block, whatever guests do meanwhile; what can't be read
- * is said to be so. */
+ * is said to be so. Where applying has stopped it may stand behind a write that failed: nobody hears what it finds. */
 void model_compared(struct host *h, const struct sim_io *s)
 {
 	struct world *w = h->w;
 	const struct sent *sent = s->sent;
 	struct wire_verify_range x[WIRE_VERIFY_RANGES_MAX];
-	if (h->dying || simstore_stopped(h->ss) || w->planted)
+	if (h->dying || simstore_stopped(h->ss) || w->planted || h->stopped)
 		return;
 	for (uint32_t i = 0; i < sent->n; i++)
 		if (model_shows(w, sent->vers[i]) != model_shows(w, h->disk[sent->vol].now[sent->first + i]))
