@@ -83,10 +83,12 @@ struct job {
 	struct cond queue_cond;	 /* it got shorter, or dead */
 	struct written *queue, **queue_tail;
 	uint64_t queue_bytes;
-	bool tapped;  /* the step's own */
-	bool closing; /* its end is asked for: what is under way is taken, whatever the queue holds */
-	bool dead;    /* nothing more is taken */
-	bool full;    /* it could not be taken: the target lacks it */
+	bool tapped;   /* the step's own */
+	bool closing;  /* its end is asked for: what is under way is taken, whatever the queue holds */
+	bool dead;     /* nothing more is taken */
+	bool full;     /* it could not be taken: the target lacks it */
+	bool outgrown; /* as full: it lies behind the end that the volume had when the job began */
+	uint64_t size; /* that end; set before the tap */
 };
 
 /* Of a stream: one request. */
@@ -344,8 +346,8 @@ static uint64_t written_bytes(const struct written *w)
 static void written(void *arg, const struct volume_req *r)
 {
 	struct job *j = arg;
-	bool zero = r->kind != VOLUME_WRITE;
-	struct written *w = malloc(sizeof(*w) + (zero ? 0 : (size_t)r->len));
+	bool zero = r->kind != VOLUME_WRITE, behind = r->len > j->size || r->off > j->size - r->len;
+	struct written *w = behind ? NULL : malloc(sizeof(*w) + (zero ? 0 : (size_t)r->len));
 	if (w) {
 		w->next = NULL;
 		w->off = r->off;
@@ -361,6 +363,8 @@ static void written(void *arg, const struct volume_req *r)
 		j->queue_tail = &w->next;
 		j->queue_bytes += written_bytes(w);
 		w = NULL;
+	} else if (!j->dead && behind) {
+		j->outgrown = true;
 	} else if (!j->dead) {
 		j->full = true;
 	}
@@ -557,12 +561,13 @@ static void wait_until(struct job *j, uint64_t due_ns, bool idle)
 	mutex_unlock(&j->t->lock);
 }
 
-/* For volume_changed. */
+/* For volume_changed. What the volume has grown by since is not of the checkpoint's image. */
 static void add_changed(void *arg, uint64_t off, uint64_t len)
 {
 	struct bitmap *b = arg;
-	uint64_t first = off >> BLOCK_SHIFT;
-	(void)bitmap_set_range(b, first, units_of(off + len, BLOCK_SHIFT) - first);
+	uint64_t first = off >> BLOCK_SHIFT, end = min_u64(units_of(off + len, BLOCK_SHIFT), b->nbits);
+	if (first < end)
+		(void)bitmap_set_range(b, first, end - first);
 }
 
 /* `none`: what was saved in the epoch and not seen yet is selected. */
@@ -637,7 +642,7 @@ static void stream_rest(struct job *j)
 {
 	mutex_lock(&j->t->lock);
 	mutex_lock(&j->queue_lock);
-	j->idle = j->queue == NULL && !j->full;
+	j->idle = j->queue == NULL && !j->full && !j->outgrown;
 	j->due_ns = j->idle ? clock_mono_ns() + LOOK_NS : 0;
 	mutex_unlock(&j->queue_lock);
 	mutex_unlock(&j->t->lock);
@@ -662,8 +667,14 @@ static void step_stream(struct job *j, bool cancel)
 	do {
 		mutex_lock(&j->queue_lock);
 		w = j->queue;
-		bool full = j->full;
+		bool full = j->full, outgrown = j->outgrown;
 		mutex_unlock(&j->queue_lock);
+		if (outgrown) {
+			fail(j, BACKUP_SOURCE, ERR_STATE,
+			     "the volume has grown, and its new part is written to: the stream's target, which has the "
+			     "old size, would lack that. Make a full backup, then begin again");
+			return;
+		}
 		if (full) {
 			fail(j, BACKUP_TARGET, ERR_LIMIT,
 			     "the target took too little, and more was written than a stream keeps in memory (64 MiB)");
@@ -844,8 +855,9 @@ static int begin_none(struct job *j, uint64_t size, struct err *e)
 	return 0;
 }
 
-static int begin_stream(struct job *j, struct group *g, struct err *e)
+static int begin_stream(struct job *j, struct group *g, uint64_t size, struct err *e)
 {
+	j->size = size;
 	if (atomic_load(&g->serving) == SERVING_EIO)
 		return err_set(e, ERR_STATE, "nothing is written to this host's copy in its state");
 	if (gvol_detached(j->v))
@@ -880,7 +892,7 @@ static int begin(struct job *j, struct group *g, const struct job_args *a, struc
 	if (err == 0 && j->mode == JOB_NONE)
 		err = begin_none(j, b.size, e);
 	if (err == 0 && j->mode == JOB_STREAM)
-		err = begin_stream(j, g, e);
+		err = begin_stream(j, g, b.size, e);
 	if (err == 0 && (j->mode == JOB_FULL || j->mode == JOB_TOP || j->mode == JOB_INCREMENTAL))
 		backup_progress(j->b, &j->done, &j->total);
 	return err;

@@ -54,12 +54,15 @@ int verb_do_checkpoints(const struct call *c)
 
 struct runs_arg {
 	json_t *a;
+	uint64_t size; /* of what is shown: what it has grown by since is not of it */
 };
 
 static void add_run(void *arg, uint64_t off, uint64_t len)
 {
 	struct runs_arg *r = arg;
-	json_array_append_new(r->a, json_pack("{s:I, s:I}", "offset", (json_int_t)off, "length", (json_int_t)len));
+	if (off < r->size)
+		json_array_append_new(r->a, json_pack("{s:I, s:I}", "offset", (json_int_t)off, "length",
+						      (json_int_t)min_u64(len, r->size - off)));
 }
 
 int verb_do_extents(const struct call *c)
@@ -74,7 +77,7 @@ int verb_do_extents(const struct call *c)
 	uint64_t number = json_is_integer(layer) ? (uint64_t)json_integer_value(layer) : 0;
 	uint64_t since = verb_arg_u64(c, "since", 0);
 	uint64_t size = number ? gvol_size_at(g, v, number) : volume_size(v->vol);
-	struct runs_arg r = {json_array()};
+	struct runs_arg r = {json_array(), size};
 	enum gvol_file file = GVOL_CKPT;
 	if (text && strcmp(text, "active") == 0)
 		file = GVOL_ACTIVE;

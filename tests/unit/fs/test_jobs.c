@@ -16,8 +16,12 @@
 
 #define SIZE (UINT64_C(4) << 20)
 #define K UINT64_C(1024)
+/* What it grows to; the last block of each is short. */
+#define ODD (SIZE + 512)
+#define LARGE (SIZE + 256 * K + 1536)
+#define LARGEST (SIZE + 512 * K + 2048)
 
-static uint8_t model[SIZE], then[SIZE], buf[SIZE];
+static uint8_t model[LARGEST], then[LARGEST], buf[LARGEST];
 
 static void setup(void)
 {
@@ -109,7 +113,7 @@ static json_int_t number(struct pair_host *h, json_int_t id, const char *key)
 	return n;
 }
 
-static void expect_file(const char *name, const uint8_t *content)
+static void expect_image(const char *name, const uint8_t *content, uint64_t want)
 {
 	struct disk *d, *file;
 	struct err e;
@@ -118,13 +122,19 @@ static void expect_file(const char *name, const uint8_t *content)
 	d = file;
 	if (backup_format_of(name) == BACKUP_ZST)
 		cr_assert_eq(disk_zst_open(file, name, &d, &e), 0, "%s", e.text);
-	memset(buf, 0xa5, SIZE);
+	memset(buf, 0xa5, sizeof(buf));
 	cr_assert_eq(disk_get_size(d, &size), 0);
-	cr_assert_eq(size, SIZE);
-	cr_assert_eq(disk_read(d, 0, buf, SIZE), 0);
-	for (size_t i = 0; i < SIZE; i++)
+	cr_assert_eq(size, want, "%s has %llu bytes, not %llu", name, (unsigned long long)size,
+		     (unsigned long long)want);
+	cr_assert_eq(disk_read(d, 0, buf, want), 0);
+	for (size_t i = 0; i < want; i++)
 		cr_assert(buf[i] == content[i], "%s: byte %zu is %u, not %u", name, i, buf[i], content[i]);
 	disk_close(d);
+}
+
+static void expect_file(const char *name, const uint8_t *content)
+{
+	expect_image(name, content, SIZE);
 }
 
 /* The extents of name's list as ranges; returns how many. */
@@ -491,6 +501,140 @@ Test(jobs, a_stream_that_is_not_taken_does_not_hold_the_guest_up)
 	cr_assert_eq(job(&p.a, "wait", id), -ERR_LIMIT);
 	nothing_of("s");
 	cr_assert_eq(pair_is(&p.a, "vm", 0, SIZE, JOB_QUEUE_MAX / SIZE), 0);
+}
+
+/* ---- a volume that grows ---- */
+
+static void resize(uint64_t size)
+{
+	OK(pair_do(&p.a, "resize",
+		   json_pack("{s:s, s:I, s:i}", "name", "vm", "size", (json_int_t)size, "timeout_ms", 60000), NULL));
+}
+
+/* The file is checkpoints/vm/N, to the last byte. */
+static void expect_ckpt(struct pair_host *h, const char *name, uint64_t n, const uint8_t *content, uint64_t size)
+{
+	struct gvol_attr a = {0};
+	struct gvol *v = gvol_find(h->d, "vm");
+	OK(gvol_attr(v, GVOL_CKPT, n, &a));
+	cr_assert_eq(a.size, size);
+	memset(buf, 0xa5, sizeof(buf));
+	OK(gvol_read(v, NULL, GVOL_CKPT, n, 0, size, buf));
+	cr_assert_eq(memcmp(buf, content, size), 0);
+	gvol_unref(v);
+	expect_image(name, content, size);
+}
+
+Test(jobs, a_checkpoint_older_than_a_resize_keeps_its_size)
+{
+	static const char *const ends[] = {"", ".zst"};
+	static uint8_t at2[LARGEST], changed[LARGEST];
+	struct range r[8];
+	struct extentlist_head h;
+	char name[16];
+	put(0, 64 * K, 1);
+	resize(ODD);
+	protect();
+	uint64_t first = checkpoint();
+	memcpy(then, model, ODD);
+	put(8 * K, 4 * K, 2);
+	put(SIZE, 512, 3);
+	uint64_t second = checkpoint();
+	memcpy(at2, model, ODD);
+	OK(pair_write(&p.b, "vm", 1024 * K, 4 * K, 9)); /* the view stays on that one */
+	resize(LARGE);
+	put(0, LARGE, 4);
+	OK(flush(&p.a));
+	memcpy(changed + 8 * K, at2 + 8 * K, 4 * K);
+	memcpy(changed + SIZE, at2 + SIZE, 512);
+	for (unsigned i = 0; i < 2; i++) {
+		snprintf(name, sizeof(name), "one%s", ends[i]);
+		json_t *args = args_for(name, "full");
+		json_object_set_new(args, "checkpoint", json_integer((json_int_t)first));
+		OK(pair_do(&p.b, "backup", args, NULL));
+		expect_ckpt(&p.b, name, first, then, ODD);
+		snprintf(name, sizeof(name), "base%s", ends[i]);
+		json_int_t id = begin(&p.b, name, i ? "top" : "full");
+		OK(job(&p.b, "wait", id));
+		cr_assert_eq(number(&p.b, id, "checkpoint"), (json_int_t)second);
+		cr_assert_eq(number(&p.b, id, "total"), (json_int_t)ODD);
+		expect_ckpt(&p.b, name, second, at2, ODD);
+		snprintf(name, sizeof(name), "inc%s", ends[i]);
+		args = args_for(name, "incremental");
+		json_object_set_new(args, "since", json_integer((json_int_t)first));
+		OK(pair_do(&p.b, "backup", args, NULL));
+		expect_image(name, changed, ODD);
+		cr_assert_eq(list_of(name, r, 8, &h), 2);
+		cr_assert(r[0].off == 8 * K && r[0].len == 4 * K && r[1].off == SIZE && r[1].len == 512);
+		cr_assert(h.checkpoint == second && h.size == ODD);
+	}
+	uint64_t third = checkpoint();	   /* being a command it moves the view on */
+	for (unsigned i = 0; i < 2; i++) { /* over the resize: of the new size, and with the new part */
+		snprintf(name, sizeof(name), "over%s", ends[i]);
+		json_t *args = args_for(name, "incremental");
+		json_object_set_new(args, "since", json_integer((json_int_t)second));
+		json_object_set_new(args, "checkpoint", json_integer((json_int_t)third));
+		OK(pair_do(&p.b, "backup", args, NULL));
+		expect_ckpt(&p.b, name, third, model, LARGE);
+		cr_assert_eq(list_of(name, r, 8, &h), 1);
+		cr_assert(r[0].off == 0 && r[0].len == LARGE && h.size == LARGE);
+	}
+	json_t *map = NULL;
+	OK(pair_do(&p.b, "extents",
+		   json_pack("{s:s, s:I, s:I}", "name", "vm", "layer", (json_int_t)second, "since", (json_int_t)first),
+		   &map));
+	const json_t *last = json_array_get(json_object_get(map, "extents"), 1);
+	cr_assert_eq(json_integer_value(json_object_get(last, "offset")), (json_int_t)SIZE);
+	cr_assert_eq(json_integer_value(json_object_get(last, "length")), 512);
+	json_decref(map);
+}
+
+/* What a job began with stays its size. */
+Test(jobs, a_resize_beside_a_job_that_runs)
+{
+	static uint8_t old[LARGEST];
+	struct range r[8];
+	struct extentlist_head h;
+	put(0, SIZE, 1);
+	resize(ODD);
+	put(SIZE, 512, 2);
+	protect();
+	memcpy(then, model, ODD);
+	json_t *args = args_for("full", "full");
+	json_object_set_new(args, "speed", json_integer(1 << 20));
+	json_int_t full = begin_with(&p.a, args), none = begin(&p.a, "none", "none");
+	json_int_t stream = begin(&p.a, "stream", "stream");
+	put(4 * K, 4 * K, 3);
+	resize(LARGE);
+	put(SIZE, LARGE - SIZE - 64 * K, 4);
+	put(LARGE - 4 * K, 4 * K, 4);
+	put(64 * K, 4 * K, 5);
+	WAIT_FOR(number(&p.a, none, "copied") == 8 * (json_int_t)K + 512); /* while it runs */
+	put(128 * K, 4 * K, 6);
+	OK(job(&p.a, "cancel", none));
+	OK(job(&p.a, "wait", none));
+	memcpy(old + 4 * K, then + 4 * K, 4 * K);
+	memcpy(old + 64 * K, then + 64 * K, 4 * K);
+	memcpy(old + 128 * K, then + 128 * K, 4 * K);
+	memcpy(old + SIZE, then + SIZE, 512);
+	expect_image("none", old, ODD);
+	cr_assert_eq(list_of("none", r, 8, &h), 4);
+	cr_assert(h.size == ODD && r[3].off == SIZE && r[3].len == 512);
+	OK(job(&p.a, "wait", full));
+	expect_image("full", then, ODD);
+	/* A stream would lack what went into the new part. */
+	cr_assert_eq(job(&p.a, "wait", stream), -ERR_STATE);
+	cr_assert(strstr(p.a.err.text, "has grown"), "%s", p.a.err.text);
+	nothing_of("stream");
+	OK(pair_is(&p.a, "vm", LARGE - 4 * K, 4 * K, 4));
+	/* With nothing there it lacks nothing. */
+	stream = begin(&p.a, "again", "stream");
+	resize(LARGEST);
+	put(LARGE - 4 * K, 4 * K, 7);
+	OK(job(&p.a, "cancel", stream));
+	OK(job(&p.a, "wait", stream));
+	cr_assert_eq(list_of("again", r, 8, &h), 1);
+	cr_assert(h.size == LARGE && r[0].off == LARGE - 4 * K && r[0].len == 4 * K);
 }
 
 /* ---- restoring ---- */
