@@ -139,6 +139,43 @@ Test(resize, sizes_survive_restarts_of_both)
 	same();
 }
 
+static uint64_t clone_size(const char *name)
+{
+	uint64_t size = 0;
+	struct gvol *v = gvol_find_clone(p.b.d, name);
+	if (v)
+		size = gvol_size(v);
+	gvol_unref(v);
+	return size;
+}
+
+static void make_clone(int64_t ckpt, const char *name, uint64_t size)
+{
+	json_t *r = NULL;
+	OK(pair_do(&p.b, "clone",
+		   json_pack("{s:s, s:I, s:s}", "name", "vm", "checkpoint", (json_int_t)ckpt, "clone", name), &r));
+	cr_assert_eq((uint64_t)json_integer_value(json_object_get(r, "size")), size);
+	json_decref(r);
+	WAIT_FOR(clone_size(name) == size);
+}
+
+Test(resize, clones_have_the_size_of_their_checkpoints)
+{
+	protect();
+	int64_t before = checkpoint();
+	make_clone(before, "early", SIZE);
+	OK(resize(&p.a, LARGER));
+	int64_t after = checkpoint();
+	cr_assert_eq(clone_size("early"), SIZE); /* it does not follow */
+	make_clone(before, "late", SIZE);
+	make_clone(after, "new", LARGER);
+	pair_host_stop(&p.b);
+	OK(pair_host_start(&p, &p.b));
+	cr_assert_eq(clone_size("early"), SIZE);
+	cr_assert_eq(clone_size("late"), SIZE);
+	cr_assert_eq(clone_size("new"), LARGER);
+}
+
 static atomic_bool guest_ends;
 
 static void *guest(void *arg)
