@@ -42,6 +42,8 @@ static int switchover(struct pair_host *h)
 /* `to` is primary and in sync with the other; both run; nothing had to be sent again. */
 static void swapped(struct pair_host *to, struct pair_host *from)
 {
+	/* The role first: until then the links may be SYNCED still, with the old one's session. */
+	WAIT_FOR(is(to, "role", "primary"));
 	WAIT_FOR(is(to, "link", "SYNCED") && is(from, "link", "SYNCED"));
 	cr_assert(is(to, "role", "primary") && is(to, "state", "RUNNING"));
 	cr_assert(is(from, "role", "secondary") && is(from, "state", "RUNNING"));
