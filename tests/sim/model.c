@@ -1103,6 +1103,18 @@ static void retention_check(struct host *h, const struct repl_meta *old, const s
 	}
 }
 
+/* [SYNCFROM] An unfinished target wrote nothing alone: it is in no split brain with the primary that it follows, unless
+ * one stands recorded already, or it remembers a detached disk of it. */
+static void split_check(struct host *h, const struct repl_meta *old, const struct repl_meta *m)
+{
+	const struct repl_meta *p = peer_of(h)->seen;
+	const struct repl_meta *t = m->role == ROLE_SECONDARY ? m : p, *s = t == m ? p : m;
+	if (!m->split_brain || old->split_brain || p->split_brain || model_stale(h, 0) || model_stale(h, 1))
+		return;
+	if (t->role == ROLE_SECONDARY && t->inconsistent && s->role == ROLE_PRIMARY && !s->inconsistent)
+		world_fail(h->w, "host %u: a split brain, and one of the two copies is an unfinished target", h->id);
+}
+
 /* The record is on the disk and the switch is made in memory: what the next start finds if nothing else happens. */
 void model_publish(struct host *h, const struct repl_meta *m, const struct repl_save *s)
 {
@@ -1127,6 +1139,7 @@ void model_publish(struct host *h, const struct repl_meta *m, const struct repl_
 	if (failover)
 		failed_over(h, old, m);
 	room_check(h, old, m);
+	split_check(h, old, m);
 	retention_check(h, old, m);
 	least_kept(h, &m->settings, s->drop || s->drop_through);
 	bool is_committed = old->state == STATE_FAILOVER && m->state == STATE_DONE;
