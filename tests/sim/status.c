@@ -114,7 +114,9 @@ void status_check_loss(struct host *h)
 			lost += region != last;
 			last = region;
 			const struct told *told = &h->told[v][u];
-			if (told->v != a || told->ns < p->died_ns)
+			/* What it had applied and lost with its power was acknowledged, perhaps by a word that was on
+			 * its way then: nobody here has heard of it. */
+			if (told->v != a || told->ns < p->died_ns || p->life != h->peer_life)
 				continue;
 			if (s.rpo_known && s.rpo_ns < w->now - told->ns)
 				world_fail(w,
