@@ -105,7 +105,10 @@ json_t *verb_result(const struct call *c, json_t *o)
 int verb_prefixed(const struct call *c, const char *name, int err)
 {
 	if (err && c->e) {
-		char text[ERR_TEXT_MAX];
+		char text[ERR_TEXT_MAX], begins[160];
+		int n = snprintf(begins, sizeof(begins), "%s %s: ", c->verb, name);
+		if (strncmp(c->e->text, begins, (size_t)n) == 0) /* the store says it itself */
+			return err;
 		memcpy(text, c->e->text, sizeof(text));
 		(void)err_set(c->e, -err, "%s %s: %.400s", c->verb, name, text);
 	}

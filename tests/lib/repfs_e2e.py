@@ -254,6 +254,7 @@ def run(cmd, code=0, timeout=60.0, **kw):
 
 # ---- a host ----------------------------------------------------------------------------------------------------------
 
+TWICE = re.compile(r"^repctl: (\S+ \S+: )\1", re.M)
 CRASH = re.compile(r"AddressSanitizer|LeakSanitizer|ThreadSanitizer|runtime error:|(PRE|POST|INVARIANT|UNREACHABLE)\b.*fail"
                    r"|Assertion .* failed|stack smashing|double free|corrupted size|malloc\(\)|free\(\): ")
 
@@ -437,7 +438,9 @@ class Host:
         cmd = [program("repctl"), "--store", self.store] + (["--json"] if json else []) + args
         kw = {"input": input} if input is not None else {}
         r = Answer(args, run(cmd, code=None, timeout=timeout, text=text, **kw))
-        check(not CRASH.search(r.err if text else r.err.decode(errors="replace")), "repctl itself fails: %s" % r)
+        err = r.err if text else r.err.decode(errors="replace")
+        check(not CRASH.search(err), "repctl itself fails: %s" % r)
+        check(not TWICE.search(err), "what was asked stands twice in: %s" % r)
         codes = code if isinstance(code, tuple) else (code,)
         check(code is None or r.code in codes, "on host %s: exit code is not %s: %s" % (self.name, code, r), self.log_tail)
         return r.json if json and r.code == 0 else r
