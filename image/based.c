@@ -1,15 +1,27 @@
 /* A disk over a read-only base (image/based.h).
  *
- * A write goes over its blocks in runs of own ones and others. First the data of all runs: own ones in place, others
- * whole, their ends completed from the base. Then, if there were others, one sync of own.data (shared with whoever
- * else is at that point: the first to come syncs for all who wait) and their words and bits. A reader that looks at a
- * bit before it is set reads the base: the old content, as of a write in progress.
+ * A write goes over its blocks in runs of own ones and others: own ones in place, others whole, their ends completed
+ * from the base; then their words, then their bits. A reader that looks at a bit before it is set reads the base: the
+ * old content, as of a write in progress. No sync is waited for (B3): a kill leaves data and words in the system's
+ * cache, and what nobody flushed a power cut may take.
  *
- * What a write that was cut off left in own.data under no word means nothing: whoever makes the block own writes all of
- * it, or punches it.
+ * A power cut may take any of data and words, so in `power` the word of a block whose data no sync has covered yet is
+ * an *unsettled* one, which has a bit for each sector that may be zeroes. Before the first write to a block own.data
+ * has durable zeroes there: it is a hole, or what a write that was cut off left is punched and synced, and based_open
+ * syncs what an earlier process punched. So whatever the medium has of an unsettled block afterwards, each sector is
+ *   zeroes, bit clear: none of the writes to it got there. It is the base's.
+ *   zeroes, bit set: somebody wrote zeroes, or was about to: the bit comes before them (note_zeroes).
+ *   else what one of the writes put there.
+ * Each of these is what the sector held at the last flush, or was written since: a flush settles. settle() syncs
+ * own.data, puts OVERLAY_UNCHECKED for all that were unsettled when it began, and syncs own.map. The settled word
+ * reaches the medium after the data, whatever else is written meanwhile, and is the block's last one. After a kill
+ * nothing is lost and the rule above changes nothing, so based_open needn't know which of the two it was.
+ *
+ * Blocks that a discard makes own need no data, and have the settled word at once.
  *
  * Locks: own_lock shared by all that use `own`, exclusive while it is replaced by one for a larger size; under it the
- * sync's mutex, never held across I/O.
+ * sync's mutex, never held across I/O, and unsettled.lock, held across reads and writes of a few words: those of a
+ * block that is in a bitmap change under it only.
  */
 #include "image/based.h"
 
@@ -26,12 +38,19 @@
 #include "image/meta.h"
 #include "image/overlay.h"
 #include "image/volume_internal.h"
+#include "image/zero.h"
 
 #define BASE_KIND "BASE"
-#define BASE_VERSION 1
+#define BASE_VERSION 2 /* 1: the same, and there are no unsettled words */
 #define BASE_RECORD_MAX (SOURCE_FILES_MAX * (SOURCE_PATH_MAX + 64U) + SOURCE_PATH_MAX + 64U)
 /* Neighbours of one kind joined into one extent, at most. */
 #define JOINS_MAX 64U
+/* The word of an unsettled block: this, and bit i for its sector i. */
+#define UNSETTLED 0x100U
+#define SECTORS_ALL ((1U << (BLOCK_SIZE / SECTOR_SIZE)) - 1)
+/* A write that makes more blocks unsettled settles them: bounds what based_open has to look at. */
+#define UNSETTLED_MAX (UINT64_C(1) << 17)
+#define WORDS_MAX 256U
 
 struct record {
 	uint64_t size; /* of the base's disk */
@@ -55,7 +74,14 @@ struct based {
 		struct cond cond;
 		uint64_t asked, done;
 		bool running;
+		int failed; /* for ever */
 	} sync;
+	struct {
+		struct mutex lock;
+		struct bitmap fresh, settling; /* settling: while settle() runs, or has failed */
+		void *memory[2];
+		uint64_t count; /* atomic: of both */
+	} unsettled;
 };
 
 static const struct disk_ops based_ops;
@@ -144,8 +170,8 @@ static int record_decode(struct record *r, const uint8_t *buf, size_t len)
 	return 0;
 }
 
-/* Returns owned. */
-static int record_load(struct storage *s, const char *volume, struct record **ret, struct err *e)
+/* Returns owned. ret_version may be NULL. */
+static int record_load(struct storage *s, const char *volume, struct record **ret, uint32_t *ret_version, struct err *e)
 {
 	_cleanup_free_ struct record *r = malloc(sizeof(*r));
 	_cleanup_free_ void *payload = NULL;
@@ -160,14 +186,32 @@ static int record_load(struct storage *s, const char *volume, struct record **re
 	rc = meta_load(s, path, BASE_KIND, BASE_VERSION, &version, &payload, &len, e);
 	if (rc < 0)
 		return rc;
-	if (version != BASE_VERSION || record_decode(r, payload, len) < 0)
+	if (version == 0 || record_decode(r, payload, len) < 0)
 		return err_set(
 		    e, ERR_CORRUPT,
 		    "open volume %s: %s.a and .b check out, but hold no record of a base image; put them back "
 		    "from a backup",
 		    volume, path);
+	if (ret_version)
+		*ret_version = version;
 	*ret = TAKE_PTR(r);
 	return 0;
+}
+
+static int record_save(struct storage *s, const char *volume, const struct record *r, bool durable, struct err *e)
+{
+	_cleanup_free_ uint8_t *buf = malloc(BASE_RECORD_MAX);
+	char path[VOLUME_PATH_SIZE], folder[VOLUME_PATH_SIZE];
+	int n;
+
+	if (!buf)
+		return err_set(e, ERR_NOMEM, "save the base image of volume %s: %s", volume, err_short(ERR_NOMEM));
+	n = record_encode(r, buf);
+	if (n < 0)
+		return err_set(e, ERR_LIMIT, "create volume %s: the paths of its base image are too long", volume);
+	file_path(volume, "base", path);
+	file_path(volume, "", folder);
+	return meta_save(s, folder, path, BASE_KIND, BASE_VERSION, buf, (size_t)n, durable, e);
 }
 
 /* ---- the base ---- */
@@ -234,13 +278,12 @@ int based_create(struct storage *s, const char *volume, uint64_t size, const str
 		 struct err *e)
 {
 	_cleanup_free_ struct record *r = calloc(1, sizeof(*r));
-	_cleanup_free_ uint8_t *buf = malloc(BASE_RECORD_MAX);
-	char path[VOLUME_PATH_SIZE], folder[VOLUME_PATH_SIZE];
+	char path[VOLUME_PATH_SIZE];
 	struct overlay *own;
 	int rc, n;
 
 	PRE(size >= a->source->size && a->path[0] == '/');
-	if (!r || !buf)
+	if (!r)
 		return err_set(e, ERR_NOMEM, "create volume %s: %s", volume, err_short(ERR_NOMEM));
 	file_path(volume, "own", path);
 	rc = overlay_create(s, path, size, &own, e);
@@ -253,11 +296,9 @@ int based_create(struct storage *s, const char *volume, uint64_t size, const str
 	n = snprintf(r->files[0].path, sizeof(r->files[0].path), "%s", a->path);
 	if (n >= 0 && n < (int)sizeof(r->files[0].path))
 		n = snprintf(r->backing_dir, sizeof(r->backing_dir), "%s", a->backing_dir ? a->backing_dir : "");
-	if (n < 0 || n >= (int)sizeof(r->backing_dir) || (n = record_encode(r, buf)) < 0)
+	if (n < 0 || n >= (int)sizeof(r->backing_dir))
 		return err_set(e, ERR_LIMIT, "create volume %s: the paths of its base image are too long", volume);
-	file_path(volume, "base", path);
-	file_path(volume, "", folder);
-	return meta_save(s, folder, path, BASE_KIND, BASE_VERSION, buf, (size_t)n, durable, e);
+	return record_save(s, volume, r, durable, e);
 }
 
 static void based_close(struct disk *d)
@@ -270,13 +311,88 @@ static void based_close(struct disk *d)
 	check_zero(pthread_rwlock_destroy(&b->own_lock));
 	mutex_destroy(&b->sync.lock);
 	cond_destroy(&b->sync.cond);
+	mutex_destroy(&b->unsettled.lock);
+	free(b->unsettled.memory[0]);
+	free(b->unsettled.memory[1]);
 	free(b);
+}
+
+static int unsettled_room(struct based *b)
+{
+	uint64_t blocks = overlay_blocks_in(b->size);
+	struct bitmap *maps[] = {&b->unsettled.fresh, &b->unsettled.settling};
+	void *memory[2] = {calloc(1, bitmap_bytes(blocks)), calloc(1, bitmap_bytes(blocks))};
+
+	if (!memory[0] || !memory[1]) {
+		free(memory[0]);
+		free(memory[1]);
+		return -ERR_NOMEM;
+	}
+	for (unsigned i = 0; i < 2; i++) {
+		free(b->unsettled.memory[i]);
+		b->unsettled.memory[i] = memory[i];
+		bitmap_init(maps[i], blocks, memory[i]);
+	}
+	return 0;
+}
+
+static int base_read(const struct based *b, uint64_t off, uint8_t *buf, size_t len);
+static int settle(struct based *b);
+
+/* An unsettled block as it was found: the sectors that no write reached get the base's content. */
+static int complete_block(void *arg, uint64_t block, uint32_t word)
+{
+	struct based *b = arg;
+	uint8_t buf[BLOCK_SIZE], from[BLOCK_SIZE];
+	bool lost = false;
+	int rc = 0;
+
+	if (block >= overlay_blocks_in(b->size) || (word & ~SECTORS_ALL) != UNSETTLED)
+		return -ERR_CORRUPT;
+	if (word != (UNSETTLED | SECTORS_ALL))
+		rc = disk_read(overlay_data(b->own), block << BLOCK_SHIFT, buf, sizeof(buf));
+	for (uint32_t i = 0; rc == 0 && i < BLOCK_SIZE / SECTOR_SIZE; i++) {
+		size_t at = (size_t)i * SECTOR_SIZE;
+
+		if ((word >> i & 1) || !zero_is(buf + at, SECTOR_SIZE))
+			continue;
+		if (!lost)
+			rc = base_read(b, block << BLOCK_SHIFT, from, sizeof(from));
+		lost = true;
+		if (rc == 0)
+			memcpy(buf + at, from + at, SECTOR_SIZE);
+	}
+	if (rc == 0 && lost)
+		rc = disk_write(overlay_data(b->own), block << BLOCK_SHIFT, buf, sizeof(buf));
+	if (rc == 0 && bitmap_set(&b->unsettled.fresh, block))
+		b->unsettled.count++; /* nobody else is there yet */
+	return rc;
+}
+
+/* Cut off anywhere it is done again: until the settled words are there, what it writes is what it would write. */
+static int open_own(struct based *b, const char *volume, struct err *e)
+{
+	int rc = overlay_open(b->storage, b->path, b->size, &b->own, e);
+
+	/* A word that is there may never have reached the medium: its process was killed before a sync. Its block is
+	 * own from here on; whoever relies on that syncs both files, as for anything written. */
+	if (rc < 0)
+		return rc;
+	rc = overlay_each_marked(b->own, complete_block, b);
+	if (rc == 0 && b->unsettled.fresh.count)
+		rc = settle(b);
+	else if (rc == 0 && b->durable)
+		rc = overlay_sync_data(b->own);
+	return rc < 0 ? err_set(e, -rc, "open volume %s: its own blocks (%s.data and .map), over its base image: %s",
+				volume, b->path, err_short(rc))
+		      : 0;
 }
 
 static int open_parts(struct based *b, const char *volume, struct err *e)
 {
 	_cleanup_free_ struct record *r = NULL;
-	int rc = record_load(b->storage, volume, &r, e);
+	uint32_t version = 0;
+	int rc = record_load(b->storage, volume, &r, &version, e);
 
 	if (rc < 0)
 		return rc;
@@ -287,12 +403,13 @@ static int open_parts(struct based *b, const char *volume, struct err *e)
 		    ", which is more than it can have: the records of group and volume don't belong together",
 		    volume, b->size, r->size);
 	b->named = strdup(r->files[0].path);
-	if (!b->named)
+	if (!b->named || unsettled_room(b) < 0)
 		return err_set(e, ERR_NOMEM, "open volume %s: %s", volume, err_short(ERR_NOMEM));
 	rc = open_base(volume, r, &b->base, e);
-	/* A word that is there may never have reached the medium: its process was killed before a sync. Its block is
-	 * own from here on; whoever relies on that syncs both files, as for anything written. */
-	return rc < 0 ? rc : overlay_open(b->storage, b->path, b->size, &b->own, e);
+	/* Before there is an unsettled word: an older program would not know what that is. */
+	if (rc == 0 && version < BASE_VERSION)
+		rc = record_save(b->storage, volume, r, b->durable, e);
+	return rc < 0 ? rc : open_own(b, volume, e);
 }
 
 int based_open(struct storage *s, const char *volume, uint64_t size, bool durable, struct disk **ret, struct err *e)
@@ -310,6 +427,7 @@ int based_open(struct storage *s, const char *volume, uint64_t size, bool durabl
 	volume_rwlock_init(&b->own_lock);
 	mutex_init(&b->sync.lock);
 	cond_init(&b->sync.cond);
+	mutex_init(&b->unsettled.lock);
 	rc = open_parts(b, volume, e);
 	if (rc < 0) {
 		based_close(&b->disk);
@@ -352,7 +470,7 @@ void based_own(struct disk *d, struct bitmap *ret)
 int based_look(struct storage *s, const char *volume, char *path, const char **ret_format, struct err *e)
 {
 	_cleanup_free_ struct record *r = NULL;
-	int rc = record_load(s, volume, &r, e);
+	int rc = record_load(s, volume, &r, NULL, e);
 
 	if (rc < 0)
 		return rc;
@@ -469,15 +587,44 @@ static int based_extent(struct disk *d, uint64_t off, uint64_t end, struct exten
 
 /* ---- writing ---- */
 
-/* own.data durable: one sync serves all who asked before it began. */
-static int sync_data(struct based *b)
+/* All that is unsettled now, or was found so, is settled afterwards. One at a time. */
+static int settle(struct based *b)
+{
+	struct bitmap *settling = &b->unsettled.settling;
+	uint64_t first, end = 0;
+	int rc;
+
+	mutex_lock(&b->unsettled.lock);
+	INVARIANT(settling->count == 0);
+	bitmap_swap(&b->unsettled.fresh, settling);
+	mutex_unlock(&b->unsettled.lock);
+	rc = overlay_sync_data(b->own);
+	while (rc == 0 && settling->count && bitmap_next_run(settling, end, &first, &end)) {
+		uint32_t words[WORDS_MAX], n = (uint32_t)min_u64(end - first, WORDS_MAX);
+
+		for (uint32_t i = 0; i < n; i++)
+			words[i] = OVERLAY_UNCHECKED;
+		mutex_lock(&b->unsettled.lock);
+		rc = overlay_put_map(b->own, first, n, words);
+		if (rc == 0) {
+			bitmap_clear_range(settling, first, n);
+			(void)__atomic_sub_fetch(&b->unsettled.count, n, __ATOMIC_RELAXED);
+		}
+		mutex_unlock(&b->unsettled.lock);
+		end = first + n;
+	}
+	return rc < 0 ? rc : overlay_sync_map(b->own);
+}
+
+/* All that was written is durable: one sync serves all who asked before it began. */
+static int sync_all(struct based *b)
 {
 	uint64_t mine;
-	int rc = 0;
+	int rc;
 
 	mutex_lock(&b->sync.lock);
 	mine = ++b->sync.asked;
-	while (rc == 0 && b->sync.done < mine) {
+	while (b->sync.failed == 0 && b->sync.done < mine) {
 		uint64_t upto = b->sync.asked;
 
 		if (b->sync.running) {
@@ -486,16 +633,64 @@ static int sync_data(struct based *b)
 		}
 		b->sync.running = true;
 		mutex_unlock(&b->sync.lock);
-		/* After an error it fails for ever (image/storage.h): those who wait find out for themselves. */
-		rc = overlay_sync_data(b->own);
+		rc = settle(b);
 		mutex_lock(&b->sync.lock);
 		b->sync.running = false;
+		b->sync.failed = rc;
 		if (rc == 0)
 			b->sync.done = upto;
 		cond_broadcast(&b->sync.cond);
 	}
+	rc = b->sync.done < mine ? b->sync.failed : 0;
 	mutex_unlock(&b->sync.lock);
 	return rc;
+}
+
+static bool sync_failed(struct based *b)
+{
+	bool failed;
+
+	mutex_lock(&b->sync.lock);
+	failed = b->sync.failed != 0;
+	mutex_unlock(&b->sync.lock);
+	return failed;
+}
+
+static uint32_t zero_sectors(const uint8_t block[BLOCK_SIZE])
+{
+	uint32_t mask = 0;
+
+	for (uint32_t i = 0; i < BLOCK_SIZE / SECTOR_SIZE; i++)
+		mask |= zero_is(block + (size_t)i * SECTOR_SIZE, SECTOR_SIZE) ? 1U << i : 0;
+	return mask;
+}
+
+/* n blocks whose data is in own.data become own; settled: it is durable too, or they are a hole there. */
+static int make_own(struct based *b, uint64_t first, uint64_t n, const uint8_t *data, bool settled)
+{
+	while (n > 0) {
+		uint32_t words[WORDS_MAX], part = (uint32_t)min_u64(n, WORDS_MAX);
+		int rc;
+
+		for (uint32_t i = 0; i < part; i++)
+			words[i] =
+			    settled ? OVERLAY_UNCHECKED : UNSETTLED | zero_sectors(data + (size_t)i * BLOCK_SIZE);
+		rc = overlay_put_map(b->own, first, part, words);
+		if (rc < 0)
+			return rc;
+		if (!settled) {
+			/* After the words: a settle() that knows of them comes behind them. */
+			mutex_lock(&b->unsettled.lock);
+			bitmap_set_range(&b->unsettled.fresh, first, part);
+			(void)__atomic_add_fetch(&b->unsettled.count, part, __ATOMIC_RELAXED);
+			mutex_unlock(&b->unsettled.lock);
+		}
+		overlay_publish(b->own, first, part);
+		first += part;
+		n -= part;
+		data = data ? data + (size_t)part * BLOCK_SIZE : NULL;
+	}
+	return 0;
 }
 
 /* A change of [off, off + len): to buf, or to zeroes if it is NULL. */
@@ -518,52 +713,61 @@ static int put_block(struct based *b, const struct based_change *c, uint64_t blo
 		memcpy(whole + (lo - off), c->buf + (lo - c->off), (size_t)(hi - lo));
 	else
 		memset(whole + (lo - off), 0, (size_t)(hi - lo));
-	return disk_write(overlay_data(b->own), off, whole, sizeof(whole));
+	rc = disk_write(overlay_data(b->own), off, whole, sizeof(whole));
+	return rc < 0 ? rc : make_own(b, block, 1, whole, !b->durable);
 }
 
-/* [off, end) of own.data, which no word stands for, becomes a hole: a write that was cut off may have left something.
- * Mostly it is one already, and then there is nothing to sync. */
-static int clear_leftovers(struct based *b, uint64_t off, uint64_t end, bool *wrote)
+/* Whole blocks [off, end) of own.data, which no word stands for, are zeroes, in `power` durably: a write that was cut
+ * off may have left something. Mostly they are a hole, and there is nothing to do. */
+static int clear_leftovers(struct based *b, uint64_t off, uint64_t end)
 {
 	struct disk *data = overlay_data(b->own);
+	bool punched = false;
+	int rc = 0;
 
-	while (off < end) {
+	while (rc == 0 && off < end) {
+		uint8_t buf[BLOCK_SIZE];
 		struct extent x;
-		int rc = disk_extent(data, off, end, &x);
 
-		*wrote = *wrote || (rc == 0 && x.data);
-		if (rc == 0 && x.data)
-			rc = disk_zero(data, x.off, x.len, true);
-		if (rc < 0)
-			return rc;
-		off = x.off + x.len;
+		rc = disk_extent(data, off, end, &x);
+		if (rc == 0 && x.data) {
+			x.len = min_u64(x.len, round_down_u64(x.off, BLOCK_SIZE) + BLOCK_SIZE - x.off);
+			rc = disk_read(data, x.off, buf, (size_t)x.len);
+			if (rc == 0 && !zero_is(buf, (size_t)x.len)) {
+				rc = disk_zero(data, x.off, x.len, true);
+				punched = true;
+			}
+		}
+		off = rc < 0 ? end : x.off + x.len;
 	}
-	return 0;
+	return rc == 0 && punched && b->durable ? sync_all(b) : rc;
 }
 
-/* The data of [at, stop), in blocks that are not own. *wrote is set if own.data changed. */
-static int put_new(struct based *b, const struct based_change *c, uint64_t at, uint64_t stop, bool *wrote)
+/* [at, stop) in blocks that are not own, which they become. */
+static int put_new(struct based *b, const struct based_change *c, uint64_t at, uint64_t stop)
 {
 	uint64_t first = at >> BLOCK_SHIFT, last = (stop - 1) >> BLOCK_SHIFT;
 	bool whole_end = (stop & (BLOCK_SIZE - 1)) == 0;
 	int rc = 0;
 
-	if ((at & (BLOCK_SIZE - 1)) || (first == last && !whole_end)) {
+	/* In `process` data goes over what was left. */
+	if (b->durable || !c->buf)
+		rc = clear_leftovers(b, first << BLOCK_SHIFT, (last + 1) << BLOCK_SHIFT);
+	if (rc == 0 && ((at & (BLOCK_SIZE - 1)) || (first == last && !whole_end))) {
 		rc = put_block(b, c, first);
-		*wrote = true;
 		at = (first + 1) << BLOCK_SHIFT;
 	}
 	if (rc == 0 && at < stop && !whole_end) {
 		rc = put_block(b, c, last);
-		*wrote = true;
 		stop = last << BLOCK_SHIFT;
 	}
 	if (rc < 0 || at >= stop)
 		return rc;
 	if (!c->buf)
-		return clear_leftovers(b, at, stop, wrote);
-	*wrote = true;
-	return disk_write(overlay_data(b->own), at, c->buf + (at - c->off), (size_t)(stop - at));
+		return make_own(b, at >> BLOCK_SHIFT, (stop - at) >> BLOCK_SHIFT, NULL, true);
+	rc = disk_write(overlay_data(b->own), at, c->buf + (at - c->off), (size_t)(stop - at));
+	return rc < 0 ? rc
+		      : make_own(b, at >> BLOCK_SHIFT, (stop - at) >> BLOCK_SHIFT, c->buf + (at - c->off), !b->durable);
 }
 
 /* Whether the base reads as zeroes all over [off, end) by its extents. */
@@ -593,38 +797,77 @@ static int needs_nothing(const struct based *b, const struct based_change *c, ui
 	return c->buf ? 0 : base_is_hole(b, at, stop, ret);
 }
 
+static bool is_unsettled(struct based *b, uint64_t first, uint64_t n)
+{
+	return bitmap_any(&b->unsettled.fresh, first, n) || bitmap_any(&b->unsettled.settling, first, n);
+}
+
+/* Of an own block: the change puts zeroes into these sectors of it. */
+static int note_block(struct based *b, uint64_t block, uint32_t zeroes)
+{
+	uint32_t word;
+	int rc = 0;
+
+	mutex_lock(&b->unsettled.lock);
+	if (is_unsettled(b, block, 1)) {
+		rc = overlay_get_word(b->own, block, &word);
+		if (rc == 0 && (word | zeroes) != word) {
+			word |= zeroes;
+			rc = overlay_put_map(b->own, block, 1, &word);
+		}
+	}
+	mutex_unlock(&b->unsettled.lock);
+	return rc;
+}
+
+/* Before [at, stop), which is own, changes: unsettled blocks get the bits of the sectors that are zeroes then. */
+static int note_zeroes(struct based *b, const struct based_change *c, uint64_t at, uint64_t stop)
+{
+	uint64_t first = at >> BLOCK_SHIFT, end = units_of(stop, BLOCK_SHIFT);
+	bool any;
+	int rc = 0;
+
+	if (__atomic_load_n(&b->unsettled.count, __ATOMIC_RELAXED) == 0)
+		return 0;
+	mutex_lock(&b->unsettled.lock);
+	any = is_unsettled(b, first, end - first);
+	mutex_unlock(&b->unsettled.lock);
+	for (uint64_t block = first; any && rc == 0 && block < end; block++) {
+		uint64_t off = block << BLOCK_SHIFT, lo = max_u64(off, at), hi = min_u64(off + BLOCK_SIZE, stop);
+		uint8_t whole[BLOCK_SIZE];
+		uint32_t zeroes;
+
+		if (hi - lo < BLOCK_SIZE)
+			rc = disk_read(overlay_data(b->own), off, whole, sizeof(whole));
+		if (rc < 0)
+			break;
+		if (c->buf)
+			memcpy(whole + (lo - off), c->buf + (lo - c->off), (size_t)(hi - lo));
+		else
+			memset(whole + (lo - off), 0, (size_t)(hi - lo));
+		zeroes = zero_sectors(whole);
+		if (zeroes)
+			rc = note_block(b, block, zeroes);
+	}
+	return rc;
+}
+
 static int change_own(struct based *b, const struct based_change *c, uint64_t at, uint64_t stop)
 {
 	struct disk *data = overlay_data(b->own);
+	int rc = note_zeroes(b, c, at, stop);
 
+	if (rc < 0)
+		return rc;
 	return c->buf ? disk_write(data, at, c->buf + (at - c->off), (size_t)(stop - at))
 		      : disk_zero(data, at, stop - at, c->punch);
 }
 
-static int publish(struct based *b, uint64_t at, uint64_t stop)
-{
-	uint64_t first = at >> BLOCK_SHIFT, end = units_of(stop, BLOCK_SHIFT);
-
-	while (first < end) {
-		uint32_t words[256], n = (uint32_t)min_u64(end - first, ARRAY_LEN(words));
-		int rc;
-
-		for (uint32_t i = 0; i < n; i++)
-			words[i] = OVERLAY_UNCHECKED;
-		rc = overlay_put_map(b->own, first, n, words);
-		if (rc < 0)
-			return rc;
-		overlay_publish(b->own, first, n);
-		first += n;
-	}
-	return 0;
-}
-
-/* Nobody else makes a block of this range own meanwhile: the runs are the same in both rounds. */
+/* Nobody else makes a block of this range own meanwhile, or writes to it. */
 static int change_locked(struct based *b, const struct based_change *c)
 {
 	uint64_t at, stop, end = c->off + c->len;
-	bool any = false, nothing = false, wrote = false;
+	bool nothing = false;
 	int rc = 0;
 
 	for (at = c->off; rc == 0 && at < end; at = stop) {
@@ -634,19 +877,10 @@ static int change_locked(struct based *b, const struct based_change *c)
 		}
 		rc = needs_nothing(b, c, at, stop, &nothing);
 		if (rc == 0 && !nothing)
-			rc = put_new(b, c, at, stop, &wrote);
-		any = any || !nothing;
+			rc = put_new(b, c, at, stop);
 	}
-	if (rc < 0 || !any)
-		return rc;
-	rc = b->durable && wrote ? sync_data(b) : 0;
-	for (at = c->off; rc == 0 && at < end; at = stop) {
-		if (run_at(b, at, end, &stop))
-			continue;
-		rc = needs_nothing(b, c, at, stop, &nothing);
-		if (rc == 0 && !nothing)
-			rc = publish(b, at, stop);
-	}
+	if (rc == 0 && __atomic_load_n(&b->unsettled.count, __ATOMIC_RELAXED) > UNSETTLED_MAX && !sync_failed(b))
+		rc = sync_all(b);
 	return rc;
 }
 
@@ -680,9 +914,7 @@ static int based_sync(struct disk *d)
 	int rc;
 
 	own_shared(b);
-	rc = overlay_sync_data(b->own);
-	if (rc == 0)
-		rc = overlay_sync_map(b->own);
+	rc = sync_all(b);
 	own_unlock(b);
 	return rc;
 }
@@ -692,23 +924,33 @@ static int based_set_size(struct disk *d, uint64_t size)
 {
 	struct based *b = based_of(d);
 	struct overlay *o;
+	uint64_t was = 0;
 	int rc;
 
 	if (size < b->base->size)
 		return -ERR_RANGE;
 	check_zero(pthread_rwlock_wrlock(&b->own_lock));
 	/* Unasked for, a failed write-back would go with the open file (I10). */
-	rc = overlay_sync_data(b->own);
-	if (rc == 0)
-		rc = overlay_sync_map(b->own);
+	rc = sync_all(b);
 	if (rc == 0)
 		rc = overlay_open(b->storage, b->path, size, &o, NULL);
 	if (rc == 0) {
-		if (size >= b->size)
+		was = b->size;
+		b->size = size;
+		rc = unsettled_room(b); /* there is nothing in it now */
+		if (rc < 0) {
+			overlay_close(o);
+			b->size = was;
+		}
+	}
+	if (rc == 0) {
+		if (size >= was)
 			overlay_take_over(o, b->own);
 		overlay_close(b->own);
 		b->own = o;
-		b->size = size;
+		/* What a put that failed may have left a word of has become own. */
+		if (size < was)
+			rc = overlay_each_marked(b->own, complete_block, b);
 	}
 	own_unlock(b);
 	return rc;

@@ -32,6 +32,7 @@ struct overlay {
 	bool unsure; /* a put of words failed: blocks that are not held may have one all the same */
 	struct held held;
 	bool cached;
+	bool marked; /* a word above WORD_UNCHECKED was there when it was opened */
 };
 
 static const uint8_t zero_block[BLOCK_SIZE];
@@ -172,6 +173,8 @@ static int load_words(struct overlay *o, void *arg, uint64_t block, const uint8_
 	uint32_t i = 0, first;
 
 	(void)arg;
+	for (uint32_t k = 0; k < n && !o->marked; k++)
+		o->marked = get_u32(words + (size_t)k * WORD_SIZE) > WORD_UNCHECKED;
 	while (i < n) {
 		if (get_u32(words + (size_t)i * WORD_SIZE) == WORD_ABSENT) {
 			i++;
@@ -449,6 +452,43 @@ void overlay_publish(struct overlay *o, uint64_t block, uint32_t n)
 struct disk *overlay_data(struct overlay *o)
 {
 	return o->data;
+}
+
+int overlay_get_word(struct overlay *o, uint64_t block, uint32_t *ret)
+{
+	uint8_t stored[WORD_SIZE];
+	int rc;
+
+	PRE(overlay_has(o, block));
+	rc = disk_read(o->map, block * WORD_SIZE, stored, WORD_SIZE);
+	if (rc == 0)
+		*ret = get_u32(stored);
+	return rc;
+}
+
+struct each_marked {
+	int (*fn)(void *arg, uint64_t block, uint32_t word);
+	void *arg;
+};
+
+static int each_marked_of(struct overlay *o, void *arg, uint64_t block, const uint8_t *words, uint32_t n)
+{
+	const struct each_marked *each = arg;
+	int rc = 0;
+
+	(void)o;
+	for (uint32_t i = 0; rc == 0 && i < n; i++) {
+		uint32_t word = get_u32(words + (size_t)i * WORD_SIZE);
+
+		if (word > WORD_UNCHECKED)
+			rc = each->fn(each->arg, block + i, word);
+	}
+	return rc;
+}
+
+int overlay_each_marked(struct overlay *o, int (*fn)(void *arg, uint64_t block, uint32_t word), void *arg)
+{
+	return o->marked ? map_walk(o, each_marked_of, &(struct each_marked){fn, arg}) : 0;
 }
 
 void overlay_forget(struct overlay *o)

@@ -75,6 +75,10 @@ void overlay_publish(struct overlay *o, uint64_t block, uint32_t n);
  * and the word that such blocks have in the map. */
 #define OVERLAY_UNCHECKED 1U
 struct disk *overlay_data(struct overlay *o);
+/* Such a disk has words of its own too (above OVERLAY_UNCHECKED, in place of checksums). The word of a block that is
+ * there; fn for each block that had one of them when the files were opened, first to last, an error of it ends that. */
+int overlay_get_word(struct overlay *o, uint64_t block, uint32_t *ret);
+int overlay_each_marked(struct overlay *o, int (*fn)(void *arg, uint64_t block, uint32_t word), void *arg);
 void overlay_forget(struct overlay *o); /* its files' pages, as disk_forget */
 int overlay_sync_data(struct overlay *o);
 int overlay_sync_map(struct overlay *o);

@@ -64,6 +64,7 @@ struct crashstore {
 	unsigned sync_fails_in;	 /* one sync in so many fails; 0: none */
 	bool failed_sync_writes; /* such a one writes all out nevertheless */
 	bool tear_bytes;	 /* a write tears at any byte, else at sectors */
+	bool whole_sectors;	 /* what reaches the disk of a write is the sectors as they were then, whole */
 	bool stopped;
 	unsigned writes, syncs;
 };
@@ -140,7 +141,14 @@ static inline int cs_write(struct disk *d, uint64_t off, const void *buf, size_t
 		len = (size_t)(stop - off);
 	}
 	cs_image_write(cd->inode->cache, off, buf, len);
-	cs_queue(cd->inode, off, buf, len);
+	if (cd->cs->whole_sectors && len > 0) {
+		uint64_t first = round_down_u64(off, SECTOR_SIZE);
+		uint64_t end = min_u64(round_up_u64(off + len, SECTOR_SIZE), cd->inode->cache->size);
+
+		cs_queue(cd->inode, first, cd->inode->cache->bytes + first, end - first);
+	} else {
+		cs_queue(cd->inode, off, buf, len);
+	}
 	return cd->cs->stopped ? -ERR_IO : 0;
 }
 

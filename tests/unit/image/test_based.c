@@ -7,6 +7,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "core/bytes.h"
+#include "core/os/cleanup.h"
 #include "image/based.h"
 #include "image/meta.h"
 #include "tests/unit/image/crashstore.h"
@@ -15,7 +17,7 @@
 #define BASE_SIZE (40U * BLOCK_SIZE + 1536)
 #define SIZE (50U * BLOCK_SIZE + 512)
 #define SECTORS (SIZE / SECTOR_SIZE)
-#define VERSIONS 64
+#define VERSIONS 256
 
 static struct tmpdir dir;
 static struct err e;
@@ -87,12 +89,14 @@ static void flushed(struct crash *c)
 	remember(c, 0, SIZE);
 }
 
-/* Sector-aligned, as a guest's requests are; some end inside blocks, some cover many. */
+/* Sector-aligned, as a guest's requests are, or not; some end inside blocks, some cover many. Where zeroes are data
+ * (kinds 3, 4) a sector that a power cut took looks like one that was written. */
 static int step(struct crash *c)
 {
 	static uint8_t data[SIZE];
 	uint64_t off = cs_random(&c->cs, SECTORS) * SECTOR_SIZE, len;
 	int kind = (int)cs_random(&c->cs, 8), rc;
+	bool zeroes = false;
 
 	if (kind == 0) {
 		rc = disk_sync(c->d);
@@ -101,9 +105,16 @@ static int step(struct crash *c)
 		return rc;
 	}
 	len = (1 + cs_random(&c->cs, kind == 1 ? 100 : 20)) * SECTOR_SIZE;
+	if (c->cs.whole_sectors && cs_random(&c->cs, 2)) {
+		off += cs_random(&c->cs, SECTOR_SIZE);
+		len -= cs_random(&c->cs, SECTOR_SIZE);
+	}
 	len = min_u64(len, SIZE - off);
-	for (uint64_t i = 0; i < len; i++)
-		data[i] = kind <= 2 ? 0 : (uint8_t)cs_random(&c->cs, 256);
+	for (uint64_t i = 0; i < len; i++) {
+		if (i == 0 || (off + i) % SECTOR_SIZE == 0)
+			zeroes = kind <= 2 || (kind <= 4 && cs_random(&c->cs, 2));
+		data[i] = zeroes ? 0 : (uint8_t)cs_random(&c->cs, 256);
+	}
 	memcpy(c->now + off, data, len);
 	/* Done or not: these bytes may be there now. */
 	remember(c, off, len);
@@ -128,22 +139,28 @@ static void verify(struct crash *c, bool exact, uint64_t ops)
 			  c->seed, ops, s);
 	}
 	memcpy(c->now, got, SIZE);
-	flushed(c);
 }
 
-static void run(bool power, uint64_t seed)
+enum ends {
+	KILLS = 1,
+	CUTS = 2,
+};
+
+static void run(bool power, unsigned ends, bool unaligned, uint64_t seed)
 {
 	struct crash *c = calloc(1, sizeof(*c));
 
 	cr_assert_not_null(c);
 	c->seed = seed;
 	cs_init(&c->cs, seed);
+	c->cs.whole_sectors = unaligned;
 	make(&c->cs.storage, power);
 	c->d = open_it(&c->cs.storage, power);
 	memcpy(c->now, base_bytes, BASE_SIZE);
 	flushed(c);
 	for (unsigned round = 0; round < 6; round++) {
 		uint64_t ops = cs_random(&c->cs, 100);
+		bool cut = ends == CUTS || (ends == (KILLS | CUTS) && cs_random(&c->cs, 2));
 		int rc = 0;
 
 		c->cs.ops_left = (long)ops;
@@ -152,12 +169,27 @@ static void run(bool power, uint64_t seed)
 		cr_assert(rc == 0 || c->cs.stopped, "seed %" PRIu64 ": error %d without a reason", seed, rc);
 		c->cs.stopped = true;
 		disk_close(c->d);
-		if (power)
+		if (cut)
+			cs_power_cut(&c->cs);
+		else
+			cs_killed(&c->cs);
+		/* Opening it can be cut off too. */
+		c->cs.ops_left = (long)cs_random(&c->cs, 8);
+		if (based_open(&c->cs.storage, "vol", SIZE, power, &c->d, &e) == 0) {
+			c->cs.stopped = true;
+			disk_close(c->d);
+		}
+		if (cut)
 			cs_power_cut(&c->cs);
 		else
 			cs_killed(&c->cs);
 		c->d = open_it(&c->cs.storage, power);
-		verify(c, !power, ops);
+		verify(c, !cut, ops);
+		/* What a power cut left is on the medium. */
+		if (cut)
+			flushed(c);
+		else
+			remember(c, 0, SIZE);
 	}
 	disk_close(c->d);
 	cs_free(&c->cs);
@@ -167,13 +199,143 @@ static void run(bool power, uint64_t seed)
 Test(based, power_cuts_at_any_operation)
 {
 	for (uint64_t seed = 1; seed <= 150; seed++)
-		run(true, seed);
+		run(true, CUTS, seed % 3 == 0, seed);
 }
 
 Test(based, kills_at_any_operation)
 {
-	for (uint64_t seed = 1; seed <= 100; seed++)
-		run(false, seed);
+	for (uint64_t seed = 1; seed <= 100; seed++) {
+		run(false, KILLS, seed % 3 == 0, seed);
+		run(true, KILLS, seed % 3 == 0, seed);
+	}
+}
+
+Test(based, power_cuts_after_kills)
+{
+	for (uint64_t seed = 1; seed <= 150; seed++)
+		run(true, KILLS | CUTS, seed % 3 == 0, seed);
+}
+
+/* ---- the words of blocks that no sync has covered ---- */
+
+static uint32_t word_of(struct storage *s, uint64_t block)
+{
+	uint8_t word[4];
+	struct disk *d;
+
+	cr_assert_eq(storage_open(s, "volumes/vol/own.map", STORAGE_RDONLY, &d), 0);
+	cr_assert_eq(disk_read(d, block * 4, word, 4), 0);
+	disk_close(d);
+	return get_u32(word);
+}
+
+static void sync_file(struct crashstore *cs, const char *path)
+{
+	struct disk *d;
+
+	cr_assert_eq(storage_open(&cs->storage, path, 0, &d), 0);
+	cr_assert_eq(disk_sync(d), 0);
+	disk_close(d);
+}
+
+/* At the end the medium has all of the map and nothing of what own.data got since the flush. */
+Test(based, a_first_write_waits_for_no_sync_and_a_flush_settles_it)
+{
+	struct crashstore *cs = calloc(1, sizeof(*cs));
+	uint8_t buf[BLOCK_SIZE], got[BLOCK_SIZE];
+	struct disk *d;
+	unsigned syncs;
+
+	cr_assert_not_null(cs);
+	cs_init(cs, 1);
+	make(&cs->storage, true);
+	d = open_it(&cs->storage, true);
+	syncs = cs->syncs;
+	memset(buf, 0x5a, sizeof(buf));
+	memset(buf + 1024, 0, 512);
+	cr_assert_eq(disk_write(d, 3 * BLOCK_SIZE, buf, BLOCK_SIZE), 0);
+	cr_assert_eq(word_of(&cs->storage, 3), 0x104);
+	cr_assert_eq(disk_write(d, 4 * BLOCK_SIZE + 512, buf, 512), 0);
+	cr_assert_eq(word_of(&cs->storage, 4), 0x100);
+	/* Its last byte that is not zero goes: the sector's bit comes. */
+	memset(buf, 0, sizeof(buf));
+	cr_assert_eq(disk_write(d, 4 * BLOCK_SIZE + 512, buf, 511), 0);
+	cr_assert_eq(word_of(&cs->storage, 4), 0x100);
+	cr_assert_eq(disk_write(d, 4 * BLOCK_SIZE + 1023, buf, 1), 0);
+	cr_assert_eq(word_of(&cs->storage, 4), 0x102);
+	cr_assert_eq(disk_zero(d, 4 * BLOCK_SIZE + 3584, 512, true), 0);
+	cr_assert_eq(word_of(&cs->storage, 4), 0x182);
+	/* A discarded block is settled from the start. */
+	cr_assert_eq(disk_zero(d, 5 * BLOCK_SIZE, BLOCK_SIZE, true), 0);
+	cr_assert_eq(word_of(&cs->storage, 5), 1);
+	cr_assert_eq(cs->syncs, syncs, "a write waited for a sync");
+	cr_assert_eq(disk_sync(d), 0);
+	cr_assert_eq(cs->syncs, syncs + 2);
+	cr_assert_eq(word_of(&cs->storage, 3), 1);
+	cr_assert_eq(word_of(&cs->storage, 4), 1);
+	cr_assert_eq(disk_write(d, 3 * BLOCK_SIZE, buf, BLOCK_SIZE), 0);
+	cr_assert_eq(word_of(&cs->storage, 3), 1);
+	memset(buf, 0x77, sizeof(buf));
+	cr_assert_eq(disk_write(d, 7 * BLOCK_SIZE, buf, BLOCK_SIZE), 0);
+	disk_close(d);
+	/* The map got out and the data did not. */
+	sync_file(cs, "volumes/vol/own.map");
+	cr_assert_eq(storage_open(&cs->storage, "volumes/vol/own.data", 0, &d), 0);
+	cs_forget_ops(cs_disk(d)->inode);
+	disk_close(d);
+	cs_power_cut(cs);
+	cr_assert_eq(word_of(&cs->storage, 7), 0x100);
+	d = open_it(&cs->storage, true);
+	cr_assert_eq(word_of(&cs->storage, 7), 1);
+	memset(got, 0xa7, sizeof(got));
+	cr_assert_eq(disk_read(d, 7 * BLOCK_SIZE, got, BLOCK_SIZE), 0);
+	cr_assert_arr_eq(got, base_bytes + 7 * BLOCK_SIZE, BLOCK_SIZE);
+	cr_assert_eq(disk_read(d, 3 * BLOCK_SIZE, got, BLOCK_SIZE), 0);
+	memset(buf, 0x5a, sizeof(buf));
+	memset(buf + 1024, 0, 512);
+	cr_assert_arr_eq(got, buf, BLOCK_SIZE);
+	disk_close(d);
+	cs_free(cs);
+	free(cs);
+}
+
+/* What was left of a write is punched, and the process killed before that is durable: the next one must not take the
+ * hole for one of the medium. */
+Test(based, a_leftover_whose_punch_was_cut_off)
+{
+	struct crashstore *cs = calloc(1, sizeof(*cs));
+	uint8_t buf[BLOCK_SIZE], got[BLOCK_SIZE];
+	struct disk *d;
+
+	cr_assert_not_null(cs);
+	cs_init(cs, 2); /* the word is cut off before its first byte */
+	make(&cs->storage, true);
+	for (unsigned i = 0; i < 2; i++) {
+		d = open_it(&cs->storage, true);
+		memset(buf, 0x31 + (int)i, sizeof(buf));
+		/* Killed between data and word; then between the punch and its sync. */
+		cs->ops_left = 1;
+		cr_assert_lt(disk_write(d, 7 * BLOCK_SIZE, buf, BLOCK_SIZE), 0);
+		disk_close(d);
+		cs_killed(cs);
+		cr_assert_eq(word_of(&cs->storage, 7), 0);
+		if (i == 0)
+			sync_file(cs, "volumes/vol/own.data");
+	}
+	d = open_it(&cs->storage, true);
+	cr_assert_eq(disk_write(d, 7 * BLOCK_SIZE, buf, BLOCK_SIZE), 0);
+	disk_close(d);
+	sync_file(cs, "volumes/vol/own.map");
+	cr_assert_eq(storage_open(&cs->storage, "volumes/vol/own.data", 0, &d), 0);
+	cs_forget_ops(cs_disk(d)->inode);
+	disk_close(d);
+	cs_power_cut(cs);
+	d = open_it(&cs->storage, true);
+	cr_assert_eq(disk_read(d, 7 * BLOCK_SIZE, got, BLOCK_SIZE), 0);
+	cr_assert_arr_eq(got, base_bytes + 7 * BLOCK_SIZE, BLOCK_SIZE);
+	disk_close(d);
+	cs_free(cs);
+	free(cs);
 }
 
 /* ---- what is copied, and what is not ---- */
@@ -284,12 +446,33 @@ Test(based, records_that_do_not_check_out)
 	cr_assert_str_eq(format, "raw");
 	for (size_t len = 0; len <= sizeof(payload); len += 10) {
 		memset(payload, (int)len, sizeof(payload));
-		cr_assert_eq(meta_save(s, "volumes/vol", "volumes/vol/base", "BASE", 1, payload, len, true, &e), 0,
+		cr_assert_eq(meta_save(s, "volumes/vol", "volumes/vol/base", "BASE", 2, payload, len, true, &e), 0,
 			     "%s", e.text);
 		refused(s, ERR_CORRUPT, "hold no record of a base image");
 	}
-	cr_assert_eq(meta_save(s, "volumes/vol", "volumes/vol/base", "BASE", 2, payload, 1, true, &e), 0);
+	cr_assert_eq(meta_save(s, "volumes/vol", "volumes/vol/base", "BASE", 3, payload, 1, true, &e), 0);
 	cr_assert_eq(based_open(s, "vol", SIZE, true, &d, &e), -ERR_VERSION);
+	storage_close(s);
+}
+
+/* Of before there were unsettled words: an older program must not open it any more. */
+Test(based, a_record_of_version_1_becomes_one_of_2)
+{
+	struct storage *s = folder();
+	_cleanup_free_ void *payload = NULL;
+	uint32_t version = 0;
+	size_t len;
+
+	make(s, true);
+	cr_assert_eq(meta_load(s, "volumes/vol/base", "BASE", 2, &version, &payload, &len, &e), 0);
+	cr_assert_eq(unlink(tmpdir_at(&dir, "volumes/vol/base.a")), 0);
+	cr_assert_eq(unlink(tmpdir_at(&dir, "volumes/vol/base.b")), 0);
+	cr_assert_eq(meta_save(s, "volumes/vol", "volumes/vol/base", "BASE", 1, payload, len, true, &e), 0);
+	disk_close(open_it(s, true));
+	free(TAKE_PTR(payload));
+	cr_assert_eq(meta_load(s, "volumes/vol/base", "BASE", 2, &version, &payload, &len, &e), 0);
+	cr_assert_eq(version, 2);
+	disk_close(open_it(s, true));
 	storage_close(s);
 }
 
