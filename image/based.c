@@ -811,7 +811,8 @@ static int note_block(struct based *b, uint64_t block, uint32_t zeroes)
 	mutex_lock(&b->unsettled.lock);
 	if (is_unsettled(b, block, 1)) {
 		rc = overlay_get_word(b->own, block, &word);
-		if (rc == 0 && (word | zeroes) != word) {
+		/* It is settled all the same if a settle() failed right behind its word. */
+		if (rc == 0 && word != OVERLAY_UNCHECKED && (word | zeroes) != word) {
 			word |= zeroes;
 			rc = overlay_put_map(b->own, block, 1, &word);
 		}
