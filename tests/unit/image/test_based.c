@@ -517,6 +517,9 @@ static void *write_some(void *arg)
 			memset(half, (int)(b * 2 + i + 1), sizeof(half));
 			w->rc = disk_write(w->d, b * BLOCK_SIZE + i * sizeof(half), half, sizeof(half));
 		}
+		/* Others are in the middle of their first writes. */
+		if (w->rc == 0 && w->me == 0)
+			w->rc = disk_sync(w->d);
 		if (w->rc == 0)
 			w->rc = disk_read(w->d, b * BLOCK_SIZE, got, sizeof(got));
 		for (size_t i = 0; i < sizeof(got) && w->rc == 0; i++)
