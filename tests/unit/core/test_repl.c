@@ -6466,6 +6466,7 @@ Test(repl, a_resize_whose_connection_is_lost_says_so)
 	forget(h);
 	link_down(h);
 	EXPECT(h, "cmd=ERR_PEER");
+	host_free(h);
 	h = warm_primary(PROTOCOL_A);
 	resize(h, SIZE + 512);
 	link_down(h);
