@@ -107,7 +107,7 @@ static bool hold_refused_now(struct repl *r, struct repl_command *c)
 		    "no checkpoint of its disk can be taken for a job: this host is %s in %s; name one of "
 		    "`checkpoints`",
 		    role_name(m->role), state_name(m->state));
-	else if (r->stale || repl_meta_flagged(m, VOLUME_STALE))
+	else if (detach_any(r) || repl_meta_flagged(m, VOLUME_STALE))
 		repl_command_done(r, c, -ERR_STATE,
 				  "a local disk is detached: only the peer holds its content; `resync` it first");
 	else
@@ -157,7 +157,7 @@ void hold_release(struct repl *r, struct repl_command *c)
 
 bool hold_prepare(struct repl *r, struct tx *t, struct repl_meta *m)
 {
-	if (repl_serving(m, false) != SERVING_DISK || r->stale || repl_meta_flagged(m, VOLUME_STALE))
+	if (repl_serving(m, false) != SERVING_DISK || detach_any(r) || repl_meta_flagged(m, VOLUME_STALE))
 		return false;
 	t->command = r->hold_waits;
 	r->hold_waits = NULL;
@@ -175,7 +175,7 @@ void hold_tx_done(struct repl *r, struct tx *t, int error)
 		c = r->hold_waits;
 		r->hold_waits = NULL;
 	}
-	if (!error && r->stale) /* what was written since went to the peer only */
+	if (!error && detach_any(r)) /* what was written since went to the peer only */
 		error = -ERR_STATE;
 	for (; c; c = next) {
 		next = c->next;

@@ -5202,6 +5202,18 @@ static struct host *detached_primary(void)
 	return h;
 }
 
+/* What the disk that has failed holds may go with the system's cache. */
+Test(repl, a_job_holds_nothing_of_a_disk_whose_detach_is_on_its_way)
+{
+	struct host *h = warm_primary(PROTOCOL_F);
+	guest(h, 'a', REPL_WRITE, 65536, 4096);
+	fin_full(h, "a", -ERR_IO, false, 0, false);
+	EXPECT(h, "do:a/disk send:DETACH#4");
+	hold(h, CMD_HOLD, 0, "job 7");
+	EXPECT(h, "cmd=ERR_STATE");
+	host_free(h);
+}
+
 Test(repl, nothing_is_answered_before_the_peer_has_the_detach)
 {
 	struct host *h = warm_primary(PROTOCOL_F);
