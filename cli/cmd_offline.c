@@ -6,6 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "core/bytes.h"
 #include "core/check.h"
 #include "core/os/cleanup.h"
 #include "core/os/clock.h"
@@ -257,7 +258,7 @@ int offline_show(struct cli *c, struct store *st, const char *name, json_t **ret
 	struct err e = {0};
 	_cleanup_free_ struct repl_meta *m = NULL;
 	uint32_t i = 0;
-	char path[CLI_PATH_MAX + STORAGE_PATH_MAX], uuid[40];
+	char path[CLI_PATH_MAX + STORAGE_PATH_MAX], uuid[UUID_TEXT_SIZE];
 	int rc = store_find_volume(st, name, &m, &i, &e);
 	if (rc < 0) {
 		store_close(st);
@@ -268,9 +269,7 @@ int offline_show(struct cli *c, struct store *st, const char *name, json_t **ret
 	bool based = based_look(store_storage(st), name, base, &format, NULL) == 0;
 	json_t *doc = json_object(), *facts = volume_json(st, m, i), *ckpts = json_array(), *clones = json_array();
 	store_close(st);
-	const uint8_t *u = m->volumes[i].uuid;
-	(void)snprintf(uuid, sizeof(uuid), "%02x%02x%02x%02x-%02x%02x-%02x%02x-%02x%02x-%02x%02x%02x%02x%02x%02x", u[0],
-		       u[1], u[2], u[3], u[4], u[5], u[6], u[7], u[8], u[9], u[10], u[11], u[12], u[13], u[14], u[15]);
+	uuid_format(m->volumes[i].uuid, uuid);
 	(void)snprintf(path, sizeof(path), "%s/volumes/%s/%s", c->store_path, name, based ? "own.data" : "disk.raw");
 	for (uint32_t k = 0; k < m->n_ckpts; k++)
 		(void)json_array_append_new(ckpts, json_integer((json_int_t)m->ckpts[k].number));

@@ -223,3 +223,17 @@ int64_t base64_decode(const char *text, size_t len, void *out, size_t size)
 	}
 	return (int64_t)n;
 }
+
+void uuid_format(const uint8_t uuid[static 16], char text[static UUID_TEXT_SIZE])
+{
+	static const char digits[] = "0123456789abcdef";
+	char *p = text;
+
+	for (unsigned i = 0; i < 16; i++) {
+		if (i == 4 || i == 6 || i == 8 || i == 10)
+			*p++ = '-';
+		*p++ = digits[uuid[i] >> 4];
+		*p++ = digits[uuid[i] & 15];
+	}
+	*p = '\0';
+}

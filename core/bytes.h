@@ -80,4 +80,8 @@ int64_t base64_decode(const char *text, size_t len, void *out, size_t size);
 /* CRC-32C (Castagnoli) of n bytes, continued from crc (0 to begin). ISA-L's crc32_iscsi. */
 uint32_t crc32c(uint32_t crc, const void *p, size_t n);
 
+#define UUID_TEXT_SIZE 37
+/* 8-4-4-4-12 digits, as uuidgen prints one, and the terminator. */
+void uuid_format(const uint8_t uuid[static 16], char text[static UUID_TEXT_SIZE]);
+
 #endif

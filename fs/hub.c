@@ -24,6 +24,7 @@
 #include <string.h>
 #include <xxhash.h>
 
+#include "core/bytes.h"
 #include "core/check.h"
 #include "core/os/clock.h"
 #include "core/os/log.h"
@@ -130,16 +131,10 @@ static struct wire_frame error_frame(enum wire_type asked, uint64_t token, uint6
 
 /* ---- the report ---- */
 
-static void uuid_text(const uint8_t u[16], char text[40])
-{
-	(void)snprintf(text, 40, "%02x%02x%02x%02x-%02x%02x-%02x%02x-%02x%02x-%02x%02x%02x%02x%02x%02x", u[0], u[1],
-		       u[2], u[3], u[4], u[5], u[6], u[7], u[8], u[9], u[10], u[11], u[12], u[13], u[14], u[15]);
-}
-
 static json_t *volume_json(const struct wire_report_volume *v)
 {
-	char uuid[40];
-	uuid_text(v->uuid, uuid);
+	char uuid[UUID_TEXT_SIZE];
+	uuid_format(v->uuid, uuid);
 	return json_pack("{s:s, s:s, s:s, s:I, s:I, s:s, s:s}", "name", v->name, "group", v->group, "uuid", uuid, "id",
 			 (json_int_t)v->id, "size", (json_int_t)v->size, "role", role_name(v->role), "state",
 			 state_name(v->state));
@@ -1063,14 +1058,14 @@ int hub_write(const struct call *c, const char *name, bool remote, uint64_t off,
 static int report_local(const struct call *c, json_t **ret)
 {
 	struct report r;
-	char store[40];
+	char store[UUID_TEXT_SIZE];
 	if (report_make(c->d, &r) < 0)
 		return no_memory(c);
 	json_t *a = json_array();
 	for (uint32_t i = 0; i < r.n; i++)
 		json_array_append_new(a, volume_json(&r.v[i]));
 	free(r.v);
-	uuid_text(store_info(c->d->store)->uuid, store);
+	uuid_format(store_info(c->d->store)->uuid, store);
 	*ret = json_pack("{s:s, s:o}", "store", store, "volumes", a);
 	return 0;
 }
@@ -1093,8 +1088,8 @@ static unsigned peers(struct daemon *d, struct conn *ret[STORE_GROUPS_MAX])
 
 static int report_peer(const struct call *c, struct conn *conn, json_t *all)
 {
-	char store[40];
-	uuid_text(link_peer(conn->link)->store, store);
+	char store[UUID_TEXT_SIZE];
+	uuid_format(link_peer(conn->link)->store, store);
 	json_t *one = json_pack("{s:s, s:s, s:s}", "address", link_peer_name(conn->link), "store", store, "program",
 				link_peer(conn->link)->program);
 	struct hub_call like = {.type = WIRE_REPORT_WANT, .limit_ns = HUB_CALL_NS}, *x = NULL;

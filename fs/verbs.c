@@ -204,6 +204,15 @@ int verb_wait_for(const struct call *c, struct group *g, enum wait_for what)
 	}
 }
 
+void verb_tell(const struct call *c, uint64_t started, uint64_t done, uint64_t total)
+{
+	double s = (double)(clock_mono_ns() - started) / (double)NS_PER_SEC, rate = s > 0 ? (double)done / s : 0;
+	(void)ctl_progress(
+	    c->ctl,
+	    json_pack("{s:I, s:I, s:f, s:o}", "done", (json_int_t)done, "total", (json_int_t)total, "rate", rate,
+		      "eta_s", rate > 0 ? json_real((double)(total - min_u64(done, total)) / rate) : json_null()));
+}
+
 int verb_progress(void *arg, uint64_t done, uint64_t total)
 {
 	struct verb_progress *p = arg;
@@ -212,11 +221,7 @@ int verb_progress(void *arg, uint64_t done, uint64_t total)
 		return 1;
 	if (p->c->ctl && (now - p->told > NS_PER_SEC / 5 || done == total)) {
 		p->told = now;
-		double s = (double)(now - p->started) / (double)NS_PER_SEC, rate = s > 0 ? (double)done / s : 0;
-		(void)ctl_progress(p->c->ctl,
-				   json_pack("{s:I, s:I, s:f, s:o}", "done", (json_int_t)done, "total",
-					     (json_int_t)total, "rate", rate, "eta_s",
-					     rate > 0 ? json_real((double)(total - done) / rate) : json_null()));
+		verb_tell(p->c, p->started, done, total);
 	}
 	return 0;
 }

@@ -54,6 +54,8 @@ struct verb_progress {
 	uint64_t started, told;
 };
 int verb_progress(void *arg, uint64_t done, uint64_t total);
+/* One line of progress to the client, which there is, at the mean rate since `started` (monotonic). */
+void verb_tell(const struct call *c, uint64_t started, uint64_t done, uint64_t total);
 
 /* A group whose record the store is about to change goes out of the daemon and comes back after. */
 int verb_take_out(const struct call *c, const char *group);

@@ -15,13 +15,8 @@ static void tell(const struct call *c, struct group *g, const struct shell_comma
 	mutex_lock(&g->lock);
 	uint64_t done = sc->c.verify->done, total = sc->c.verify->total;
 	mutex_unlock(&g->lock);
-	double s = (double)(clock_mono_ns() - started) / (double)NS_PER_SEC, rate = s > 0 ? (double)done / s : 0;
-	if (total == 0)
-		return;
-	(void)ctl_progress(
-	    c->ctl,
-	    json_pack("{s:I, s:I, s:f, s:o}", "done", (json_int_t)done, "total", (json_int_t)total, "rate", rate,
-		      "eta_s", rate > 0 ? json_real((double)(total - min_u64(done, total)) / rate) : json_null()));
+	if (total)
+		verb_tell(c, started, done, total);
 }
 
 static void cancel(struct group *g, const struct shell_command *sc)

@@ -4,6 +4,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "core/bytes.h"
 #include "core/os/clock.h"
 #include "fs/repl_shell.h"
 #include "fs/verbs_internal.h"
@@ -300,11 +301,8 @@ static json_t *volume_entry(struct group *g, uint32_t i, bool full)
 		      (json_int_t)m->volumes[i].size, "id", (json_int_t)m->volumes[i].id, "role", role_name(m->role),
 		      "state", state_name(m->state), "allocated", (json_int_t)allocated, "base", base);
 	if (full) {
-		char uuid[40], path[4096 + 128];
-		const uint8_t *u = m->volumes[i].uuid;
-		(void)snprintf(uuid, sizeof(uuid),
-			       "%02x%02x%02x%02x-%02x%02x-%02x%02x-%02x%02x-%02x%02x%02x%02x%02x%02x", u[0], u[1], u[2],
-			       u[3], u[4], u[5], u[6], u[7], u[8], u[9], u[10], u[11], u[12], u[13], u[14], u[15]);
+		char uuid[UUID_TEXT_SIZE], path[4096 + 128];
+		uuid_format(m->volumes[i].uuid, uuid);
 		json_object_set_new(j, "uuid", json_string(uuid));
 		json_object_set_new(j, "base_format", base ? json_string(format) : json_null());
 		(void)snprintf(path, sizeof(path), "%s/volumes/%s", g->d->cfg.mount ? g->d->cfg.mount : "",

@@ -308,3 +308,15 @@ Test(bytes, base64_refuses_what_encode_does_not_write)
 	for (unsigned i = 0; i < sizeof(bad) / sizeof(bad[0]); i++)
 		cr_assert_eq(base64_decode(bad[i], strlen(bad[i]), back, sizeof(back)), -1, "%s", bad[i]);
 }
+
+Test(bytes, uuid_is_written_as_people_know_it)
+{
+	static const uint8_t uuid[16] = {0x00, 0x11, 0x22, 0x33, 0x44, 0x55, 0x66, 0x77,
+					 0x88, 0x99, 0xaa, 0xbb, 0xcc, 0xdd, 0xee, 0xff};
+	char text[UUID_TEXT_SIZE + 1];
+
+	memset(text, 0x5e, sizeof(text));
+	uuid_format(uuid, text);
+	cr_assert_str_eq(text, "00112233-4455-6677-8899-aabbccddeeff");
+	cr_assert_eq(text[UUID_TEXT_SIZE], 0x5e);
+}
