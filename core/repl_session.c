@@ -605,6 +605,12 @@ static void decide(struct repl *r)
 	case LINEAGE_PARTIAL:
 	case LINEAGE_FULL:
 		if (me) {
+			/* A detach that this host had not heard of: what its guests wrote since its JOIN, alone, went
+			 * to a disk that was not current. The next handshake says that it is a split brain. */
+			if (d == LINEAGE_DETACHED && r->meta->lineage.current != r->mine.lineage.current) {
+				session_close(r, false);
+				return;
+			}
 			if (d == LINEAGE_FULL)
 				set_all_dirty(r);
 			detach_learn(r, d);

@@ -5705,6 +5705,34 @@ Test(repl, a_restarted_primary_is_told_by_its_peer)
 	host_free(h);
 }
 
+/* It gave up waiting for the answer to its JOIN, and wrote alone: on a disk that was not current. */
+Test(repl, a_primary_that_wrote_since_its_join_is_not_told_of_a_detach)
+{
+	static struct repl_meta m;
+	meta_of(&m, ROLE_PRIMARY, STATE_RUNNING);
+	meta_of(&peer_meta, ROLE_SECONDARY, STATE_RUNNING);
+	peer_meta.lineage = (struct lineage){.current = 200, .history = {100}};
+	peer_meta.volumes[0].flags = VOLUME_PEER_STALE;
+	struct host *h = host_new(&m);
+	tick(h, 0);
+	link_up(h, true);
+	EXPECT(h, "dial send:JOIN");
+	guest(h, 'a', REPL_WRITE, 0, 4096);
+	EXPECT(h, "");
+	ticks(h, 5 * SEC);
+	EXPECT(h, "save:primary/RUNNING");
+	saved(h);
+	EXPECT(h, "do:a/intent");
+	fin(h, "a");
+	fin(h, "a");
+	EXPECT(h, "do:a/disk done:a");
+	join_frame(h, &peer_meta, 0);
+	EXPECT(h, "close");
+	cr_assert_eq(repl_detached(h->r), 0);
+	link_down(h);
+	host_free(h);
+}
+
 Test(repl, an_old_primarys_stale_disk_gets_everything_and_its_bits_first)
 {
 	static struct repl_meta m;
