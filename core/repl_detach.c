@@ -676,6 +676,9 @@ void detach_tx_done(struct repl *r, struct tx *t, int error)
 		}
 		r->stale &= ~r->rebuild;
 		r->rebuild = 0;
+		/* What was answered before the ATTACH is flushed there, what came after went to both. */
+		if (r->stale == 0)
+			r->strict_seq = 0;
 		r->error.code = 0;
 		repl_log(r, 2, "the detached disks are whole again");
 		repl_emit(r, &(struct repl_action){.type = ACT_SERVING, .meta = r->meta});

@@ -79,7 +79,7 @@ static bool acknowledged(const struct repl *r, const struct repl_io *io)
 
 static void ack_complete(struct repl *r, struct repl_io *io)
 {
-	if (io->strict && io->kind != REPL_FLUSH) {
+	if (io->strict && io->kind != REPL_FLUSH && detach_of(r, io->volume)) {
 		r->strict_seq = max_u64(r->strict_seq, io->seq);
 		r->strict_ns = r->now_ns;
 	}
@@ -695,7 +695,9 @@ void primary_activate(struct repl *r)
 	resync_begin(r);
 }
 
-/* What waits for the peer's word completes without it. */
+/* What waits for the peer's word completes without it. A write that was sent while its disk was detached can't, unless
+ * the disk is whole again by now: then it came behind the ATTACH, whose barrier says that all before it was applied,
+ * and went to both. */
 static void acks_alone(struct repl *r)
 {
 	for (uint64_t n = r->acks.count; n && r->acks.head; n--) {
@@ -705,7 +707,7 @@ static void acks_alone(struct repl *r)
 		else if (io->strict && io->kind == REPL_FLUSH) {
 			io->strict = false;
 			primary_flush_start(r, io); /* it waits for the peer, or has failed */
-		} else if (io->strict)
+		} else if (io->strict && detach_of(r, io->volume))
 			repl_complete(r, io, -ERR_IO);
 		else
 			repl_alone(r, io);

@@ -510,10 +510,6 @@ static void disk_fails(struct worker *w)
 		(void)usleep(5000);
 	if (err || detached("v0"))
 		fail("the disk does not come back", "v0", 0, err);
-	/* A request that began while it was detached fails if the peer is lost before its word
-	 * (docs/adr/0009-detach.md): those have ended before the next step may restart that. */
-	(void)pthread_rwlock_wrlock(&pause_lock);
-	(void)pthread_rwlock_unlock(&pause_lock);
 	atomic_fetch_add(&detaches, 1);
 }
 

@@ -5849,6 +5849,47 @@ Test(repl, a_rebuild_copies_again_what_a_cut_left_open)
 	host_free(h);
 }
 
+/* Behind the ATTACH it went to both, and the disk is whole when the link is lost. */
+Test(repl, a_write_to_a_disk_that_is_whole_again_completes_without_the_peer)
+{
+	struct host *h = detached_primary();
+	ack(h, 5, 5, 4);
+	command(h, CMD_RESYNC, 0);
+	fin(h, "reopen");
+	saved(h);
+	for (uint64_t i = 0; i < 16; i++) {
+		read_reply(h, i + 1, i << 19, 512 << 10, 0);
+		fin(h, "rebuild");
+	}
+	forget(h);
+	fin(h, "sync");
+	EXPECT(h, "send:ATTACH#6");
+	guest(h, 'b', REPL_WRITE, 65536, 4096);
+	EXPECT(h, "do:b/disk");
+	fin(h, "b");
+	guest(h, 'c', REPL_WRITE, 131072, 4096);
+	fin(h, "c");
+	guest(h, 'd', REPL_WRITE, 196608, 4096);
+	fin(h, "d");
+	EXPECT(h, "send:WRITE#7 do:c/disk send:WRITE#8 do:d/disk send:WRITE#9");
+	ack(h, 7, 7, 6);
+	EXPECT(h, "done:b save:primary/RUNNING");
+	saved(h);
+	cr_assert_eq(repl_detached(h->r), 0);
+	ack(h, 8, 8, 6);
+	EXPECT(h, "done:c");
+	link_down(h);
+	EXPECT(h, "save:primary/RUNNING");
+	saved(h);
+	EXPECT(h, "done:d");
+	cr_assert(dirty(h, 196608));
+	/* What the peer had not flushed is here, too. */
+	guest(h, 'e', REPL_FLUSH, 0, 0);
+	fin(h, "e");
+	EXPECT(h, "do:e/disk done:e");
+	host_free(h);
+}
+
 Test(repl, a_secondary_syncs_and_records_a_detach_before_it_says_so)
 {
 	struct host *h = secondary();
