@@ -702,6 +702,8 @@ int volume_grow_prepare(struct volume *v, uint64_t size)
 	rc = v->prepared_undo || v->prepared_active || v->prepared_clone ? -ERR_BUSY : disk_get_size(v->disk, &now);
 	if (rc == 0 && now < size)
 		rc = volume_extend(v, size);
+	else if (rc == 0 && v->power)
+		rc = volume_sync(v); /* a length that a failed sync left in the cache is none [I10] */
 	if (rc == 0)
 		rc = growth_new(v, size, &g);
 	if (rc == 0) {

@@ -213,11 +213,18 @@ struct volume_scrub {
 void volume_scrub(struct volume *v, struct volume_scrub *s, uint64_t budget);
 
 /* Growing only; -ERR_RANGE to shrink. What lies past the old size reads as zeroes in every older image.
- *   volume_extend        the disk's file gets that long, or as long as the volume is again; nothing shows it.
- * -ERR_NOSPC: the filesystem has no files that large, or a limit stands against it volume_grow_prepare  that, if it is
- * not so yet, and memory; repeatable. -ERR_BUSY between volume_prepare and its end volume_grow          in memory,
- * under the chain lock: can't fail. For readers and writers it is one step volume_ungrow        drops what
- * volume_grow_prepare found, if the record that names the size could not be saved A merge that is under way ends first.
+ *
+ * volume_extend: the disk's file gets that long, or as long as the volume is again, durably under `power`; nothing
+ * shows it. -ERR_NOSPC: the filesystem has no files that large, or a limit stands against it.
+ *
+ * volume_grow_prepare: that, if it is not so yet, and memory; repeatable. Under `power` the length is durable when it
+ * has succeeded, so that a record may name it. -ERR_BUSY between volume_prepare and its end.
+ *
+ * volume_grow: in memory, under the chain lock; can't fail. For readers and writers it is one step. A merge that is
+ * under way ends first.
+ *
+ * volume_ungrow: drops what volume_grow_prepare found, if the record that names the size could not be saved.
+ *
  * volume_resize: all of it. */
 int volume_extend(struct volume *v, uint64_t size);
 int volume_grow_prepare(struct volume *v, uint64_t size);

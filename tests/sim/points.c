@@ -5,10 +5,14 @@
  *   fail points   each call of a host's storage fails once, or all from it on until the faults are over
  *   alloc points  each allocation of the code under test fails
  *
- *   main      some 280 operations: replication, checkpoints, resyncs, failovers, a stop, a split brain;
- * on_io_error=pass detach    the primary's disk fails; its guest goes on through the peer; it is rebuilt; then that
- * again, and a failover commands  pause, settings, stop and start, failover and failback, switchover both ways,
- * unprotect and protect, on both hosts; clones: scratches on both hosts, a job, crashes of both
+ * The scripts:
+ *
+ * - main: some 280 operations: replication, checkpoints, resyncs, failovers, a stop, a split brain; on_io_error=pass
+ * - detach: the primary's disk fails; its guest goes on through the peer; it is rebuilt; then that again, and a
+ * failover
+ * - commands: pause, settings, stop and start, failover and failback, switchover both ways, unprotect and protect, on
+ *   both hosts
+ * - clones: scratches on both hosts, a job, crashes of both
  *
  * A script goes on after that as well as it can; then the faults are over, and all has to come right as after a seed.
  */

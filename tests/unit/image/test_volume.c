@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include "core/err.h"
+#include "tests/lib/faultstore.h"
 #include "tests/unit/image/volmodel.h"
 
 /* Not a multiple of a block: the last one is short. */
@@ -373,6 +374,29 @@ Test(volume_one, a_growth_that_was_cut_off_is_taken_back)
 	cr_assert_eq(stat(path, &st), 0);
 	cr_assert_eq((uint64_t)st.st_size, ODD_SIZE);
 	model_check(&model);
+}
+
+/* The length is in the cache and not on the medium: no record may name it (I10). */
+Test(volume_one, a_growth_whose_sync_failed_is_not_there_at_the_next_try)
+{
+	struct faults f = {.match = "other/disk.raw"};
+	struct storage *s = faultstore_open(store.path, &f);
+	struct volume_open_args a = {.name = "other", .size = 8192, .durability = DURABILITY_POWER};
+	struct volume *v = NULL;
+	struct err e = {0};
+
+	cr_assert_not_null(s);
+	cr_assert_eq(volume_create(s, "other", 8192, DURABILITY_POWER, &e), 0, "%s", e.text);
+	cr_assert_eq(volume_open(s, &a, &v, &e), 0, "%s", e.text);
+	atomic_store(&f.sync_once, -ERR_IO);
+	cr_assert_eq(volume_resize(v, 12288), -ERR_IO);
+	cr_assert_eq(volume_resize(v, 12288), -ERR_IO);
+	cr_assert_eq(volume_size(v), 8192);
+	cr_assert_eq(volume_reopen(v, &e), 0, "%s", e.text);
+	cr_assert_eq(volume_resize(v, 12288), 0);
+	cr_assert_eq(volume_size(v), 12288);
+	volume_close(v);
+	storage_close(s);
 }
 
 Test(volume_one, ranges_past_the_end_are_refused)
