@@ -295,8 +295,8 @@ void history_drop(struct repl *r, struct repl_command *c)
 	int i = repl_meta_find_ckpt(m, c->number);
 	if (i < 0 || !repl_shows_ckpt(r, (uint32_t)i))
 		repl_command_done(r, c, -ERR_NOENT, "no such checkpoint; see `checkpoints`");
-	else if (m->state == STATE_FAILOVER)
-		repl_command_done(r, c, -ERR_BUSY, "a failover is being committed; wait with `wait --for=done`");
+	else if (r->failing_over || m->state == STATE_FAILOVER) /* it may have decided for this one, and not said so */
+		repl_command_done(r, c, -ERR_BUSY, "a failover is under way; wait with `wait --for=done`");
 	else if (history_needed(m, (uint32_t)i))
 		repl_command_done(
 		    r, c, -ERR_STATE,

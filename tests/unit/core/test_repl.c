@@ -4479,6 +4479,24 @@ Test(repl, a_failover_whose_dirty_map_cannot_be_written_changes_nothing)
 	host_free(h);
 }
 
+/* The dirty map of the one that was chosen is being written: from there on it is there. */
+Test(repl, a_checkpoint_that_a_failover_has_chosen_is_not_dropped)
+{
+	struct host *h = secondary_keeping(4, 0, 8, 0);
+	command(h, CMD_FAILOVER, 2);
+	EXPECT(h, "send:GOODBYE close do:mark/own");
+	struct repl_command drop = {.cmd = CMD_DROP, .number = 2};
+	step(h, (struct repl_event){.type = EV_COMMAND, .command = &drop});
+	EXPECT(h, "cmd=ERR_BUSY");
+	fin(h, "mark");
+	EXPECT(h, "do:sync/disk");
+	fin(h, "sync");
+	EXPECT(h, "save:standalone/FAILOVER +5");
+	saved(h);
+	cr_assert_eq(repl_meta(h->r)->target, 2);
+	host_free(h);
+}
+
 static void settings_frame(struct host *h, const struct settings *s)
 {
 	uint8_t buf[WIRE_SETTINGS_MAX];
