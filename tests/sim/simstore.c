@@ -1406,6 +1406,16 @@ int simstore_peek(struct simstore *ss, const char *path, bool durable, uint64_t 
 	return rc;
 }
 
+int simstore_peek_blocks(struct simstore *ss, const char *path, const uint8_t **ret_blocks, uint64_t n)
+{
+	struct node *f = NULL;
+	int rc = file_find(ss, path, false, &f);
+
+	for (uint64_t i = 0; rc == 0 && i < n; i++)
+		ret_blocks[i] = image_page(&f->cache, i);
+	return rc;
+}
+
 int simstore_peek_size(struct simstore *ss, const char *path, bool durable, uint64_t *ret)
 {
 	struct node *f = NULL;

@@ -126,6 +126,9 @@ const char *simstore_fault_text(const struct simstore *ss);
  * end are zeroes. durable: found by its durable name. */
 int simstore_peek(struct simstore *ss, const char *path, bool durable, uint64_t off, void *buf, size_t len);
 int simstore_peek_size(struct simstore *ss, const char *path, bool durable, uint64_t *ret);
+/* The blocks (BLOCK_SIZE) of a file as read now, the first n: NULL for one that is a hole or past the end. The file's
+ * own, until it is written to. -ERR_NOENT. */
+int simstore_peek_blocks(struct simstore *ss, const char *path, const uint8_t **ret_blocks, uint64_t n);
 /* Flips bits in the stored bytes, those of the cache and the durable ones. -ERR_NOENT. */
 int simstore_corrupt(struct simstore *ss, const char *path, uint64_t off, size_t len);
 /* Whether nothing is unsynced: no data, no name. */

@@ -104,6 +104,11 @@ void status_check_loss(struct host *h)
 			continue;
 		for (uint32_t u = 0; u < w->units[v]; u++) {
 			ver a = h->disk[v].now[u];
+			if (u % REGION_UNITS == 0 && u + REGION_UNITS <= w->units[v] &&
+			    memcmp(&h->disk[v].now[u], &p->disk[v].now[u], REGION_UNITS * sizeof(a)) == 0) {
+				u += REGION_UNITS - 1;
+				continue;
+			}
 			if (a < h->reign_from || a <= p->disk[v].now[u] || w->writes[a].host != h->id ||
 			    model_shows(w, a) == model_shows(w, p->disk[v].now[u]) || model_in_flight(h, v, u))
 				continue;

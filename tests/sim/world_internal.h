@@ -15,6 +15,7 @@
 #define MS UINT64_C(1000000)
 #define SEC UINT64_C(1000000000)
 #define UNITS_IN(bytes) ((uint32_t)((bytes) / WORLD_UNIT))
+#define REGION_UNITS UNITS_IN(1U << REGION_SHIFT)
 #define GROUP_NAME "vm"
 #define EXECS_MAX 512U
 
@@ -379,7 +380,11 @@ void model_read_begin(struct host *h, struct sim_io *s);
 void model_check(struct world *w);
 void model_check_all(struct world *w);
 void sent_free(struct sent *s);
-ver model_shows(const struct world *w, ver v); /* what a unit that holds v reads as */
+/* What a unit that holds v reads as. */
+static inline ver model_shows(const struct world *w, ver v)
+{
+	return v == NOT_THERE ? v : v == 0 || w->writes[v].zero ? 0 : v;
+}
 bool model_in_flight(struct host *h, uint32_t vol, uint32_t u);
 bool model_stale(struct host *h, uint32_t vol); /* a disk of that volume is given up, on either host */
 
