@@ -503,6 +503,9 @@ void detach_resync(struct repl *r, struct repl_command *c)
 		repl_command_done(r, c, -ERR_BUSY, "another resync is about to begin");
 	else if (r->stale == r->rebuild)
 		repl_command_done(r, c, 0, " "); /* under way already */
+	else if (r->attach_phase != ATTACH_NONE)
+		repl_command_done(r, c, -ERR_BUSY,
+				  "the end of another disk's rebuild is being recorded; give it again in a moment");
 	else {
 		r->rebuilding = c;
 		r->reopening = true;
@@ -583,7 +586,8 @@ static void rebuild_pump(struct repl *r)
 		if (reqset_add(&r->claims, &io->claim))
 			detach_rebuild_granted(r, io);
 	}
-	if (!rebuild_idle(r))
+	/* What `rebuild` holds is what the peer and the record will be told: until then no other disk joins it. */
+	if (!rebuild_idle(r) || r->reopening || r->rebuilding)
 		return;
 	r->attach_phase = ATTACH_SYNC;
 	r->attach_io.kind = REPL_FLUSH;

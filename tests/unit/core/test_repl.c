@@ -10,10 +10,11 @@
 #define SIZE (UINT64_C(8) << 20)
 #define SEC UINT64_C(1000000000)
 #define IOS 256
+#define VOLUMES_MAX 2
 
 struct host {
 	struct repl *r;
-	void *mem, *metas[2];
+	void *mem[VOLUMES_MAX], *metas[2];
 	uint64_t now, session, random;
 	char trace[8192];
 	struct repl_io *submitted[IOS];
@@ -312,7 +313,8 @@ static struct host *host_new(const struct repl_meta *m)
 	h->metas[0] = a.meta = malloc(sizeof(*m));
 	h->metas[1] = a.next = malloc(sizeof(*m));
 	*a.meta = *m;
-	a.volume_memory[0] = h->mem = calloc(1, repl_volume_bytes(m->volumes[0].size));
+	for (uint32_t i = 0; i < m->n_volumes; i++)
+		a.volume_memory[i] = h->mem[i] = calloc(1, repl_volume_bytes(m->volumes[i].size));
 	repl_init(h->r, &a);
 	return h;
 }
@@ -330,8 +332,8 @@ static void join_frame(struct host *h, const struct repl_meta *peer, uint32_t fl
 	j.ckpt_max = peer->ckpt_max;
 	j.last_stream = peer->last_stream;
 	j.settings = peer->settings;
-	j.n_volumes = 1;
-	j.volumes[0] = peer->volumes[0];
+	j.n_volumes = peer->n_volumes;
+	memcpy(j.volumes, peer->volumes, peer->n_volumes * sizeof(j.volumes[0]));
 	j.flags = flags | (peer->alone ? WIRE_JOIN_ALONE : 0U) | (peer->inconsistent ? WIRE_JOIN_INCONSISTENT : 0U);
 	int n = wire_join_encode(&j, buf, sizeof(buf));
 	cr_assert_gt(n, 0);
@@ -445,7 +447,8 @@ static void host_free(struct host *h)
 	repl_check(h->r);
 	free(h->metas[0]);
 	free(h->metas[1]);
-	free(h->mem);
+	for (unsigned i = 0; i < VOLUMES_MAX; i++)
+		free(h->mem[i]);
 	free(h->r);
 	free(h);
 }
@@ -5819,6 +5822,77 @@ Test(repl, a_rebuild_copies_each_region_and_writes_go_to_both)
 	host_free(h);
 }
 
+/* Both disks of a group were detached; that of the first is rebuilt already. */
+static struct host *one_of_two_rebuilt(unsigned regions)
+{
+	static struct repl_meta m;
+	meta_of(&m, ROLE_PRIMARY, STATE_RUNNING);
+	meta_of(&peer_meta, ROLE_SECONDARY, STATE_RUNNING);
+	struct repl_meta *both[] = {&m, &peer_meta};
+	for (unsigned i = 0; i < 2; i++) {
+		both[i]->n_volumes = 2;
+		both[i]->volumes[1] = both[i]->volumes[0];
+		(void)snprintf(both[i]->volumes[1].name, sizeof(both[i]->volumes[1].name), "vm2");
+		both[i]->volumes[1].id = both[i]->volumes[0].id + 1;
+	}
+	m.volumes[0].flags = VOLUME_STALE | VOLUME_REBUILD;
+	m.volumes[1].flags = VOLUME_STALE;
+	peer_meta.volumes[0].flags = peer_meta.volumes[1].flags = VOLUME_PEER_STALE;
+	struct host *h = host_new(&m);
+	connect(h, &peer_meta);
+	ack(h, 1, 1, 1);
+	frame(h, WIRE_RESYNC_ACK, 1, 0, 0, NULL, 0);
+	saved(h);
+	ack(h, 2, 2, 2);
+	frame(h, WIRE_CHECKPOINT_ACK, 0, 2, 0, NULL, 0);
+	saved(h);
+	tick(h, SEC / 10);
+	for (uint64_t i = 0; i < regions; i++) {
+		read_reply(h, i + 1, i << 19, 512 << 10, WIRE_READ_ZERO);
+		fin(h, "rebuild");
+	}
+	forget(h);
+	return h;
+}
+
+/* What the peer was told, and the record is about to say, is of the first one alone. */
+Test(repl, a_disk_joins_no_rebuild_whose_end_is_being_recorded)
+{
+	struct host *h = one_of_two_rebuilt(16);
+	fin(h, "sync");
+	EXPECT(h, "send:ATTACH#3");
+	command(h, CMD_RESYNC, 0);
+	EXPECT(h, "cmd=ERR_BUSY");
+	ack(h, 3, 3, 3);
+	EXPECT(h, "save:primary/RUNNING");
+	command(h, CMD_RESYNC, 0);
+	EXPECT(h, "cmd=ERR_BUSY");
+	saved(h);
+	cr_assert_eq(repl_detached(h->r), 2);
+	cr_assert_eq(h->saved.volumes[0].flags, 0);
+	cr_assert_eq(h->saved.volumes[1].flags, VOLUME_STALE);
+	command(h, CMD_RESYNC, 0);
+	EXPECT(h, "do:reopen/own");
+	host_free(h);
+}
+
+Test(repl, a_rebuild_that_another_disk_is_about_to_join_does_not_end)
+{
+	struct host *h = one_of_two_rebuilt(15);
+	command(h, CMD_RESYNC, 0);
+	EXPECT(h, "do:reopen/own");
+	read_reply(h, 16, UINT64_C(15) << 19, 512 << 10, WIRE_READ_ZERO);
+	fin(h, "rebuild");
+	EXPECT(h, "do:rebuild/own");
+	fin(h, "reopen");
+	EXPECT(h, "save:primary/RUNNING");
+	cr_assert_eq(h->saved.volumes[1].flags, VOLUME_STALE | VOLUME_REBUILD);
+	saved(h);
+	EXPECT(h, "cmd send:READ_REQ#17 send:READ_REQ#18 send:READ_REQ#19 send:READ_REQ#20");
+	cr_assert_eq(repl_detached(h->r), 3);
+	host_free(h);
+}
+
 Test(repl, a_rebuild_that_meets_an_error_leaves_the_disk_detached)
 {
 	struct host *h = detached_primary();
@@ -6491,8 +6565,8 @@ static void saved_larger(struct host *h)
 	h->saving = false;
 	void *maps[GROUP_VOLUMES_MAX] = {calloc(1, repl_volume_bytes(h->saved.volumes[0].size))};
 	step(h, (struct repl_event){.type = EV_META_SAVED, .maps = maps});
-	free(h->mem);
-	h->mem = maps[0];
+	free(h->mem[0]);
+	h->mem[0] = maps[0];
 }
 
 static void resize(struct host *h, uint64_t size)
