@@ -16,7 +16,8 @@
  *
  * Durable before what: a bit that the file shows when it is opened may lie in the page cache only (the process died
  * before its sync) or be on the disk's side of a sync that failed. intent_begin writes the set bits' pages once more
- * and syncs them, before anybody relies on such a bit.
+ * and syncs them, before anybody relies on such a bit. So with the file's name: a process that died in intent_end,
+ * behind its rename, has left a name that a cut takes back, to an older file without the bits that were set since.
  *
  * The fine map: behind the pages a sector with a checksum over the whole map and the masks that follow it. intent_end
  * writes a new file with it, syncs it and renames it over the old one. intent_begin overwrites that one sector,
@@ -586,6 +587,7 @@ static int void_fine(struct intent *t)
 
 int intent_begin(struct intent *t, struct err *e)
 {
+	char dir[INTENT_PATH_SIZE], path[INTENT_PATH_SIZE];
 	struct disk *d = NULL;
 	int rc;
 
@@ -606,8 +608,11 @@ int intent_begin(struct intent *t, struct err *e)
 			rc = void_fine(t);
 	}
 	mutex_unlock(&t->lock);
+	intent_paths(t, dir, path);
 	if (rc == 0 && t->durable)
 		rc = disk_sync(t->disk);
+	if (rc == 0 && t->durable)
+		rc = storage_sync_dir(t->storage, dir);
 	if (rc < 0)
 		return err_set(e, -rc, "write volumes/%s/intent: %s; look at the disk under the store", t->name,
 			       err_short(rc));

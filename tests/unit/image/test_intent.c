@@ -578,7 +578,7 @@ Test(intent, a_fine_map_is_never_stale)
 				(void)intent_end(t, &dirty);
 		cut:
 			intent_close(t);
-			if (cs_random(cs, 2) || cs->stopped)
+			if (cs_random(cs, 2))
 				cs_power_cut(cs);
 			else
 				cs_killed(cs);
