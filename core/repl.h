@@ -107,7 +107,8 @@ struct repl_io {
 	enum repl_target target;     /* with ACT_SUBMIT */
 	uint64_t mark_first, mark_units; /* TARGET_INTENT */
 	/* results the shell sets before EV_IO_DONE */
-	bool hole;		    /* RESYNC_SCAN. MARK: active is not empty */
+	/* RESYNC_SCAN. MARK: active is not empty. CHECKPOINT: its files may hold what it does not: a write failed */
+	bool hole;
 	uint64_t ext_len;	    /* RESYNC_SCAN; HASH: which regions differ; VERIFY: bytes of the answer */
 	uint64_t bad[2];	    /* VERIFY, the core's own: a bit for each block that can't be read here */
 	bool scrub_end;		    /* SCRUB: that was the last step of this volume */

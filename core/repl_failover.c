@@ -284,7 +284,7 @@ void failover_synced(struct repl *r, int error)
 static void prepare_failover(struct repl *r, struct tx *t, struct repl_meta *m)
 {
 	uint64_t to = r->failover_outcome;
-	bool latest = to == FAILOVER_LATEST;
+	bool latest = to == FAILOVER_LATEST, other = to != m->base;
 	t->opened = 0;
 	if (m->n_ckpts && m->n_ckpts < GROUP_CKPTS_MAX) {
 		t->opened = m->ckpt_max + 1;
@@ -303,10 +303,10 @@ static void prepare_failover(struct repl *r, struct tx *t, struct repl_meta *m)
 		m->target = m->base = to;
 		m->ckpts[repl_meta_find_ckpt(m, to)].flags &= (uint8_t)~CKPT_JOB; /* the disks are synced by now */
 	}
-	/* A former primary has no active overlay yet. */
-	if (latest || m->active_id == 0 || (r->failover && (r->failover->flags & FAILOVER_DISCARD_ACTIVE))) {
+	/* A former primary has no active overlay yet. Over another base it is empty or given up, but its files may hold
+	 * what a failed write has left. */
+	if (latest || other || m->active_id == 0 || (r->failover && (r->failover->flags & FAILOVER_DISCARD_ACTIVE)))
 		secondary_fresh_active(t, m);
-	}
 	repl_begin_generation(r, m);
 	m->failover_generation = m->lineage.current;
 	m->has_peer = true;

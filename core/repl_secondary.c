@@ -380,7 +380,7 @@ static void barrier_done(struct repl *r, struct repl_io *io, int error)
 		return;
 	}
 	if (io->kind == REPL_CHECKPOINT) {
-		/* The shell says with hole=false, ext_len > 0 how many bytes active holds. */
+		/* The shell says in ext_len how many bytes active holds. */
 		if (r->meta->inconsistent) {
 			checkpoint_void(r, io, WIRE_VOID_ERROR);
 			barrier_end(r, io);
@@ -635,9 +635,10 @@ void secondary_prepare(struct repl *r, struct tx *t, struct repl_meta *m)
 		m->base = m->last_stream = t->number;
 		history_release_kept(m);
 		m->fresh = m->broken = false;
-		if (t->arg || m->active_id == 0) {
+		/* What a failed write has left in its files is of the old base: a restart would show it over this one.
+		 */
+		if (t->arg || t->io->hole || m->active_id == 0)
 			secondary_fresh_active(t, m);
-		}
 		repl_state_move(m, STATE_RUNNING);
 		if (t->flags & WIRE_CKPT_STOP)
 			repl_state_move(m, STATE_DONE);

@@ -595,6 +595,9 @@ static int sync_for_checkpoint(struct repl_exec *x, struct repl_io *io)
 	if (store_info(x->store)->durability == DURABILITY_POWER)
 		err = repl_exec_sync_disks(x, NULL);
 	io->ext_len = repl_exec_active_bytes(x);
+	io->hole = false;
+	for (uint32_t i = 0; i < x->n_vols; i++)
+		io->hole = io->hole || volume_active_unsure(x->vols[i]);
 	return err;
 }
 

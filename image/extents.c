@@ -172,6 +172,16 @@ uint64_t volume_active_blocks(struct volume *v)
 	return n;
 }
 
+bool volume_active_unsure(struct volume *v)
+{
+	bool unsure;
+
+	volume_lock_shared(v);
+	unsure = v->active && overlay_unsure(v->active->o);
+	volume_unlock(v);
+	return unsure;
+}
+
 uint64_t volume_undo_blocks(struct volume *v, uint64_t ckpt)
 {
 	struct layer *l = NULL;

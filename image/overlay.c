@@ -291,6 +291,11 @@ uint64_t overlay_count(const struct overlay *o)
 	return held_count(&o->held);
 }
 
+bool overlay_unsure(const struct overlay *o)
+{
+	return __atomic_load_n(&o->unsure, __ATOMIC_RELAXED);
+}
+
 const struct held *overlay_held(const struct overlay *o)
 {
 	return &o->held;
@@ -373,7 +378,7 @@ static int write_words(struct overlay *o, uint64_t block, uint32_t n, const uint
  * a failed overlay_put_map may have left: it would not fit what is written now. */
 static int mark_replaced(struct overlay *o, uint64_t block, uint32_t n)
 {
-	bool unsure = __atomic_load_n(&o->unsure, __ATOMIC_RELAXED), marked = false;
+	bool unsure = overlay_unsure(o), marked = false;
 	uint64_t at = block, end = block + n;
 
 	while (at < end && (unsure || bits_next_set(&o->held, at, end) < end)) {

@@ -50,7 +50,9 @@ static inline uint64_t overlay_blocks_in(uint64_t volume_size)
 }
 bool overlay_has(const struct overlay *o, uint64_t block); /* false past the end: the volume may have grown since */
 uint64_t overlay_count(const struct overlay *o);	   /* blocks held */
-const struct held *overlay_held(const struct overlay *o);  /* borrowed */
+/* Whether its files may show more blocks than it holds when they are opened again: a put of words failed. */
+bool overlay_unsure(const struct overlay *o);
+const struct held *overlay_held(const struct overlay *o); /* borrowed */
 /* It holds what `list` says, which it takes over: all that it held, and perhaps blocks that were put since, whose words
  * are written. The caller excludes all who look at what it holds; what that was is in *old, for held_free. */
 void overlay_seal(struct overlay *o, struct held_list *list, struct held *old);

@@ -170,7 +170,10 @@ int volume_allocated(struct volume *v, enum volume_layer layer, uint64_t ckpt, u
 int volume_read_overlay(struct volume *v, enum volume_layer layer, uint64_t ckpt, uint64_t off, uint64_t len,
 			void *buf);
 
-uint64_t volume_active_blocks(struct volume *v);	      /* blocks held */
+uint64_t volume_active_blocks(struct volume *v); /* blocks held */
+/* Whether active's files may hold blocks that it does not: a write to it failed. Over another base they would be wrong.
+ */
+bool volume_active_unsure(struct volume *v);
 uint64_t volume_undo_blocks(struct volume *v, uint64_t ckpt); /* 0: live; blocks held, 0 if not kept */
 uint64_t volume_clone_blocks(struct volume *v, uint64_t id);  /* blocks held; 0 if it is not there */
 uint64_t volume_live(struct volume *v);			      /* number of the live epoch's checkpoint, 0: no chain */

@@ -4482,6 +4482,36 @@ Test(repl, a_failover_whose_dirty_map_cannot_be_written_changes_nothing)
 	host_free(h);
 }
 
+/* The view's overlay is empty, but a write to it had failed: over the new base it is another. */
+Test(repl, a_checkpoint_leaves_behind_what_a_failed_write_to_the_view_left)
+{
+	for (unsigned unsure = 0; unsure < 2; unsure++) {
+		struct host *h = secondary();
+		uint64_t was = repl_meta(h->r)->active_id;
+		stream(h, 'c', WIRE_CHECKPOINT, REPL_CHECKPOINT, 2, 2, 0);
+		EXPECT(h, "do:c/ckpt");
+		fin_full(h, "c", 0, unsure, 0, false);
+		EXPECT(h, "save:secondary/RUNNING +2");
+		cr_assert_eq(h->saved.active_id, was + unsure);
+		host_free(h);
+	}
+}
+
+/* The same where a failover goes to another checkpoint. */
+Test(repl, a_failover_to_another_checkpoint_begins_an_active_overlay)
+{
+	for (uint64_t to = 1; to <= 2; to++) {
+		struct host *h = secondary_keeping(2, 0, 8, 0);
+		uint64_t was = repl_meta(h->r)->active_id;
+		command(h, CMD_FAILOVER, to);
+		fin(h, "mark");
+		fin(h, "sync");
+		EXPECT(h, "send:GOODBYE close do:mark/own do:sync/disk save:standalone/FAILOVER +3");
+		cr_assert_eq(h->saved.active_id, was + (to == 1));
+		host_free(h);
+	}
+}
+
 /* The dirty map of the one that was chosen is being written: from there on it is there. */
 Test(repl, a_checkpoint_that_a_failover_has_chosen_is_not_dropped)
 {

@@ -349,6 +349,15 @@ static bool try_active(struct faulty *x, long left)
 	fault_clear(&x->f);
 	cr_assert_eq(rc < 0, tripped);
 	cr_assert_eq(r.error, rc);
+	/* What its files say that it holds, unless it knows that they may say more. */
+	char path[64];
+	struct overlay *o;
+
+	snprintf(path, sizeof(path), "volumes/vol/active-%u", (unsigned)x->m.active_id);
+	cr_assert_eq(overlay_open(&x->f.storage, path, ODD_SIZE, &o, NULL), 0);
+	cr_assert(overlay_count(o) == volume_active_blocks(x->m.v) || volume_active_unsure(x->m.v));
+	cr_assert(tripped || !volume_active_unsure(x->m.v));
+	overlay_close(o);
 	check_images(&x->m);
 	model_view(&x->m, view);
 	cr_assert_eq(volume_read_view(x->m.v, x->m.base, 0, first, got), 0);
