@@ -480,10 +480,12 @@ void model_sync_failed(struct host *h, bool active, uint32_t vol)
 {
 	if (h->dying || simstore_stopped(h->ss))
 		return;
+	/* What a flush has synced whose answer is still to come is durable. */
+	const uint64_t *done = h->active_synced[vol], covered = !active ? 0 : done[0] < done[1] ? done[0] : done[1];
 	if (active && !h->active_failed)
 		h->active_failed = ++h->w->tick;
 	for (unsigned i = 0; i < h->n_log; i++)
-		h->log[i].lost |= h->log[i].active == active && h->log[i].vol == vol;
+		h->log[i].lost |= h->log[i].active == active && h->log[i].vol == vol && h->log[i].end >= covered;
 	for (struct running *r = h->running; r; r = r->next)
 		r->x.lost |= r->x.active == active && r->x.vol == vol;
 }

@@ -16,6 +16,7 @@ struct sdisk {
 	struct host *h;
 	int vol;     /* it is the disk of a volume, or a file of its active overlay; -1: something else */
 	bool active; /* the latter: durable only by a sync of both files, which is the shell's to tell */
+	bool map;    /* of these the map */
 };
 
 static void stop(struct host *h)
@@ -71,7 +72,9 @@ static int s_sync(struct disk *d)
 	int rc = disk_sync(s->in);
 	if (s->vol >= 0 && rc < 0)
 		model_sync_failed(s->h, s->active, (uint32_t)s->vol);
-	else if (s->vol >= 0 && !s->active)
+	else if (s->active && rc == 0)
+		s->h->active_synced[s->vol][s->map] = mark;
+	else if (s->vol >= 0)
 		model_synced(s->h, mark, s->vol);
 	stop(s->h);
 	return rc;
@@ -108,6 +111,7 @@ static void vol_of(struct sdisk *d, const char *path)
 			continue;
 		const char *file = path + strlen(folders[v]);
 		d->active = strncmp(file, "active-", strlen("active-")) == 0;
+		d->map = strstr(file, ".map") != NULL;
 		if (d->active || strcmp(file, "disk.raw") == 0)
 			d->vol = v;
 	}

@@ -262,8 +262,9 @@ struct host {
 	bool handed_before; /* this host has handed its role over; when it knew that */
 	uint64_t handed_ns;
 	uint64_t reign_number; /* the newest checkpoint that it had when it last stopped being a primary */
-	uint64_t
-	    active_failed; /* the tick of the first sync of an active overlay that failed; 0: none since its open */
+	/* The tick of the first sync of an active overlay that failed; 0: none since its open. And when those of its
+	 * data and of its map began that were the last to succeed. */
+	uint64_t active_failed, active_synced[WORLD_VOLUMES][2];
 };
 
 struct world {
