@@ -205,6 +205,7 @@ class Soak:
     def primary(self):
         fio = Fio(self.p.volume("data"), self.rng.randrange(1 << 30), dies=True)
         writer = self.writer()
+        fio.wait_open()  # one that has not begun saves no state
         writer.wait_ops(50)
         written = lambda: self.p.status("vm1")["counters"]["write_bytes"]
         enough = written() + self.rng.randrange(1 * MIB, 16 * MIB)
