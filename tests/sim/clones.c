@@ -191,9 +191,11 @@ void clones_check(struct host *h)
 
 /* ---- requests ---- */
 
-/* It is closed before the record without it counts as published. */
+/* It is closed, or lost, before the record without it, or without its checkpoint, counts as published. */
 static bool being_removed(const struct host *h, const struct sim_clone *c)
 {
+	if (h->saving && repl_meta_find_ckpt(h->save.meta, c->ckpt) < 0)
+		return true;
 	for (const struct sim_command *s = h->commands; s; s = s->next)
 		if (s->c.cmd == CMD_UNCLONE && strcmp(s->c.text, c->name) == 0)
 			return true;
