@@ -79,6 +79,8 @@ static void cmd_failback(struct repl *r, struct repl_command *c)
 	const struct repl_meta *m = r->meta;
 	if (m->split_brain)
 		repl_command_done(r, c, -ERR_SPLIT, SPLIT_TEXT);
+	else if (m->role == ROLE_PRIMARY && (r->stop || repl_tx_pending(r, TX_STOPPED)))
+		repl_command_done(r, c, -ERR_BUSY, "a stop is under way");
 	else if (m->role == ROLE_PRIMARY && m->state == STATE_RUNNING && strcmp(m->peer, c->text) == 0)
 		repl_command_done(r, c, 0, " "); /* the same again */
 	else if (m->role == ROLE_PRIMARY)

@@ -4482,6 +4482,22 @@ Test(repl, a_failover_whose_dirty_map_cannot_be_written_changes_nothing)
 	host_free(h);
 }
 
+/* The record that stops it is on its way: it runs, but not for long. */
+Test(repl, a_failback_that_was_is_not_answered_while_a_stop_is_being_saved)
+{
+	struct host *h = primary(PROTOCOL_F);
+	struct repl_command again = {.cmd = CMD_FAILBACK, .text = "peer:1"};
+	link_down(h);
+	forget(h);
+	command(h, CMD_STOP, 0);
+	EXPECT(h, "save:primary/DONE");
+	step(h, (struct repl_event){.type = EV_COMMAND, .command = &again});
+	EXPECT(h, "cmd=ERR_BUSY");
+	saved(h);
+	EXPECT(h, "cmd");
+	host_free(h);
+}
+
 /* The view's overlay is empty, but a write to it had failed: over the new base it is another. */
 Test(repl, a_checkpoint_leaves_behind_what_a_failed_write_to_the_view_left)
 {
