@@ -690,8 +690,13 @@ void primary_activate(struct repl *r)
 			repl_alone(r, io);
 		return;
 	}
-	while ((io = list_pop(&r->frozen)) != NULL) /* what waited for the peer is in this resync */
-		repl_complete(r, io, 0);
+	/* What waited for the peer is in this resync. Not so of a disk that was detached, as this host has heard by
+	 * now: what was written there alone goes to the peer. */
+	while ((io = list_pop(&r->frozen)) != NULL)
+		if (io->kind == REPL_FLUSH ? detach_any(r) : detach_of(r, io->volume))
+			detach_park(r, io); /* then resync_begin */
+		else
+			repl_complete(r, io, 0);
 	resync_begin(r);
 }
 

@@ -5772,6 +5772,48 @@ Test(repl, a_restarted_primary_is_told_by_its_peer)
 	host_free(h);
 }
 
+/* Under `freeze` its guest's write waits for the peer, which remembers a detach that this host did not hear confirmed:
+ * it goes there, and so does the flush. */
+Test(repl, a_frozen_write_to_a_disk_that_was_detached_goes_to_the_peer)
+{
+	static struct repl_meta m;
+	meta_of(&m, ROLE_PRIMARY, STATE_RUNNING);
+	m.settings.on_disconnect = ON_DISCONNECT_FREEZE;
+	meta_of(&peer_meta, ROLE_SECONDARY, STATE_RUNNING);
+	struct host *h = host_new(&m);
+	connect(h, &peer_meta);
+	frame(h, WIRE_RESYNC_ACK, 1, 0, 0, NULL, 0);
+	saved(h);
+	ack(h, 2, 2, 1);
+	frame(h, WIRE_CHECKPOINT_ACK, 0, 2, 0, NULL, 0);
+	saved(h);
+	guest(h, 'a', REPL_WRITE, 0, 4096);
+	fin(h, "a");
+	guest(h, 'f', REPL_FLUSH, 0, 0);
+	forget(h);
+	link_down(h);
+	fin(h, "a");
+	fin(h, "f");
+	EXPECT(h, "");
+	link_up(h, true);
+	EXPECT(h, "send:JOIN");
+	peer_meta.lineage = (struct lineage){.current = 200, .history = {100}};
+	peer_meta.volumes[0].flags = VOLUME_PEER_STALE;
+	peer_meta.ckpt_max = 2;
+	join_frame(h, &peer_meta, 0);
+	frame(h, WIRE_DIRTY_END, 0, 0, 0, NULL, 0);
+	fin(h, "intents");
+	forget(h);
+	saved(h);
+	EXPECT(h, "send:RESYNC_DONE#1 send:WRITE#2 send:FLUSH#3 do:f/disk");
+	fin(h, "f");
+	ack(h, 2, 2, 1);
+	EXPECT(h, "done:a");
+	ack(h, 3, 3, 3);
+	EXPECT(h, "done:f");
+	host_free(h);
+}
+
 /* It gave up waiting for the answer to its JOIN, and wrote alone: on a disk that was not current. */
 Test(repl, a_primary_that_wrote_since_its_join_is_not_told_of_a_detach)
 {
