@@ -110,8 +110,11 @@ int repl_exec_end(struct repl_exec *x)
 
 void repl_exec_unmake(struct store *st, const struct repl_meta *m)
 {
-	(void)store_delete_group(st, m->group, NULL);
-	for (uint32_t i = 0; i < m->n_volumes; i++)
+	/* Without their folders a record that is still there, or comes back with a power cut, would keep the store from
+	 * being used. With them it is a group that was made; if no record names them the next store_open removes them.
+	 */
+	int err = store_delete_group(st, m->group, NULL);
+	for (uint32_t i = 0; (!err || err == -ERR_NOENT) && i < m->n_volumes; i++)
 		(void)volume_delete(store_storage(st), m->volumes[i].name, NULL);
 }
 

@@ -472,19 +472,35 @@ int meta_load(struct storage *s, const char *path, const char kind[4], uint32_t 
 	return rc;
 }
 
-int meta_delete(struct storage *s, const char *path)
+static int delete_copy(struct storage *s, const char *path)
 {
-	static const char *const suffixes[] = {"tmp", "a", "b"};
-	char name[META_NAME_MAX];
-	int rc;
+	int rc = storage_unlink(s, path);
 
-	if (strnlen(path, STORAGE_PATH_MAX + 1) > STORAGE_PATH_MAX - 4)
-		return -ERR_RANGE;
-	for (size_t i = 0; i < ARRAY_LEN(suffixes); i++) {
-		snprintf(name, sizeof(name), "%s.%s", path, suffixes[i]);
-		rc = storage_unlink(s, name);
-		if (rc < 0 && rc != -ERR_NOENT)
-			return rc;
-	}
-	return 0;
+	return rc == -ERR_NOENT ? 0 : rc;
+}
+
+/* The copy that counts goes last, and when the other is gone for good, unless that says the same: cut off between the
+ * two, this leaves the record as it was, not an older one whose files are gone, nor one that does not check out. */
+int meta_delete(struct storage *s, const char *dir, const char *path, const char kind[4], bool durable, struct err *e)
+{
+	struct copy *best, *other;
+	struct pair p;
+	int rc = pair_read(&p, s, path, kind);
+
+	if (rc < 0)
+		return err_set(e, -rc, "delete %s: its two copies can't be read: %s", path, err_short(rc));
+	best = pair_best(&p);
+	best = best ? best : &p.copies[0];
+	other = pair_other(&p, best);
+	rc = delete_copy(s, p.tmp);
+	if (rc == 0)
+		rc = delete_copy(s, other->path);
+	if (rc == 0 && durable && !(other->state == COPY_GOOD && other->sequence == best->sequence))
+		rc = storage_sync_dir(s, dir);
+	if (rc == 0)
+		rc = delete_copy(s, best->path);
+	if (rc == 0 && durable)
+		rc = storage_sync_dir(s, dir);
+	pair_free(&p);
+	return rc < 0 ? err_set(e, -rc, "delete %s: %s; look at the disk under the store", path, err_short(rc)) : 0;
 }

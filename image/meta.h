@@ -33,7 +33,7 @@ int meta_save(struct storage *s, const char *dir, const char *path, const char k
 int meta_load(struct storage *s, const char *path, const char kind[4], uint32_t version_max, uint32_t *ret_version,
 	      void **ret_payload, size_t *ret_len, struct err *e);
 
-/* Removes both copies, absent ones are fine. Durable once the caller has synced the folder. */
-int meta_delete(struct storage *s, const char *path);
+/* Removes both copies, absent ones are fine: that there is none is durable then too. */
+int meta_delete(struct storage *s, const char *dir, const char *path, const char kind[4], bool durable, struct err *e);
 
 #endif

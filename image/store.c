@@ -284,22 +284,28 @@ int store_delete_group(struct store *st, const char *group, struct err *e)
 {
 	struct names l = {0};
 	char path[STORE_SUBPATH_SIZE];
+	bool there;
 	int rc = store_check_name(e, "delete", "group", group);
 
 	if (rc < 0)
 		return rc;
 	rc = list_groups(st, &l);
-	if (rc == 0 && !names_have(&l, group))
-		rc = -ERR_NOENT;
+	there = names_have(&l, group);
 	names_free(&l);
 	group_path(path, group);
+	/* One that is not there, too: a save of it that failed may have left a name. */
 	if (rc == 0)
-		rc = meta_delete(st->storage, path);
-	if (rc == 0 && durable(st))
-		rc = storage_sync_dir(st->storage, "groups");
+		rc = meta_delete(st->storage, "groups", path, GROUP_KIND, durable(st), NULL);
+	if (rc == 0 && !there)
+		rc = -ERR_NOENT;
 	if (rc < 0)
 		return err_set(e, -rc, "delete group %s in store %s: %s", group, st->path, err_short(rc));
 	return 0;
+}
+
+int store_sync_groups(struct store *st)
+{
+	return durable(st) ? storage_sync_dir(st->storage, "groups") : 0;
 }
 
 /* ---- what a crash left ---- */
@@ -331,9 +337,20 @@ void store_pending_remove(struct store *st, const char *volume)
 {
 	char path[STORE_SUBPATH_SIZE];
 
-	/* One that stays is settled by the next store_open. */
+	/* One that stays, or that a power cut brings back, is settled by the next store_open; but until then a record
+	 * that is lost costs the disk. */
 	pending_path(path, volume);
-	(void)storage_unlink(st->storage, path);
+	if (storage_unlink(st->storage, path) == 0 && durable(st))
+		(void)storage_sync_dir(st->storage, "pending");
+}
+
+int store_remove_folder(struct store *st, const char *volume, struct err *e)
+{
+	int rc = volume_delete(st->storage, volume, e);
+
+	if (rc == 0 && durable(st) && (rc = storage_sync_dir(st->storage, "volumes")) < 0)
+		rc = err_set(e, -rc, "delete volume %s: syncing volumes/: %s", volume, err_short(rc));
+	return rc;
 }
 
 static int is_any(void *arg, const char *name)
@@ -396,17 +413,20 @@ static bool folder_has_data(struct store *st, const char *volume)
 	return rc < 0 || x.data || x.len < size;
 }
 
+/* `power`: orphans/ itself is durable before it holds a disk, and what it holds before volumes/ may be synced for
+ * something else. */
 static void move_to_orphans(struct store *st, const char *volume)
 {
 	char from[STORE_SUBPATH_SIZE], to[STORE_SUBPATH_SIZE];
 
-	if (storage_mkdir(st->storage, "orphans") < 0)
+	if (storage_mkdir(st->storage, "orphans") < 0 || (durable(st) && storage_sync_dir(st->storage, "") < 0))
 		return;
 	snprintf(from, sizeof(from), "volumes/%s", volume);
 	snprintf(to, sizeof(to), "orphans/%s", volume);
 	for (int i = 1; i < ORPHAN_TRIES && has_folder(st->storage, to, false) != 0; i++)
 		snprintf(to, sizeof(to), "orphans/%s.%d", volume, i);
-	(void)storage_rename(st->storage, from, to);
+	if (storage_rename(st->storage, from, to) == 0 && durable(st))
+		(void)storage_sync_dir(st->storage, "orphans");
 }
 
 /* The names of all volumes; a record that can't be read: its error. */
@@ -427,7 +447,12 @@ static int collect_volumes(struct store *st, struct names *l)
 	return rc;
 }
 
-/* Failing is no error: what could not be settled is looked at again by the next store_open. */
+/* Failing is no error: what could not be settled is looked at again by the next store_open.
+ *
+ * What is found lies in the cache, perhaps: a process was killed, and a power cut may come now. So in `power` nothing
+ * is settled by it before it is durable: that no record names a folder, before that goes (the record would come back
+ * without it, and the store could not be used); that a folder is gone, before its mark is (it would come back as one
+ * with data that nobody deleted). */
 static void settle_leftovers(struct store *st)
 {
 	struct names volumes = {0}, folders = {0}, pending = {0};
@@ -440,6 +465,8 @@ static void settle_leftovers(struct store *st)
 		rc = rc == -ERR_NOENT ? 0 : rc;
 	}
 	names_sort(&pending);
+	if (rc == 0)
+		rc = store_sync_groups(st);
 	for (size_t i = 0; rc == 0 && i < folders.n; i++) {
 		const char *name = folders.list[i];
 
@@ -450,6 +477,8 @@ static void settle_leftovers(struct store *st)
 		else
 			move_to_orphans(st, name);
 	}
+	if (rc == 0 && pending.n && durable(st))
+		rc = storage_sync_dir(st->storage, "volumes");
 	for (size_t i = 0; rc == 0 && i < pending.n; i++)
 		store_pending_remove(st, pending.list[i]);
 	names_free(&volumes);

@@ -56,6 +56,7 @@ int store_set_durability(struct store *st, enum volume_durability dur, struct er
 int store_list_groups(struct store *st, int (*fn)(void *arg, const char *group), void *arg);
 int store_load_group(struct store *st, const char *group, struct repl_meta **ret, struct err *e);
 int store_save_group(struct store *st, const struct repl_meta *m, struct err *e);
+/* -ERR_NOENT: there is none; in `power` that is durable then, as the deletion is. */
 int store_delete_group(struct store *st, const char *group, struct err *e);
 
 /* The offline forms of the verbs, also used by the daemon; the daemon passes the groups that it has loaded through

@@ -24,6 +24,10 @@ int store_check_name(struct err *e, const char *verb, const char *what, const ch
 /* Marks `volume` as being made or deleted: a folder that no record names is then removed by the next store_open. */
 int store_pending_add(struct store *st, const char *volume);
 void store_pending_remove(struct store *st, const char *volume);
+/* volume_delete, and in `power` durably: its mark may go then. */
+int store_remove_folder(struct store *st, const char *volume, struct err *e);
+/* In `power`: what records there are is durable, those that are not there included. */
+int store_sync_groups(struct store *st);
 
 /* Whether volumes/NAME is there. Negative: can't be told. */
 int store_has_folder(struct store *st, const char *volume);

@@ -206,7 +206,7 @@ static int check_folder_free(struct store *st, const char *verb, const char *vol
 
 static void abandon(struct store *st, const char *volume)
 {
-	if (volume_delete(store_storage(st), volume, NULL) == 0)
+	if (store_remove_folder(st, volume, NULL) == 0)
 		store_pending_remove(st, volume);
 }
 
@@ -301,13 +301,14 @@ static int join_chain(struct store *st, const char *volume, uint64_t size, const
 	return rc;
 }
 
-/* After a failed save: whether the record surely does not name the volume. */
+/* After a failed save: whether the record surely does not name the volume, after a power cut too: the name of a new
+ * record may have become durable, and its removal not. */
 static bool surely_unnamed(struct store *st, const char *group, const char *volume)
 {
 	_cleanup_free_ struct repl_meta *m = NULL;
 	int rc = store_load_group(st, group, &m, NULL);
 
-	return rc == -ERR_NOENT || (rc == 0 && repl_meta_find_volume(m, volume) < 0);
+	return (rc == -ERR_NOENT || (rc == 0 && repl_meta_find_volume(m, volume) < 0)) && store_sync_groups(st) == 0;
 }
 
 /* Puts the volume into its group's record. On failure *ret_abandon says whether its folder may go. */
@@ -445,6 +446,14 @@ static int unname(struct store *st, struct repl_meta *m, uint32_t index, struct 
 	return store_save_group(st, m, e);
 }
 
+static bool is_named(struct store *st, const char *volume)
+{
+	_cleanup_free_ struct repl_meta *m = NULL;
+	uint32_t index;
+
+	return store_find_volume(st, volume, &m, &index, NULL) == 0;
+}
+
 static int delete_locked(struct store *st, const char *volume, struct err *e) REQUIRES(st->names)
 {
 	_cleanup_free_ struct repl_meta *m = NULL;
@@ -467,13 +476,18 @@ static int delete_locked(struct store *st, const char *volume, struct err *e) RE
 					    "clone %s is made of it; remove that first, with `rm` in the mount",
 					    m->clones[i].name);
 	rc = store_pending_add(st, volume);
-	if (rc < 0)
+	if (rc < 0) {
+		store_pending_remove(st, volume);
 		return store_refuse(e, -rc, "delete", volume, "making pending/%s in store %s: %s", volume,
 				    store_path(st), err_short(rc));
-	/* A mark on a volume that is still named does nothing and goes with the next store_open. */
-	if ((rc = unname(st, m, index, e)) < 0)
+	}
+	if ((rc = unname(st, m, index, e)) < 0) {
+		/* A mark does nothing to a volume that is named; were its record lost, it would cost the disk. */
+		if (is_named(st, volume))
+			store_pending_remove(st, volume);
 		return rc;
-	rc = volume_delete(store_storage(st), volume, &why);
+	}
+	rc = store_remove_folder(st, volume, &why);
 	if (rc < 0)
 		return store_refuse(
 		    e, -rc, "delete", volume,

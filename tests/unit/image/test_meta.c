@@ -363,10 +363,10 @@ Test(meta, limits_and_delete)
 	load_number(cs, &rc);
 	cr_assert_eq(rc, -ERR_NOENT);
 	cr_assert_eq(save_number(cs, 1, 10, true), 0);
-	cr_assert_eq(meta_delete(&cs->storage, "rec"), 0);
+	cr_assert_eq(meta_delete(&cs->storage, "", "rec", KIND, true, NULL), 0);
 	load_number(cs, &rc);
 	cr_assert_eq(rc, -ERR_NOENT);
-	cr_assert_eq(meta_delete(&cs->storage, "rec"), 0);
+	cr_assert_eq(meta_delete(&cs->storage, "", "rec", KIND, true, NULL), 0);
 	cr_assert_eq(cs->names.n, 0);
 	drop_store(cs);
 }
