@@ -19,7 +19,11 @@
  * may empty the list, and leaves what was there to the next holder (doomed).
  *
  * Emptied, the list is not what the files say any more (stale): they go before anything else is written, and so before
- * any intent bit is cleared that was set since.
+ * any intent bit is cleared that was set since. As long as they can't be removed, durably, no flush succeeds: the next
+ * start would read them, and what was marked since has its intent bit only.
+ *
+ * Files go oldest first: cut off, that leaves newer ones, which say nothing wrong. An older one without those behind it
+ * would. What names an open finds, or finds gone, the start makes durable before any bit is cleared (intent_begin).
  */
 #include "image/changed.h"
 
@@ -65,7 +69,6 @@ struct changed {
 	uint32_t n;
 	struct epoch *doomed; /* out of the list, not freed yet */
 	bool stale;	      /* files may be there that no epoch of the list is of */
-	bool dead;	      /* they could not be removed: nothing is known, or will be */
 };
 
 static void path_of(const struct changed *c, uint64_t number, char out[CHANGED_PATH_SIZE])
@@ -293,6 +296,7 @@ static int header_read(const struct changed *c, uint64_t number, enum header *re
 
 struct found {
 	uint64_t numbers[2 * CHANGED_EPOCHS_MAX];
+	bool kept[2 * CHANGED_EPOCHS_MAX]; /* by load */
 	uint32_t n;
 	bool more;
 };
@@ -355,7 +359,6 @@ static int find_files(const struct changed *c, struct found *f)
 static int unlink_all(const struct changed *c)
 {
 	struct found *f = malloc(sizeof(*f));
-	bool any = false;
 	int rc = f ? 0 : -ERR_NOMEM;
 
 	do {
@@ -363,9 +366,8 @@ static int unlink_all(const struct changed *c)
 			rc = find_files(c, f);
 		for (uint32_t i = 0; rc == 0 && i < f->n; i++)
 			rc = unlink_file(c, f->numbers[i]);
-		any = any || (rc == 0 && f->n);
 	} while (rc == 0 && f->more);
-	if (rc == 0 && any)
+	if (rc == 0) /* none is there: one that failed here before had removed them */
 		rc = sync_folder(c);
 	free(f);
 	return rc;
@@ -376,8 +378,7 @@ static int drop_files(struct changed *c) REQUIRES(c->flush_lock)
 	int rc = unlink_all(c);
 
 	mutex_lock(&c->lock);
-	c->stale = false;
-	c->dead = c->dead || rc < 0;
+	c->stale = rc < 0;
 	mutex_unlock(&c->lock);
 	return rc;
 }
@@ -390,7 +391,7 @@ int changed_drop(struct changed *c)
 	mutex_lock(&c->flush_lock);
 	mutex_lock(&c->lock);
 	forget_locked(c);
-	any = c->stale || c->dead;
+	any = c->stale;
 	mutex_unlock(&c->lock);
 	if (any)
 		rc = drop_files(c);
@@ -428,10 +429,12 @@ static int load(struct changed *c, struct found *f)
 			*keep = x;
 			c->epochs[n++] = keep;
 			c->n = n;
-		} else if (rc == 0) {
-			rc = unlink_file(c, f->numbers[i]);
 		}
+		f->kept[i] = keep != NULL;
 	}
+	for (uint32_t i = 0; rc == 0 && i < f->n; i++)
+		if (!f->kept[i])
+			rc = unlink_file(c, f->numbers[i]);
 	for (uint32_t i = 0; i < n / 2; i++) {
 		struct epoch *x = c->epochs[i];
 
@@ -478,8 +481,7 @@ int changed_open(struct storage *s, const char *volume, uint64_t size, bool powe
 		for (uint32_t i = 0; i < c->n; i++)
 			epoch_free(c->epochs[i]);
 		c->n = 0;
-		rc = any ? unlink_all(c) : 0;
-		c->dead = rc < 0;
+		c->stale = any && unlink_all(c) < 0;
 	}
 	free(f);
 	*ret = c;
@@ -513,7 +515,7 @@ void changed_begin(struct changed *c, uint64_t number, uint64_t time_ns, bool pi
 		forget_locked(c);
 		set_size(c, size);
 	}
-	x = c->dead || c->n == CHANGED_EPOCHS_MAX ? NULL : calloc(1, sizeof(*x));
+	x = c->n == CHANGED_EPOCHS_MAX ? NULL : calloc(1, sizeof(*x));
 	if (x)
 		*x = (struct epoch){.number = number, .time_ns = time_ns, .pinned = pinned};
 	if (x && epoch_load(c, x)) {

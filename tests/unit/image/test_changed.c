@@ -267,6 +267,99 @@ Test(changed, a_flush_that_fails_drops_all)
 	s = mine;
 }
 
+static const struct storage_ops *real_ops;
+static bool no_open, no_unlink, no_sync_dir;
+
+static int failing_open(struct storage *st, const char *path, unsigned flags, struct disk **ret)
+{
+	return no_open ? -ERR_IO : real_ops->open(st, path, flags, ret);
+}
+
+static int failing_unlink(struct storage *st, const char *path)
+{
+	return no_unlink ? -ERR_IO : real_ops->unlink(st, path);
+}
+
+static int unlink_one(struct storage *st, const char *path)
+{
+	int rc = failing_unlink(st, path);
+
+	no_unlink = true;
+	return rc;
+}
+
+static int failing_sync_dir(struct storage *st, const char *path)
+{
+	return no_sync_dir ? -ERR_IO : real_ops->sync_dir(st, path);
+}
+
+/* Files that can't be removed are found by the next start: as long as they are there no intent bit may go, and what
+ * was marked meanwhile is never missed. */
+Test(changed, files_that_cant_be_removed_hold_the_intent_bits)
+{
+	struct storage_ops ops = *s->ops;
+	bool *const unremovable[] = {&no_unlink, &no_sync_dir};
+	uint64_t numbers[EPOCHS];
+
+	real_ops = s->ops;
+	ops.open = failing_open;
+	ops.unlink = failing_unlink;
+	ops.sync_dir = failing_sync_dir;
+	s->ops = &ops;
+	for (uint64_t i = 0; i < 4; i++) {
+		n_truth = 0;
+		open_it(true);
+		begin(1 + 10 * i);
+		mark(1, 1);
+		cr_assert_eq(changed_flush(c, NULL), 0);
+		mark(9000, 1);
+		no_open = *unremovable[i % 2] = true;
+		if (i < 2) {
+			cr_assert_lt(changed_flush(c, NULL), 0);
+		} else {
+			open_it(true); /* they can't be read, nor removed then */
+			cr_assert_eq(known(numbers), 0);
+		}
+		no_open = false;
+		cr_assert_lt(changed_flush(c, NULL), 0);
+		cr_assert_lt(changed_flush(c, NULL), 0);
+		*unremovable[i % 2] = false;
+		cr_assert_eq(changed_flush(c, NULL), 0);
+		open_it(true);
+		cr_assert_eq(known(numbers), 0);
+	}
+	changed_close(c);
+	c = NULL;
+	s->ops = real_ops;
+}
+
+/* A file that does not check out takes the older ones along, also when that is cut off. */
+Test(changed, an_older_file_never_stays_alone)
+{
+	struct storage_ops ops = *s->ops;
+	uint64_t numbers[EPOCHS];
+	uint8_t byte = 0;
+
+	open_it(true);
+	for (uint64_t i = 1; i <= 3; i++) {
+		begin(i);
+		mark(i * 100, 50);
+	}
+	cr_assert_eq(changed_flush(c, NULL), 0);
+	tmpdir_write(&dir, "volumes/v/changed-2", &byte, 1, 17);
+	byte = 0x40;
+	tmpdir_write(&dir, "volumes/v/changed-2", &byte, 1, 18);
+	real_ops = s->ops;
+	ops.unlink = unlink_one;
+	s->ops = &ops;
+	open_it(true); /* that is all that it could remove, and it can't say so */
+	s->ops = real_ops;
+	open_it(true);
+	for (uint32_t k = known(numbers); k-- > 0;)
+		cr_assert(check_since(numbers[k], true));
+	cr_assert_not(check_since(1, false));
+}
+
 /* ---- crashes ---- */
 
 static int crash_list(struct storage *st, const char *path, int (*fn)(void *arg, const char *name), void *arg)
