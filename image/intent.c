@@ -67,6 +67,7 @@ struct intent {
 	uint8_t *bits; /* npages * PAGE_BITS_BYTES */
 	uint64_t written, synced;
 	bool write_failed, ended;
+	bool unnamed;	     /* the file may be lost, with its name; what a power cut leaves is an older one */
 	uint64_t grown_size; /* prepared: the volume's, and the larger map */
 	uint8_t *grown;
 };
@@ -272,7 +273,8 @@ static void intent_paths(const struct intent *t, char dir[static INTENT_PATH_SIZ
 static int write_fine(struct intent *t, const struct bitmap *dirty);
 
 /* Writes the whole map, with `dirty` as its fine map unless NULL, into *ret, which appears under the map's name only
- * when whole. Nobody else uses t. */
+ * when whole. Nobody else uses t. With an error *ret is NULL, or it has the name all the same, not durably: the file
+ * before has none any more, so what is written on has to go there, and is not durable before a new one is (unnamed). */
 static int write_new(struct intent *t, const struct bitmap *dirty, struct disk **ret) NO_THREAD_ANALYSIS
 {
 	char dir[INTENT_PATH_SIZE], path[INTENT_PATH_SIZE], tmp[INTENT_PATH_SIZE + 4];
@@ -280,6 +282,7 @@ static int write_new(struct intent *t, const struct bitmap *dirty, struct disk *
 	struct disk *old = t->disk, *made;
 	int rc;
 
+	*ret = NULL;
 	intent_paths(t, dir, path);
 	snprintf(tmp, sizeof(tmp), "%s.tmp", path);
 	/* A new file, not one truncated: a leftover may have a failed sync behind it. */
@@ -298,8 +301,6 @@ static int write_new(struct intent *t, const struct bitmap *dirty, struct disk *
 		rc = disk_sync(t->disk);
 	if (rc == 0)
 		rc = storage_rename(t->storage, tmp, path);
-	if (rc == 0 && t->durable)
-		rc = storage_sync_dir(t->storage, dir);
 	made = t->disk;
 	t->disk = old;
 	if (rc < 0) {
@@ -308,7 +309,9 @@ static int write_new(struct intent *t, const struct bitmap *dirty, struct disk *
 		return rc;
 	}
 	*ret = made;
-	return 0;
+	rc = t->durable ? storage_sync_dir(t->storage, dir) : 0;
+	t->unnamed = rc < 0;
+	return rc;
 }
 
 static int read_fine(struct intent *t);
@@ -455,7 +458,7 @@ int intent_write(struct intent *t, uint64_t first, uint64_t n, bool set)
 int intent_sync(struct intent *t)
 {
 	uint64_t covers;
-	bool needed;
+	bool needed, unnamed;
 	int rc;
 
 	if (!t->durable)
@@ -463,7 +466,10 @@ int intent_sync(struct intent *t)
 	mutex_lock(&t->lock);
 	covers = t->written;
 	needed = t->synced < covers;
+	unnamed = t->unnamed;
 	mutex_unlock(&t->lock);
+	if (unnamed)
+		return intent_reopen(t);
 	if (!needed)
 		return 0;
 	(void)pthread_rwlock_rdlock(&t->sync_lock);
@@ -483,12 +489,13 @@ int intent_reopen(struct intent *t)
 	(void)pthread_rwlock_wrlock(&t->sync_lock);
 	mutex_lock(&t->lock);
 	int rc = write_new(t, NULL, &made);
-	if (rc == 0) {
+	if (made) {
 		disk_close(t->disk);
 		t->disk = made;
 		t->version = INTENT_VERSION;
-		t->synced = t->written;
 	}
+	if (rc == 0)
+		t->synced = t->written;
 	mutex_unlock(&t->lock);
 	(void)pthread_rwlock_unlock(&t->sync_lock);
 	return rc;
@@ -597,7 +604,7 @@ int intent_begin(struct intent *t, struct err *e)
 	if (t->version < INTENT_VERSION) {
 		/* A program that knows no fine map must not go on with this file once it may have one. */
 		rc = write_new(t, NULL, &d);
-		if (rc == 0) {
+		if (d) {
 			disk_close(t->disk);
 			t->disk = d;
 			t->version = INTENT_VERSION;
@@ -636,8 +643,7 @@ int intent_end(struct intent *t, const struct bitmap *dirty)
 		r = next < b->nbits ? bitmap_next_set(b, next) : BITMAP_NONE;
 	}
 	rc = write_new(t, dirty, &d);
-	if (rc == 0)
-		disk_close(d);
+	disk_close(d);
 	mutex_unlock(&t->lock);
 	return rc;
 }

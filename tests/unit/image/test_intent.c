@@ -526,6 +526,44 @@ Test(intent, a_sync_that_failed_is_said_and_keeps_the_fine_map_void)
 	crashed_free(cs);
 }
 
+static bool no_sync_dir;
+
+static int failing_sync_dir(struct storage *st, const char *path)
+{
+	return no_sync_dir ? -ERR_IO : cs_ops.sync_dir(st, path);
+}
+
+/* A map that is written anew has its name, and the sync of that fails: what is set from then on is found after a kill,
+ * and, once a sync of it has succeeded, after a power cut, whatever file that left. */
+Test(intent, a_name_that_could_not_be_synced_costs_no_bit)
+{
+	struct storage_ops ops = cs_ops;
+
+	ops.sync_dir = failing_sync_dir;
+	for (uint64_t seed = 1; seed <= 40; seed++) {
+		struct crashstore *cs = crashed(seed);
+		cs->storage.ops = &ops;
+		struct intent *t = open_on(&cs->storage, 100, INTENT_DURABLE);
+
+		cr_assert_eq(intent_begin(t, NULL), 0);
+		no_sync_dir = true;
+		cr_assert_eq(intent_reopen(t), -ERR_IO);
+		cr_assert_eq(intent_write(t, 60, 1, true), 0);
+		cr_assert_eq(intent_sync(t), -ERR_IO, "in a file that a power cut may take");
+		no_sync_dir = seed % 4 == 0;
+		int rc = intent_sync(t);
+		cr_assert_eq(rc, no_sync_dir ? -ERR_IO : 0);
+		intent_close(t);
+		if (rc == 0 && seed % 2)
+			cs_power_cut(cs);
+		else
+			cs_killed(cs);
+		no_sync_dir = false;
+		cr_assert(bit_on(cs, 100, 60), "seed %lu", (unsigned long)seed);
+		crashed_free(cs);
+	}
+}
+
 /* Begin, write, end cleanly or not, cut off anywhere: a fine map that is found names every region that was dirty, and
  * one that was begun with is never found again. */
 Test(intent, a_fine_map_is_never_stale)
