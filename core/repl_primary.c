@@ -819,6 +819,7 @@ void primary_session_lost(struct repl *r)
 	memset(r->rs_hash, 0, sizeof(r->rs_hash));
 	r->auto_ckpt = 0;
 	r->ckpt_wanted = false;
+	r->ckpt_wanted_flags = 0;
 	if (r->handing != HAND_NONE) {
 		switchover_session_lost(r);
 	} else if (!repl_tx_pending(r, TX_STOPPED)) {

@@ -25,6 +25,7 @@ struct host {
 	struct repl_command cmd;
 	int cmd_error, cmd_count;
 	unsigned warnings;
+	unsigned sent_flags; /* of the last frame */
 };
 
 static void note(struct host *h, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
@@ -69,6 +70,7 @@ static void emit(void *arg, const struct repl_action *a)
 	case ACT_SEND:
 		if (a->frame.type == WIRE_PING)
 			break;
+		h->sent_flags = a->frame.flags;
 		if (a->frame.seq)
 			note(h, "send:%s#%d", wire_type_name(a->frame.type), (int)a->frame.seq);
 		else
@@ -6904,5 +6906,27 @@ Test(repl, the_smaller_of_two_grows_in_the_handshake)
 	EXPECT(h, "do:intents/own");
 	fin(h, "intents");
 	saved(h);
+	host_free(h);
+}
+
+/* ---- what comes between the steps of something else ---- */
+
+/* What a command of a lost session wanted is no wish of the next session's: it would empty an active overlay. */
+Test(repl, a_checkpoint_that_was_wanted_by_a_command_dies_with_its_session)
+{
+	struct host *h = primary(PROTOCOL_F);
+	frame(h, WIRE_CHECKPOINT_WANT, 0, WIRE_CKPT_COMMAND | WIRE_CKPT_PIN, 0, NULL, 0);
+	link_down(h);
+	connect(h, &peer_meta);
+	frame(h, WIRE_RESYNC_ACK, 1, 0, 0, NULL, 0);
+	saved(h);
+	frame(h, WIRE_CHECKPOINT_ACK, 0, 3, 0, NULL, 0);
+	saved(h);
+	forget(h);
+	frame(h, WIRE_CHECKPOINT_WANT, 0, 0, 0, NULL, 0);
+	h->sent_flags = 0xffff;
+	tick(h, SEC / 10);
+	EXPECT(h, "send:CHECKPOINT#3");
+	cr_assert_eq(h->sent_flags, 0);
 	host_free(h);
 }
