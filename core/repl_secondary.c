@@ -113,6 +113,13 @@ void secondary_stream(struct repl *r, struct repl_io *io)
 		session_protocol_error(r, "%s", why);
 		return;
 	}
+	/* A number that this host takes for a resync's own checkpoint must not come behind one on its way here. */
+	if ((io->kind == REPL_DETACH || io->kind == REPL_ATTACH || io->kind == REPL_CHECKPOINT) &&
+	    r->link != LINK_SYNCED) {
+		repl_complete(r, io, -ERR_CANCELED);
+		session_protocol_error(r, "a checkpoint or a detach outside of SYNCED");
+		return;
+	}
 	if (r->armed) { /* the primary goes on as such */
 		r->armed = 0;
 		repl_gate_run(r);
@@ -135,11 +142,6 @@ void secondary_stream(struct repl *r, struct repl_io *io)
 		r->in_phase = STREAM_OPEN;
 		r->in_whole = true;
 		r->in_done_seq = io->seq;
-	}
-	if ((io->kind == REPL_DETACH || io->kind == REPL_ATTACH) && r->link != LINK_SYNCED) {
-		repl_complete(r, io, -ERR_CANCELED);
-		session_protocol_error(r, "a detach outside of SYNCED");
-		return;
 	}
 	r->in_seq = io->seq;
 	io->phase = PHASE_HELD;

@@ -6930,3 +6930,19 @@ Test(repl, a_checkpoint_that_was_wanted_by_a_command_dies_with_its_session)
 	cr_assert_eq(h->sent_flags, 0);
 	host_free(h);
 }
+
+/* The number that the resync's own checkpoint gets would lie above it. */
+Test(repl, a_checkpoint_before_the_end_of_a_resync_breaks_the_protocol)
+{
+	struct host *h = secondary();
+	stream(h, 'r', WIRE_RESYNC_BEGIN, REPL_RESYNC_BEGIN, 2, 100, 0);
+	stream(h, 'd', WIRE_RESYNC_DONE, REPL_RESYNC_DONE, 3, 0, 0);
+	EXPECT(h, "do:r/ckpt");
+	stream(h, 'c', WIRE_CHECKPOINT, REPL_CHECKPOINT, 4, 7, 0);
+	EXPECT(h, "done:c=ERR_CANCELED send:REFUSE close");
+	fin(h, "r");
+	saved(h);
+	fin(h, "d");
+	saved(h);
+	host_free(h);
+}
