@@ -363,7 +363,9 @@ static bool tx_prepare(struct repl *r, struct tx *t, struct repl_meta *m)
 		m->last_stream = max_u64(m->last_stream, t->number);
 		m->broken = false;
 		return true;
-	case TX_STOPPED:
+	case TX_STOPPED: /* it may have stepped down meanwhile: then there is nothing of it to stop */
+		if (m->role != ROLE_PRIMARY || m->state != STATE_RUNNING)
+			return false;
 		if (t->number) {
 			m->last_stream = max_u64(m->last_stream, t->number);
 			m->broken = false;

@@ -543,7 +543,9 @@ void primary_tx_done(struct repl *r, struct tx *t, int error)
 		}
 		if (!error)
 			r->error.code = 0;
-		if (error)
+		if (error == -ERR_CANCELED)
+			repl_command_done(r, t->command, -ERR_STATE, "its role changed meanwhile; see `status`");
+		else if (error)
 			repl_command_done(r, t->command, error, "the stop could not be saved: %s", err_short(error));
 		else
 			repl_stopped(r, t->command);

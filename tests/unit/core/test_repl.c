@@ -6946,3 +6946,27 @@ Test(repl, a_checkpoint_before_the_end_of_a_resync_breaks_the_protocol)
 	saved(h);
 	host_free(h);
 }
+
+/* The record that ends the role is on its way. */
+Test(repl, a_stop_that_a_step_down_overtakes_is_none)
+{
+	struct host *h = primary(PROTOCOL_F);
+	static struct repl_meta survivor;
+	meta_of(&survivor, ROLE_STANDALONE, STATE_DONE);
+	survivor.lineage = (struct lineage){.current = 200, .bitmap = 100};
+	survivor.alone = true;
+	link_down(h);
+	tick(h, 0);
+	link_up(h, true);
+	join_frame(h, &survivor, 0);
+	EXPECT(h, "dial send:JOIN save:secondary/NONE");
+	link_down(h);
+	command(h, CMD_STOP, 0);
+	EXPECT(h, "");
+	saved(h);
+	EXPECT(h, "cmd=ERR_STATE");
+	cr_assert_eq(repl_meta(h->r)->state, STATE_NONE);
+	guest(h, 'a', REPL_WRITE, 0, 4096);
+	EXPECT(h, "done:a=ERR_IO");
+	host_free(h);
+}
