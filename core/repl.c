@@ -395,8 +395,7 @@ static bool tx_prepare(struct repl *r, struct tx *t, struct repl_meta *m)
 	case TX_DETACH:
 	case TX_REBUILD:
 	case TX_ATTACH:
-		detach_prepare(r, t, m);
-		return true;
+		return detach_prepare(r, t, m);
 	case TX_RESIZE:
 		return resize_prepare(t, m);
 	case TX_HAND_OVER:
@@ -599,7 +598,9 @@ static void meta_saved(struct repl *r, const struct repl_event *ev)
 		r->meta = r->next;
 		r->next = old;
 		r->ckpt_used = max_u64(r->ckpt_used, r->meta->ckpt_max);
-		if (t.kind == TX_BUMP || t.kind == TX_DETACH || t.kind == TX_ACTIVATE || t.kind == TX_UNPROTECT)
+		/* Not that of a disk that has failed since. */
+		if (t.kind == TX_BUMP || t.kind == TX_ACTIVATE || t.kind == TX_UNPROTECT ||
+		    (t.kind == TX_DETACH && r->meta->lineage.current == r->detach_lineage.current))
 			r->lineage_pending = false;
 		repl_emit(r, &(struct repl_action){.type = ACT_SERVING, .meta = r->meta});
 		error_over(r, "metadata");

@@ -199,7 +199,8 @@ void detach_acked(struct repl *r)
 		detach_clear_maps(r);
 		lineage_in_sync(&r->detach_lineage);
 		r->detach_saving = true;
-		repl_tx(r, TX_DETACH);
+		if (!repl_tx_queued(r, TX_DETACH)) /* it takes what there is by then */
+			repl_tx(r, TX_DETACH);
 	}
 	if (r->attach_phase == ATTACH_TOLD && r->flushed >= r->attach_seq) {
 		r->attach_phase = ATTACH_SAVE;
@@ -216,24 +217,25 @@ void detach_flags(const struct repl *r, struct repl_volume *v, uint32_t n)
 	}
 }
 
-void detach_prepare(struct repl *r, struct tx *t, struct repl_meta *m)
+bool detach_prepare(struct repl *r, struct tx *t, struct repl_meta *m)
 {
 	switch (t->kind) {
 	case TX_DETACH:
 		if (r->lineage_pending)
 			m->lineage = r->detach_lineage;
 		detach_flags(r, m->volumes, m->n_volumes);
-		return;
-	case TX_REBUILD:
+		return true;
+	case TX_REBUILD: /* of the disks that were opened anew, not of one that has failed since */
+		t->arg &= r->stale;
 		for (uint32_t i = 0; i < m->n_volumes; i++)
-			if (r->stale & mask_of(i))
+			if (t->arg & mask_of(i))
 				m->volumes[i].flags |= VOLUME_STALE | VOLUME_REBUILD;
-		return;
+		return t->arg != 0;
 	case TX_ATTACH:
 		for (uint32_t i = 0; i < m->n_volumes; i++)
 			if (r->rebuild & mask_of(i))
 				m->volumes[i].flags = 0;
-		return;
+		return true;
 	default:
 		UNREACHABLE();
 	}
@@ -642,7 +644,7 @@ void detach_internal_done(struct repl *r, struct repl_io *io, int error)
 		if (error)
 			rebuild_refused(r, error, "the local disk could not be opened");
 		else
-			repl_tx(r, TX_REBUILD);
+			repl_tx(r, TX_REBUILD)->arg = r->reopen_io.arg;
 	} else {
 		rebuild_done(r, io, error);
 	}
@@ -652,7 +654,7 @@ void detach_tx_done(struct repl *r, struct tx *t, int error)
 {
 	switch (t->kind) {
 	case TX_DETACH:
-		r->detach_saving = false;
+		r->detach_saving = repl_tx_pending(r, TX_DETACH); /* another disk's */
 		if (error)
 			r->detach_retry_ns = r->now_ns + RESAVE_NS;
 		detach_resume(r);
@@ -662,7 +664,7 @@ void detach_tx_done(struct repl *r, struct tx *t, int error)
 			rebuild_refused(r, error, "the start of the rebuild could not be recorded here");
 			return;
 		}
-		r->rebuild = r->stale;
+		r->rebuild |= t->arg & r->stale;
 		rebuild_all(r);
 		repl_log(r, 2, "rebuilding the detached disks from the peer");
 		struct repl_command *c = r->rebuilding;

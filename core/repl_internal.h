@@ -539,7 +539,7 @@ void detach_resync(struct repl *r, struct repl_command *c);
 void detach_read_reply(struct repl *r, const struct repl_event *ev);
 void detach_rebuild_granted(struct repl *r, struct repl_io *io);
 void detach_internal_done(struct repl *r, struct repl_io *io, int error);
-void detach_prepare(struct repl *r, struct tx *t, struct repl_meta *m);
+bool detach_prepare(struct repl *r, struct tx *t, struct repl_meta *m);
 void detach_tx_done(struct repl *r, struct tx *t, int error);
 
 /* repl_secondary.c */

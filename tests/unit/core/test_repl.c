@@ -6970,3 +6970,89 @@ Test(repl, a_stop_that_a_step_down_overtakes_is_none)
 	EXPECT(h, "done:a=ERR_IO");
 	host_free(h);
 }
+
+static struct host *two_volumes(void)
+{
+	static struct repl_meta m;
+	meta_of(&m, ROLE_PRIMARY, STATE_RUNNING);
+	meta_of(&peer_meta, ROLE_SECONDARY, STATE_RUNNING);
+	struct repl_meta *both[] = {&m, &peer_meta};
+	for (unsigned i = 0; i < 2; i++) {
+		both[i]->n_volumes = 2;
+		both[i]->volumes[1] = both[i]->volumes[0];
+		(void)snprintf(both[i]->volumes[1].name, sizeof(both[i]->volumes[1].name), "vm2");
+		both[i]->volumes[1].id = both[i]->volumes[0].id + 1;
+	}
+	struct host *h = host_new(&m);
+	connect(h, &peer_meta);
+	ack(h, 1, 1, 1);
+	frame(h, WIRE_RESYNC_ACK, 1, 0, 0, NULL, 0);
+	saved(h);
+	ack(h, 2, 2, 2);
+	frame(h, WIRE_CHECKPOINT_ACK, 0, 2, 0, NULL, 0);
+	saved(h);
+	forget(h);
+	return h;
+}
+
+static void guest2(struct host *h, char name, enum repl_kind kind, uint64_t off, uint64_t len)
+{
+	struct repl_io *io = &h->io[(unsigned char)name];
+	*io = (struct repl_io){.kind = kind, .volume = 1, .off = off, .len = len, .owner = (uint8_t)name};
+	step(h, (struct repl_event){.type = EV_IO, .io = io});
+}
+
+/* The record of the first one is on its way. */
+Test(repl, nothing_of_a_second_disk_is_answered_before_its_detach_is_recorded)
+{
+	struct host *h = two_volumes();
+	guest(h, 'a', REPL_WRITE, 0, 4096);
+	guest2(h, 'b', REPL_WRITE, 0, 4096);
+	fin(h, "a");
+	fin(h, "b");
+	EXPECT(h, "do:a/intent do:b/intent do:a/disk do:b/disk");
+	fin_full(h, "a", -ERR_IO, false, 0, false);
+	EXPECT(h, "send:DETACH#3");
+	ack(h, 3, 3, 3);
+	EXPECT(h, "save:primary/RUNNING");
+	uint64_t first = h->saved.lineage.current;
+	fin_full(h, "b", -ERR_IO, false, 0, false);
+	EXPECT(h, "send:DETACH#4");
+	ack(h, 4, 4, 4);
+	EXPECT(h, "");
+	cr_assert_eq(h->saved.volumes[1].flags, 0);
+	saved(h);
+	EXPECT(h, "save:primary/RUNNING");
+	cr_assert_eq(h->saved.volumes[1].flags, VOLUME_STALE);
+	cr_assert(h->saved.lineage.current != first && lineage_has(&h->saved.lineage, first));
+	saved(h);
+	EXPECT(h, "send:WRITE#5 send:WRITE#6");
+	host_free(h);
+}
+
+/* It was not opened anew. */
+Test(repl, a_disk_that_fails_beside_a_rebuilds_begin_is_not_in_it)
+{
+	struct host *h = two_volumes();
+	guest(h, 'a', REPL_WRITE, 0, 4096);
+	guest2(h, 'b', REPL_WRITE, 0, 4096);
+	fin(h, "a");
+	fin(h, "b");
+	fin_full(h, "a", -ERR_IO, false, 0, false);
+	ack(h, 3, 3, 3);
+	saved(h);
+	forget(h);
+	command(h, CMD_RESYNC, 0);
+	EXPECT(h, "do:reopen/own");
+	fin_full(h, "b", -ERR_IO, false, 0, false);
+	ack(h, 5, 5, 5);
+	saved(h);
+	forget(h);
+	fin(h, "reopen");
+	EXPECT(h, "save:primary/RUNNING");
+	cr_assert_eq(h->saved.volumes[0].flags, VOLUME_STALE | VOLUME_REBUILD);
+	cr_assert_eq(h->saved.volumes[1].flags, VOLUME_STALE);
+	saved(h);
+	cr_assert_eq(repl_unsynced(h->r), 2);
+	host_free(h);
+}
