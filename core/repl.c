@@ -432,6 +432,8 @@ void repl_tx_run(struct repl *r)
 		repl_meta_copy(r->next, r->meta);
 		r->tx.active_id = r->meta->active_id;
 		bool applies = tx_prepare(r, &r->tx, r->next);
+		if (r->meta->role == ROLE_PRIMARY && r->next->role == ROLE_SECONDARY)
+			detach_flags(r, r->next->volumes, r->next->n_volumes); /* nobody else knows from here on */
 		if (r->next->role != ROLE_PRIMARY)
 			r->next->paused = r->next->hash_sync = false;
 		if (!applies) {

@@ -221,6 +221,8 @@ bool detach_prepare(struct repl *r, struct tx *t, struct repl_meta *m)
 {
 	switch (t->kind) {
 	case TX_DETACH:
+		if (m->role != ROLE_PRIMARY) /* what it knew went into the record that ended this */
+			return false;
 		if (r->lineage_pending)
 			m->lineage = r->detach_lineage;
 		detach_flags(r, m->volumes, m->n_volumes);
@@ -473,6 +475,7 @@ void detach_role_lost(struct repl *r)
 	while (r->parked.head)
 		fail_parked(r, UINT64_MAX);
 	r->stale = r->rebuild = 0;
+	r->lineage_pending = false; /* what is begun here from now on lies above what it follows by then */
 	r->unflushed_untold = false;
 	r->attach_phase = ATTACH_NONE;
 }

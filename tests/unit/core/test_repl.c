@@ -7056,3 +7056,60 @@ Test(repl, a_disk_that_fails_beside_a_rebuilds_begin_is_not_in_it)
 	cr_assert_eq(repl_unsynced(h->r), 2);
 	host_free(h);
 }
+
+Test(repl, the_generation_of_a_detach_that_was_undone_ends_with_the_role)
+{
+	struct host *h = warm_primary(PROTOCOL_F);
+	static struct repl_meta survivor;
+	guest(h, 'a', REPL_WRITE, 65536, 4096);
+	fin_full(h, "a", -ERR_IO, false, 0, false);
+	meta_of(&survivor, ROLE_PRIMARY, STATE_DONE);
+	survivor.lineage = (struct lineage){.current = 200, .bitmap = 100};
+	link_down(h);
+	link_up(h, false);
+	join_frame(h, &survivor, WIRE_JOIN_FAILBACK);
+	forget(h);
+	saved(h);
+	EXPECT(h, "send:JOIN send:DIRTY send:DIRTY_END");
+	stream(h, 'r', WIRE_RESYNC_BEGIN, REPL_RESYNC_BEGIN, 1, 200, 0);
+	fin(h, "r");
+	saved(h);
+	stream(h, 'd', WIRE_RESYNC_DONE, REPL_RESYNC_DONE, 2, 0, 0);
+	h->io['d'].lineage.current = 200;
+	fin(h, "d");
+	saved(h);
+	cr_assert_eq(repl_meta(h->r)->lineage.current, 200);
+	command(h, CMD_FAILOVER, FAILOVER_LATEST);
+	fin(h, "mark");
+	fin(h, "sync");
+	cr_assert_eq(h->saved.lineage.bitmap, 200);
+	host_free(h);
+}
+
+/* Its store could not be written: that the disk is not current is known in memory only. */
+Test(repl, a_host_that_steps_down_records_its_detached_disk)
+{
+	struct host *h = warm_primary(PROTOCOL_F);
+	static struct repl_meta survivor;
+	guest(h, 'a', REPL_WRITE, 65536, 4096);
+	fin_full(h, "a", -ERR_IO, false, 0, false);
+	ack(h, 4, 4, 4);
+	save_fails(h, -ERR_IO);
+	saved(h);
+	link_down(h);
+	meta_of(&survivor, ROLE_STANDALONE, STATE_DONE);
+	survivor.lineage = (struct lineage){.current = 200, .bitmap = 150, .history = {100}};
+	survivor.alone = true;
+	link_up(h, true);
+	forget(h);
+	join_frame(h, &survivor, 0);
+	EXPECT(h, "save:secondary/NONE");
+	cr_assert_eq(h->saved.volumes[0].flags, VOLUME_STALE);
+	tick(h, 2 * SEC);
+	saved(h);
+	if (h->saving)
+		saved(h);
+	cr_assert_eq(repl_meta(h->r)->lineage.current, 100);
+	cr_assert_eq(repl_meta(h->r)->volumes[0].flags, VOLUME_STALE);
+	host_free(h);
+}
