@@ -76,6 +76,15 @@ static bool worth_waiting(const struct repl *r)
 	       !r->shutdown;
 }
 
+/* The record does not know of a disk that is not current. */
+static bool unrecorded(const struct repl *r)
+{
+	uint64_t recorded = 0;
+	for (uint32_t i = 0; i < r->meta->n_volumes; i++)
+		recorded |= r->meta->volumes[i].flags & VOLUME_STALE ? mask_of(i) : 0;
+	return (r->stale & ~recorded) != 0;
+}
+
 static struct range regions_of(const struct repl_io *io)
 {
 	uint64_t first = io->off >> REGION_SHIFT, last = (io->off + io->len - 1) >> REGION_SHIFT;
@@ -502,7 +511,7 @@ void detach_resync(struct repl *r, struct repl_command *c)
 	else if (r->link != LINK_SYNCED)
 		repl_command_done(r, c, -ERR_STATE, "the link is %s, not SYNCED; give it again when it is",
 				  link_state_name(r->link));
-	else if (!ready(r))
+	else if (!ready(r) || unrecorded(r)) /* with its generation: the record of the rebuild knows none */
 		repl_command_done(r, c, -ERR_BUSY, "the detach is still being recorded; give it again in a moment");
 	else if (r->reopening || r->rebuilding)
 		repl_command_done(r, c, -ERR_BUSY, "another resync is about to begin");
@@ -750,11 +759,8 @@ void detach_read_reply(struct repl *r, const struct repl_event *ev)
  */
 static void record_late(struct repl *r)
 {
-	uint64_t recorded = 0;
-	for (uint32_t i = 0; i < r->meta->n_volumes; i++)
-		recorded |= r->meta->volumes[i].flags & VOLUME_STALE ? mask_of(i) : 0;
-	if ((r->stale & ~recorded) == 0 || r->detaching || r->detach_saving || r->now_ns < r->detach_retry_ns ||
-	    r->unsure || repl_tx_pending(r, TX_DETACH) || repl_tx_pending(r, TX_ATTACH))
+	if (!unrecorded(r) || r->detaching || r->detach_saving || r->now_ns < r->detach_retry_ns || r->unsure ||
+	    repl_tx_pending(r, TX_DETACH) || repl_tx_pending(r, TX_ATTACH))
 		return;
 	repl_tx(r, TX_DETACH);
 }

@@ -7113,3 +7113,22 @@ Test(repl, a_host_that_steps_down_records_its_detached_disk)
 	cr_assert_eq(repl_meta(h->r)->volumes[0].flags, VOLUME_STALE);
 	host_free(h);
 }
+
+Test(repl, a_rebuild_begins_when_the_detach_is_recorded)
+{
+	struct host *h = warm_primary(PROTOCOL_F);
+	guest(h, 'a', REPL_WRITE, 65536, 4096);
+	fin_full(h, "a", -ERR_IO, false, 0, false);
+	ack(h, 4, 4, 4);
+	save_fails(h, -ERR_IO);
+	saved(h);
+	forget(h);
+	command(h, CMD_RESYNC, 0);
+	EXPECT(h, "cmd=ERR_BUSY");
+	tick(h, 2 * SEC);
+	saved(h);
+	forget(h);
+	command(h, CMD_RESYNC, 0);
+	EXPECT(h, "do:reopen/own");
+	host_free(h);
+}
