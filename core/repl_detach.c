@@ -147,26 +147,8 @@ static bool is_disk_error(int error)
 	return error != -ERR_NOMEM && error != -ERR_CANCELED && error != -ERR_RANGE;
 }
 
-bool detach_failed(struct repl *r, uint32_t volume, const struct repl_io *io, int error)
+static void detach_begin(struct repl *r, uint32_t volume)
 {
-	const char *name = r->meta->volumes[volume].name;
-	if (detach_of(r, volume)) {
-		if (r->rebuild & mask_of(volume))
-			rebuild_stop(r, volume, error);
-		return true;
-	}
-	if (r->detaching & mask_of(volume))
-		return true;
-	if (r->meta->settings.on_io_error != ON_IO_ERROR_DETACH || !is_disk_error(error) || !primary_live(r) ||
-	    r->link != LINK_SYNCED || r->stopping)
-		return false;
-	const char *operation = io == NULL		      ? "flush"
-				: io->kind == REPL_READ	      ? "read"
-				: io->target == TARGET_INTENT ? "intent"
-							      : "write";
-	repl_set_error(r, error, operation, (int)volume, io ? io->off : 0, io ? io->len : 0,
-		       "a local %s of %s failed: %s; the disk is detached, its I/O goes to the peer", operation, name,
-		       err_short(error));
 	r->detaching |= mask_of(volume);
 	if (!r->lineage_pending)
 		r->detach_lineage = r->meta->lineage;
@@ -181,6 +163,41 @@ bool detach_failed(struct repl *r, uint32_t volume, const struct repl_io *io, in
 	a.frame.length_payload = a.data_len;
 	r->last_was_flush = false;
 	repl_emit(r, &a);
+}
+
+/* A stale disk's rebuild ends. What the peer was told, and the record may say by now, is that it is whole: only another
+ * detach takes that back. */
+static void rebuild_failed(struct repl *r, uint32_t volume, int error)
+{
+	bool told = r->attach_phase >= ATTACH_TOLD && primary_live(r);
+	rebuild_stop(r, volume, error);
+	if (told && r->link == LINK_SYNCED)
+		detach_begin(r, volume);
+	else if (told) /* the next JOIN says so */
+		session_close(r, false);
+}
+
+bool detach_failed(struct repl *r, uint32_t volume, const struct repl_io *io, int error)
+{
+	const char *name = r->meta->volumes[volume].name;
+	if (detach_of(r, volume)) {
+		if (r->rebuild & mask_of(volume))
+			rebuild_failed(r, volume, error);
+		return true;
+	}
+	if (r->detaching & mask_of(volume))
+		return true;
+	if (r->meta->settings.on_io_error != ON_IO_ERROR_DETACH || !is_disk_error(error) || !primary_live(r) ||
+	    r->link != LINK_SYNCED || r->stopping)
+		return false;
+	const char *operation = io == NULL		      ? "flush"
+				: io->kind == REPL_READ	      ? "read"
+				: io->target == TARGET_INTENT ? "intent"
+							      : "write";
+	repl_set_error(r, error, operation, (int)volume, io ? io->off : 0, io ? io->len : 0,
+		       "a local %s of %s failed: %s; the disk is detached, its I/O goes to the peer", operation, name,
+		       err_short(error));
+	detach_begin(r, volume);
 	return true;
 }
 
@@ -685,13 +702,12 @@ void detach_tx_done(struct repl *r, struct tx *t, int error)
 		rebuild_pump(r);
 		return;
 	case TX_ATTACH:
+		for (uint32_t i = 0; error && i < r->meta->n_volumes; i++)
+			if (r->rebuild & mask_of(i))
+				rebuild_failed(r, i, error);
 		r->attach_phase = ATTACH_NONE;
-		if (error) {
-			for (uint32_t i = 0; i < r->meta->n_volumes; i++)
-				if (r->rebuild & mask_of(i))
-					rebuild_stop(r, i, error);
+		if (r->rebuild == 0) /* they failed meanwhile, and are being detached anew */
 			return;
-		}
 		r->stale &= ~r->rebuild;
 		r->rebuild = 0;
 		/* What was answered before the ATTACH is flushed there, what came after went to both. */

@@ -7132,3 +7132,57 @@ Test(repl, a_rebuild_begins_when_the_detach_is_recorded)
 	EXPECT(h, "do:reopen/own");
 	host_free(h);
 }
+
+static struct host *attaching(void)
+{
+	struct host *h = detached_primary();
+	ack(h, 5, 5, 4);
+	command(h, CMD_RESYNC, 0);
+	fin(h, "reopen");
+	saved(h);
+	for (uint64_t i = 0; i < 16; i++) {
+		read_reply(h, i + 1, i << 19, 512 << 10, 0);
+		fin(h, "rebuild");
+	}
+	forget(h);
+	fin(h, "sync");
+	EXPECT(h, "send:ATTACH#6");
+	guest(h, 'b', REPL_WRITE, 65536, 4096);
+	EXPECT(h, "do:b/disk");
+	return h;
+}
+
+/* What the peer was told, and the record is about to say, is that it is whole. */
+Test(repl, a_disk_that_fails_while_its_end_of_rebuild_is_recorded_is_detached_anew)
+{
+	struct host *h = attaching();
+	ack(h, 6, 6, 6);
+	EXPECT(h, "save:primary/RUNNING");
+	cr_assert_eq(h->saved.volumes[0].flags, 0);
+	uint64_t was = h->saved.lineage.current;
+	fin_full(h, "b", -ERR_IO, false, 0, false);
+	EXPECT(h, "send:DETACH#7");
+	saved(h);
+	EXPECT(h, "");
+	ack(h, 7, 7, 7);
+	EXPECT(h, "save:primary/RUNNING");
+	cr_assert_eq(h->saved.volumes[0].flags, VOLUME_STALE);
+	cr_assert_neq(h->saved.lineage.current, was);
+	saved(h);
+	EXPECT(h, "send:WRITE#8");
+	host_free(h);
+}
+
+Test(repl, a_disk_whose_end_of_rebuild_cannot_be_recorded_is_detached_anew)
+{
+	struct host *h = attaching();
+	fin(h, "b");
+	ack(h, 7, 7, 6);
+	EXPECT(h, "send:WRITE#7 done:b save:primary/RUNNING");
+	save_fails(h, -ERR_IO);
+	EXPECT(h, "save:primary/RUNNING");
+	cr_assert_eq(h->saved.volumes[0].flags, VOLUME_STALE | VOLUME_REBUILD);
+	saved(h);
+	EXPECT(h, "send:DETACH#8");
+	host_free(h);
+}
