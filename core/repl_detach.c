@@ -149,6 +149,8 @@ static bool is_disk_error(int error)
 
 static void detach_begin(struct repl *r, uint32_t volume)
 {
+	/* What it has under way for a repair reads a disk that will not be current. */
+	verify_end(r, -ERR_STATE, "a local disk was detached");
 	r->detaching |= mask_of(volume);
 	if (!r->lineage_pending)
 		r->detach_lineage = r->meta->lineage;

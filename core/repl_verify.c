@@ -463,8 +463,11 @@ void verify_io_done(struct repl *r, struct repl_io *io, int error)
 		return;
 	}
 	if (!slot_current(r, s)) {
-		if (s->phase == SLOT_WRITE)
+		if (s->phase == SLOT_WRITE) {
+			if (!detach_of(r, io->volume)) /* again: a clear cycle may have gone by since */
+				repl_mark_written(r, io);
 			repl_emit(r, &(struct repl_action){.type = ACT_CHANGED});
+		}
 		slot_free(r, s);
 		verify_pump(r);
 		return;

@@ -7186,3 +7186,46 @@ Test(repl, a_disk_whose_end_of_rebuild_cannot_be_recorded_is_detached_anew)
 	EXPECT(h, "send:DETACH#8");
 	host_free(h);
 }
+
+/* What a write that waits there has put on the peer only, the repair would overwrite. */
+Test(repl, a_repair_reads_no_disk_that_is_detached)
+{
+	struct host *h = verifying(REPAIR_PEER);
+	fin(h, "verify");
+	answer(h, 4, 0, 0, 0);
+	guest(h, 'w', REPL_WRITE, 8192, 4096);
+	forget(h);
+	answer(h, 5, 8192, 4096, WIRE_VERIFY_DIFFERS);
+	frame(h, WIRE_CHECKPOINT_ACK, 0, 3, 0, NULL, 0);
+	saved(h);
+	EXPECT(h, "send:CHECKPOINT#6 save:primary/RUNNING");
+	fin_full(h, "w", -ERR_IO, false, 0, false);
+	EXPECT(h, "cmd=ERR_STATE send:DETACH#7");
+	ack(h, 7, 7, 7);
+	saved(h);
+	EXPECT(h, "save:primary/RUNNING send:WRITE#8");
+	host_free(h);
+}
+
+Test(repl, a_write_of_a_repair_that_ends_after_its_verify_is_dirty)
+{
+	struct host *h = verifying(REPAIR_FROM_PEER);
+	uint8_t data[4096] = {1};
+	fin(h, "verify");
+	answer(h, 4, 0, 0, 0);
+	answer(h, 5, 8192, 4096, WIRE_VERIFY_DIFFERS);
+	frame(h, WIRE_CHECKPOINT_ACK, 0, 3, 0, NULL, 0);
+	saved(h);
+	frame(h, WIRE_READ_REPLY, 1, 8192, 4096, data, sizeof(data));
+	forget(h);
+	tick(h, 2 * SEC);
+	EXPECT(h, "send:FLUSH#7 do:sync/disk");
+	fin(h, "sync");
+	ack(h, 7, 7, 7);
+	cr_assert_not(dirty(h, 8192));
+	struct repl_command cancel = {.cmd = CMD_VERIFY_CANCEL, .verify = &verified};
+	step(h, (struct repl_event){.type = EV_COMMAND, .command = &cancel});
+	fin_full(h, "rebuild", -ERR_IO, false, 0, false);
+	cr_assert(dirty(h, 8192));
+	host_free(h);
+}
