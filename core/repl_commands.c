@@ -187,8 +187,7 @@ static void cmd_stop(struct repl *r, struct repl_command *c)
 	} else if (is_primary(r)) {
 		r->stop = c;
 		c->phase = 0;
-		r->stopping = true;
-		primary_stop_check(r);
+		primary_stop_begin(r);
 	} else {
 		r->stop = c;
 		session_send(r, WIRE_STOP_WANT, 0, 0, 0, 0, NULL, 0);

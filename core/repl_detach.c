@@ -53,6 +53,11 @@ bool detach_any(const struct repl *r)
 	return (r->stale | r->detaching) != 0;
 }
 
+bool detach_ending(const struct repl *r)
+{
+	return r->attach_phase >= ATTACH_TOLD && r->detaching == 0;
+}
+
 uint64_t repl_detached(const struct repl *r)
 {
 	return r->stale | r->detaching;
@@ -151,6 +156,7 @@ static void detach_begin(struct repl *r, uint32_t volume)
 {
 	/* What it has under way for a repair reads a disk that will not be current. */
 	verify_end(r, -ERR_STATE, "a local disk was detached");
+	r->stop_wanted = false; /* the peer hears of the detach, and answers it */
 	r->detaching |= mask_of(volume);
 	if (!r->lineage_pending)
 		r->detach_lineage = r->meta->lineage;

@@ -214,6 +214,7 @@ struct repl {
 	uint64_t auto_ckpt, last_auto_ns, stop_number;
 	bool ckpt_wanted;
 	uint32_t ckpt_wanted_flags;
+	bool stop_wanted; /* the peer's STOP_WANT waits for what may come to nothing, see stop_want */
 	struct repl_command *setting;
 	uint64_t setting_token;
 	/* clear cycle */
@@ -459,6 +460,7 @@ void primary_tick(struct repl *r);
 void primary_cycle_done(struct repl *r, int error);
 void primary_clear_done(struct repl *r, int error);
 void primary_in_sync(struct repl *r);
+void primary_stop_begin(struct repl *r); /* a stop, or a switchover: no request starts any more */
 void primary_stop_check(struct repl *r);
 void primary_checkpoint(struct repl *r, struct repl_command *c, uint32_t flags);
 void primary_tx_done(struct repl *r, struct tx *tx, int error);
@@ -525,6 +527,7 @@ bool detach_flush(struct repl *r, struct repl_io *io);			/* took it: it waits fo
 bool detach_read_failed(struct repl *r, struct repl_io *io, int error); /* took it: the peer is asked */
 void detach_park(struct repl *r, struct repl_io *io);
 bool detach_any(const struct repl *r);
+bool detach_ending(const struct repl *r);	       /* the peer may know already that the disks are whole */
 bool detach_of(const struct repl *r, uint32_t volume); /* stale */
 void detach_acked(struct repl *r);
 void detach_resume(struct repl *r);
@@ -609,6 +612,7 @@ void hold_lost(struct repl *r, const struct repl_meta *old); /* says whose check
 void switchover_command(struct repl *r, struct repl_command *c);
 bool switchover_ready(struct repl *r); /* its checkpoint may be sent */
 void switchover_checkpointed(struct repl *r, uint64_t number);
+void switchover_behind(struct repl *r);
 void switchover_void(struct repl *r, unsigned why); /* enum wire_void */
 void switchover_session_lost(struct repl *r);
 void switchover_frame(struct repl *r, const struct wire_frame *f);     /* TAKE_OVER */

@@ -376,6 +376,14 @@ void primary_in_sync(struct repl *r)
 	primary_checkpoint(r, NULL, 0);
 }
 
+static void stop_want(struct repl *r)
+{
+	if (!r->stop_wanted || r->link != LINK_SYNCED || r->stopping || detach_any(r))
+		return;
+	r->stop_wanted = false;
+	primary_stop_begin(r);
+}
+
 void primary_frame(struct repl *r, const struct repl_event *ev)
 {
 	const struct wire_frame *f = ev->frame;
@@ -436,10 +444,11 @@ void primary_frame(struct repl *r, const struct repl_event *ev)
 		switchover_took_over(r, f);
 		break;
 	case WIRE_STOP_WANT:
-		if (r->link == LINK_SYNCED && !r->stopping && !detach_any(r)) {
-			r->stopping = true;
-			primary_stop_check(r);
-		}
+		/* One that finds a stop under way is answered by that. Nobody else would answer one that finds a
+		 * switchover, or a disk whose end of the rebuild the peer knows before this host's record. */
+		r->stop_wanted = r->link == LINK_SYNCED && (!r->stopping || r->handing != HAND_NONE) &&
+				 (!detach_any(r) || detach_ending(r));
+		stop_want(r);
 		break;
 	default:
 		session_protocol_error(r, "%s out of order", wire_type_name(f->type));
@@ -483,6 +492,30 @@ void primary_checkpoint(struct repl *r, struct repl_command *c, uint32_t flags)
 		r->auto_ckpt = number;
 	}
 	send_checkpoint(r, number, flags);
+}
+
+void primary_stop_begin(struct repl *r)
+{
+	verify_end(r, -ERR_STATE, "it is being stopped"); /* nothing of it follows the last checkpoint */
+	r->stop_wanted = r->stop_wanted && r->handing != HAND_NONE;
+	r->stopping = true;
+	primary_stop_check(r);
+}
+
+/* The pair is not in sync any more: requests would wait for as long as that lasts. */
+static void stop_given_up(struct repl *r)
+{
+	struct repl_command *c = r->stop;
+	if (r->handing != HAND_NONE) {
+		switchover_behind(r);
+		return;
+	}
+	r->stop = NULL;
+	r->stopping = r->stop_cleared = false;
+	r->stop_number = 0;
+	repl_command_done(r, c, -ERR_STATE,
+			  "a local write failed meanwhile, so the peer does not have all any more; see `error`, "
+			  "`wait --for=in-sync`, then give it again");
 }
 
 /* A clean stop: requests are held, those under way end, the last checkpoint goes out, its answer ends replication. A
@@ -725,6 +758,9 @@ static void fall_behind(struct repl *r, enum wire_behind why)
 {
 	PRE(primary_forwarding(r));
 	verify_end(r, -ERR_STATE, "the pair fell out of sync; give it again when it is in sync");
+	r->stop_wanted = false; /* the peer hears of this, and answers it */
+	if (r->stopping)
+		stop_given_up(r);
 	bool congested = why == WIRE_BEHIND_CONGESTED;
 	if (!congested || !r->congestion_said)
 		repl_log(r, 1, "%s; writes are tracked here and sent later",
@@ -820,7 +856,7 @@ void primary_session_lost(struct repl *r)
 	r->rs_run++;
 	memset(r->rs_hash, 0, sizeof(r->rs_hash));
 	r->auto_ckpt = 0;
-	r->ckpt_wanted = false;
+	r->ckpt_wanted = r->stop_wanted = false;
 	r->ckpt_wanted_flags = 0;
 	if (r->handing != HAND_NONE) {
 		switchover_session_lost(r);
@@ -865,6 +901,7 @@ void primary_tick(struct repl *r)
 		resync_sample(r);
 	pause_check(r);
 	primary_catch_up(r);
+	stop_want(r);
 	if (!r->behind && !r->cycle_on && r->now_ns >= r->cycle_next_ns)
 		(void)cycle_start(r);
 	primary_stop_check(r);

@@ -112,8 +112,7 @@ void switchover_command(struct repl *r, struct repl_command *c)
 	else {
 		wait_with(r, c);
 		r->handing = HAND_DRAIN;
-		r->stopping = true;
-		primary_stop_check(r);
+		primary_stop_begin(r);
 	}
 }
 
@@ -144,6 +143,13 @@ void switchover_void(struct repl *r, unsigned why)
 			"end that, `discard` it there, then give this again"
 		      : "the peer could not take the last checkpoint; see `error` there");
 	repl_gate_run(r);
+}
+
+void switchover_behind(struct repl *r)
+{
+	hand_done(r, -ERR_STATE,
+		  "a local write failed meanwhile, so the peer does not have all any more; this host goes on as the "
+		  "primary. See `error`; `failover` on the peer does without this disk");
 }
 
 void switchover_checkpointed(struct repl *r, uint64_t number)

@@ -7229,3 +7229,67 @@ Test(repl, a_write_of_a_repair_that_ends_after_its_verify_is_dirty)
 	cr_assert(dirty(h, 8192));
 	host_free(h);
 }
+
+/* The peer would take it for a primary that goes on as such. */
+Test(switchover, nothing_of_a_verify_follows_its_checkpoint)
+{
+	struct host *h = clean_primary(PROTOCOL_F);
+	struct repl_command over = {.cmd = CMD_SWITCHOVER};
+	verify(h, REPAIR_NONE);
+	forget(h);
+	step(h, (struct repl_event){.type = EV_COMMAND, .command = &over});
+	EXPECT(h, "cmd=ERR_STATE send:CHECKPOINT#5");
+	fin_full(h, "scan", 0, true, SIZE, false);
+	EXPECT(h, "");
+	host_free(h);
+}
+
+/* Until the region can be read again the pair is not in sync: requests would wait for that. */
+Test(repl, a_stop_ends_where_a_write_under_way_fails)
+{
+	for (int over = 0; over < 2; over++) {
+		struct host *h = warm_primary(PROTOCOL_F);
+		pass(h);
+		guest(h, 'a', REPL_WRITE, 0, 4096);
+		command(h, over ? CMD_SWITCHOVER : CMD_STOP, 0);
+		guest(h, 'b', REPL_WRITE, 8192, 4096);
+		EXPECT(h, "do:a/disk");
+		fin_full(h, "a", -ERR_IO, false, 0, false);
+		EXPECT(h, "send:WRITE_FAILED cmd=ERR_STATE send:FLUSH#4 do:sync/disk send:BEHIND done:a=ERR_IO "
+			  "save:primary/RUNNING");
+		saved(h);
+		EXPECT(h, "do:b/disk");
+		host_free(h);
+	}
+}
+
+/* Its sender waits for an answer, and the switchover comes to nothing. */
+Test(repl, a_stop_that_is_wanted_during_a_switchover_comes_after_it)
+{
+	struct host *h = clean_primary(PROTOCOL_F);
+	command(h, CMD_SWITCHOVER, 0);
+	EXPECT(h, "send:CHECKPOINT#5");
+	frame(h, WIRE_STOP_WANT, 0, 0, 0, NULL, 0);
+	EXPECT(h, "");
+	frame(h, WIRE_CHECKPOINT_ACK, 0, 3, WIRE_VOID_ACTIVE, NULL, 0);
+	EXPECT(h, "cmd=ERR_STATE");
+	tick(h, SEC / 10);
+	EXPECT(h, "send:CHECKPOINT#6");
+	host_free(h);
+}
+
+/* Its sender knows that the disk is whole before this host's record does. */
+Test(repl, a_stop_that_is_wanted_while_the_end_of_a_rebuild_is_recorded_comes_after_it)
+{
+	struct host *h = attaching();
+	fin(h, "b");
+	EXPECT(h, "send:WRITE#7");
+	ack(h, 7, 7, 7);
+	EXPECT(h, "done:b save:primary/RUNNING");
+	frame(h, WIRE_STOP_WANT, 0, 0, 0, NULL, 0);
+	EXPECT(h, "");
+	saved(h);
+	tick(h, SEC / 10);
+	EXPECT(h, "send:FLUSH#8 do:sync/disk");
+	host_free(h);
+}
