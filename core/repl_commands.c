@@ -53,7 +53,7 @@ static void refuse_committing(struct repl *r, struct repl_command *c)
 static bool role_changing(const struct repl *r)
 {
 	return r->protect || r->start || r->start_waits || r->resolve || r->failing_over || r->adopting ||
-	       repl_tx_pending(r, TX_SECONDARY) || repl_tx_pending(r, TX_UNPROTECT);
+	       repl_tx_pending(r, TX_SECONDARY) || repl_tx_pending(r, TX_RESTART) || repl_tx_pending(r, TX_UNPROTECT);
 }
 
 static void cmd_protect(struct repl *r, struct repl_command *c)

@@ -455,6 +455,8 @@ void session_join_ready(struct repl *r)
 		return;
 	}
 	r->join_waits = false;
+	if (r->closing) /* this host is not any more what its own JOIN said */
+		return;
 	char why[WIRE_TEXT_MAX];
 	if (strcmp(r->theirs.group, r->meta->group) != 0) {
 		session_refuse(r, ERR_PROTO, "the answer is about another group");

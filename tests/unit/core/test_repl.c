@@ -7293,3 +7293,42 @@ Test(repl, a_stop_that_is_wanted_while_the_end_of_a_rebuild_is_recorded_comes_af
 	EXPECT(h, "send:FLUSH#8 do:sync/disk");
 	host_free(h);
 }
+
+Test(lineage_core, a_copy_that_is_started_again_is_not_unprotected)
+{
+	static struct repl_meta m;
+	meta_of(&m, ROLE_SECONDARY, STATE_DONE);
+	meta_of(&peer_meta, ROLE_PRIMARY, STATE_DONE);
+	struct host *h = host_new(&m);
+	link_up(h, false);
+	join_frame(h, &peer_meta, WIRE_JOIN_START);
+	EXPECT(h, "save:secondary/NONE");
+	command(h, CMD_UNPROTECT, 0);
+	EXPECT(h, "cmd=ERR_BUSY");
+	saved(h);
+	EXPECT(h, "send:JOIN send:DIRTY_END");
+	host_free(h);
+}
+
+/* The record that forgets the peer is on its way. */
+Test(lineage_core, a_join_that_comes_while_its_host_is_unprotected_decides_nothing)
+{
+	static struct repl_meta m;
+	meta_of(&m, ROLE_SECONDARY, STATE_DONE);
+	(void)snprintf(m.peer, sizeof(m.peer), "peer:1");
+	m.lineage = (struct lineage){.current = 300, .bitmap = 100};
+	m.alone = true;
+	meta_of(&peer_meta, ROLE_PRIMARY, STATE_DONE);
+	struct host *h = host_new(&m);
+	tick(h, 0);
+	link_up(h, true);
+	EXPECT(h, "dial send:JOIN");
+	command(h, CMD_UNPROTECT, 0);
+	EXPECT(h, "save:standalone/DONE");
+	join_frame(h, &peer_meta, WIRE_JOIN_START);
+	saved(h);
+	EXPECT(h, "close cmd");
+	cr_assert_not(repl_meta(h->r)->split_brain);
+	link_down(h);
+	host_free(h);
+}
