@@ -386,6 +386,7 @@ void failover_tx_done(struct repl *r, struct tx *t, int error)
 	case TX_COMMIT_RETRY:
 		if (t->kind == TX_COMMIT_RETRY && !error) {
 			r->error.code = 0;
+			r->commit_stopped = false; /* now, or by the tick, when a clear of intent bits has ended */
 			failover_commit_start(r);
 		}
 		if (t->kind == TX_COMMIT_FAILED && error)

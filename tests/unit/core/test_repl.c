@@ -7332,3 +7332,34 @@ Test(lineage_core, a_join_that_comes_while_its_host_is_unprotected_decides_nothi
 	link_down(h);
 	host_free(h);
 }
+
+Test(repl, a_commit_that_is_tried_again_beside_a_clear_begins)
+{
+	static struct repl_meta m;
+	meta_of(&m, ROLE_STANDALONE, STATE_FAILOVER);
+	m.failover_generation = 100;
+	m.n_ckpts = 2;
+	m.ckpt_max = 2;
+	for (unsigned i = 0; i < 2; i++)
+		m.ckpts[i] = (struct repl_ckpt){.number = i + 1, .generation = 100};
+	m.target = m.base = 1;
+	m.received = 2;
+	m.active_id = 1;
+	struct host *h = host_new(&m);
+	fin_full(h, "mark", -ERR_IO, false, 0, false);
+	EXPECT(h, "do:mark/own save:standalone/FAILOVER_FAILED");
+	saved(h);
+	repl_volume_state(h->r, 0)->intent.count = 0;
+	bitmap_set(&repl_volume_state(h->r, 0)->intent, 3);
+	h->now += 20 * SEC;
+	tick(h, 0);
+	EXPECT(h, "do:iclear/own");
+	command(h, CMD_FAILOVER, 0);
+	EXPECT(h, "save:standalone/FAILOVER");
+	saved(h);
+	EXPECT(h, "cmd");
+	fin(h, "iclear");
+	tick(h, SEC / 10);
+	EXPECT(h, "do:mark/own");
+	host_free(h);
+}
