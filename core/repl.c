@@ -384,7 +384,7 @@ static bool tx_prepare(struct repl *r, struct tx *t, struct repl_meta *m)
 			m->volumes[i].id = t->command->ids[i];
 		return true;
 	case TX_ROOM:
-		return room_prepare(t, m);
+		return room_prepare(r, t, m);
 	case TX_DROP:
 		return history_prepare_drop(r, t, m);
 	case TX_HOLD:

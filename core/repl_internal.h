@@ -153,6 +153,7 @@ struct repl {
 	enum room_policy room_policy; /* of the room being made; ROOM_NONE: none is */
 	int room_error;
 	uint32_t room_tried; /* so many that may go could not help */
+	unsigned room_rank;  /* how dear the one that was chosen is */
 	bool room_merging;
 	struct repl_volume_state vol[GROUP_VOLUMES_MAX];
 	uint64_t writes_in_flight; /* guests' writes past the gate and not locally done */
@@ -638,8 +639,8 @@ enum link_state repl_link(const struct repl *r, uint64_t now_ns);
 /* repl_room.c */
 /* True: the io, which failed with `error`, waits for room to be made; it is submitted again, or fails for good. */
 bool room_wait(struct repl *r, struct repl_io *io, int error);
-void room_merge_done(struct repl *r, int error); /* a merge has ended, and what followed of it */
-bool room_prepare(struct tx *tx, struct repl_meta *m);
+void room_merge_done(struct repl *r, int error);		       /* a merge has ended, and what followed of it */
+bool room_prepare(struct repl *r, struct tx *tx, struct repl_meta *m); /* false: no longer */
 void room_tx_done(struct repl *r, struct tx *tx, int error);
 
 #endif

@@ -22,6 +22,12 @@
 
 #include "core/check.h"
 
+/* A failover that is under way goes back to what `break` would give up. */
+static bool goes_back(const struct repl *r)
+{
+	return r->failing_over && r->failover_outcome != FAILOVER_LATEST;
+}
+
 /* What may go for a request that failed with `error`. */
 static enum room_policy policy(const struct repl *r, const struct repl_io *io, int error)
 {
@@ -35,9 +41,7 @@ static enum room_policy policy(const struct repl *r, const struct repl_io *io, i
 	case ON_COW_ERROR_DROP_HISTORY:
 		return full ? ROOM_UNNEEDED : ROOM_NONE;
 	case ON_COW_ERROR_BREAK:
-		/* A failover that is under way goes back to what this would give up. */
-		if (m->role != ROLE_SECONDARY || m->inconsistent ||
-		    (r->failing_over && r->failover_outcome != FAILOVER_LATEST))
+		if (m->role != ROLE_SECONDARY || m->inconsistent || goes_back(r))
 			return ROOM_NONE;
 		return ROOM_BREAK;
 	case ON_COW_ERROR_STOP:
@@ -92,6 +96,7 @@ static void room_next(struct repl *r)
 		return;
 	}
 	uint64_t number = candidate(r, r->room_policy, r->room_tried);
+	r->room_rank = number ? rank_of(r, (uint32_t)repl_meta_find_ckpt(r->meta, number)) : 0;
 	if (number == 0) {
 		room_end(r, false);
 	} else if (number == r->meta->ckpts[0].number) {
@@ -140,12 +145,12 @@ void room_merge_done(struct repl *r, int error)
 	room_next(r);
 }
 
-bool room_prepare(struct tx *t, struct repl_meta *m)
+bool room_prepare(struct repl *r, struct tx *t, struct repl_meta *m)
 {
 	if (t->number) {
 		int i = repl_meta_find_ckpt(m, t->number);
-		if (i < 0)
-			return false; /* gone meanwhile */
+		if (i < 0 || rank_of(r, (uint32_t)i) > r->room_rank)
+			return false; /* gone since it was chosen, or dearer: who waits looks again */
 		if (i == 0)
 			t->dropped_through = t->number;
 		else
@@ -153,7 +158,7 @@ bool room_prepare(struct tx *t, struct repl_meta *m)
 		history_remove(m, t->number);
 		return true;
 	}
-	if (m->n_ckpts == 0)
+	if (m->n_ckpts == 0 || (t->arg == ROOM_BREAK && goes_back(r)))
 		return false;
 	t->dropped_through = UINT64_MAX;
 	while (m->n_ckpts)

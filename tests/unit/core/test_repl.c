@@ -7363,3 +7363,40 @@ Test(repl, a_commit_that_is_tried_again_beside_a_clear_begins)
 	EXPECT(h, "do:mark/own");
 	host_free(h);
 }
+
+/* The merge takes its time. */
+Test(repl, room_leaves_a_checkpoint_that_is_held_since)
+{
+	struct host *h = secondary_with(ON_COW_ERROR_DROP_HISTORY, 4, 1);
+	fin_full(h, "a", -ERR_NOSPC, false, 0, true);
+	EXPECT(h, "do:merge/own"); /* 2, above the pinned one */
+	hold(h, CMD_HOLD, 2, "job 7");
+	EXPECT(h, "cmd");
+	fin(h, "merge");
+	EXPECT(h, "do:a/disk");
+	fin_full(h, "a", -ERR_NOSPC, false, 0, true);
+	EXPECT(h, "do:merge/own"); /* 3 */
+	fin(h, "merge");
+	EXPECT(h, "save:secondary/RUNNING -3");
+	host_free(h);
+}
+
+Test(repl, a_failover_under_way_keeps_what_break_was_about_to_give_up)
+{
+	struct host *h = secondary_with(ON_COW_ERROR_BREAK, 3, 7);
+	struct repl_command discard = {.cmd = CMD_DISCARD};
+	step(h, (struct repl_event){.type = EV_COMMAND, .command = &discard});
+	EXPECT(h, "save:secondary/RUNNING");
+	fin_full(h, "a", -ERR_IO, false, 0, true);
+	EXPECT(h, "");
+	command(h, CMD_FAILOVER, 0);
+	EXPECT(h, "send:GOODBYE close");
+	saved(h);
+	EXPECT(h, "cmd do:a/disk");
+	fin_full(h, "a", -ERR_IO, false, 0, true);
+	fin(h, "b");
+	fin(h, "mark");
+	fin(h, "sync");
+	EXPECT(h, "done:a=ERR_IO done:f=ERR_CANCELED done:b do:mark/own do:sync/disk save:standalone/FAILOVER +4");
+	host_free(h);
+}
