@@ -636,14 +636,23 @@ static int sync_all(struct based *b)
 		rc = settle(b);
 		mutex_lock(&b->sync.lock);
 		b->sync.running = false;
-		b->sync.failed = rc;
-		if (rc == 0)
+		b->sync.failed = b->sync.failed ? b->sync.failed : rc;
+		if (b->sync.failed == 0)
 			b->sync.done = upto;
 		cond_broadcast(&b->sync.cond);
 	}
 	rc = b->sync.done < mine ? b->sync.failed : 0;
 	mutex_unlock(&b->sync.lock);
 	return rc;
+}
+
+/* Nothing is promised of this disk any more. */
+static void sync_never(struct based *b, int rc)
+{
+	mutex_lock(&b->sync.lock);
+	b->sync.failed = b->sync.failed ? b->sync.failed : rc;
+	cond_broadcast(&b->sync.cond);
+	mutex_unlock(&b->sync.lock);
 }
 
 static bool sync_failed(struct based *b)
@@ -676,8 +685,13 @@ static int make_own(struct based *b, uint64_t first, uint64_t n, const uint8_t *
 			words[i] =
 			    settled ? OVERLAY_UNCHECKED : UNSETTLED | zero_sectors(data + (size_t)i * BLOCK_SIZE);
 		rc = overlay_put_map(b->own, first, part, words);
-		if (rc < 0)
+		if (rc < 0) {
+			/* A word that was left would make its block own at the next open: until then it is the base's,
+			 * and counts as that for flushes and for overlays above. */
+			if (overlay_take_back(b->own, first, part) < 0)
+				sync_never(b, rc);
 			return rc;
+		}
 		if (!settled) {
 			/* After the words: a settle() that knows of them comes behind them. */
 			mutex_lock(&b->unsettled.lock);

@@ -447,6 +447,17 @@ int overlay_put_map(struct overlay *o, uint64_t block, uint32_t n, const uint32_
 	return rc;
 }
 
+int overlay_take_back(struct overlay *o, uint64_t block, uint32_t n)
+{
+	int rc = 0;
+
+	PRE(run_fits(o, block, n));
+	for (uint32_t i = 0; rc == 0 && i < n; i++)
+		if (!held_test(&o->held, block + i))
+			rc = write_words(o, block + i, 1, NULL, WORD_ABSENT);
+	return rc;
+}
+
 void overlay_publish(struct overlay *o, uint64_t block, uint32_t n)
 {
 	PRE(run_fits(o, block, n));

@@ -73,6 +73,9 @@ int overlay_read(struct overlay *o, uint64_t block, uint32_t off, void *buf, uin
 int overlay_put_data(struct overlay *o, uint64_t block, uint32_t n, const void *data, uint32_t *words);
 int overlay_put_map(struct overlay *o, uint64_t block, uint32_t n, const uint32_t *words);
 void overlay_publish(struct overlay *o, uint64_t block, uint32_t n);
+/* After an overlay_put_map that failed: words that it may have left of blocks that are not there go again, durably with
+ * the next overlay_sync_map. */
+int overlay_take_back(struct overlay *o, uint64_t block, uint32_t n);
 /* For an overlay that is a disk's own blocks (image/based.h): its data file, borrowed, to be read and written in place,
  * and the word that such blocks have in the map. */
 #define OVERLAY_UNCHECKED 1U

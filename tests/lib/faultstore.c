@@ -58,7 +58,8 @@ static int fault_write(struct disk *d, uint64_t off, const void *buf, size_t len
 {
 	struct fault_disk *x = disk_of(d);
 	held(x->f);
-	int err = x->f ? hit(x->f, atomic_load(&x->f->write)) : 0;
+	int once = x->f ? atomic_exchange(&x->f->write_once, 0) : 0;
+	int err = x->f ? hit(x->f, once ? once : atomic_load(&x->f->write)) : 0;
 	int rc = disk_write(x->real, off, buf, err ? len / 2 : len);
 	return err ? err : rc;
 }

@@ -12,6 +12,7 @@ struct faults {
 	_Atomic int read, write, sync; /* 0, or the negative code that every such call gets */
 	_Atomic int sync_once;	       /* the next sync fails with it; the disk that met it then goes on failing, as a
 					* real one does until it is opened anew (I10) */
+	_Atomic int write_once;	       /* the next write alone */
 	_Atomic int hold;	       /* writes wait while it is not 0 */
 	_Atomic unsigned failed;       /* calls that were made to fail */
 };

@@ -11,6 +11,7 @@
 #include "core/os/cleanup.h"
 #include "image/based.h"
 #include "image/meta.h"
+#include "tests/lib/faultstore.h"
 #include "tests/unit/image/crashstore.h"
 #include "tests/unit/image/tmpdir.h"
 
@@ -336,6 +337,46 @@ Test(based, a_leftover_whose_punch_was_cut_off)
 	disk_close(d);
 	cs_free(cs);
 	free(cs);
+}
+
+/* Words that could be written in part only leave their blocks the base's, after the next start too: what reads as that,
+ * and what was discarded where the base has a hole, was flushed as that. */
+Test(based, words_that_could_not_be_written_are_none)
+{
+	struct faults f = {.match = "own.map"};
+	static uint8_t buf[4 * BLOCK_SIZE], got[4 * BLOCK_SIZE];
+
+	for (int power = 0; power < 2; power++) {
+		struct storage *s = faultstore_open(tmpdir_at(&dir, power ? "p" : "k"), &f);
+		cr_assert_not_null(s);
+		cr_assert_eq(storage_mkdir(s, "volumes"), 0);
+		cr_assert_eq(storage_mkdir(s, "volumes/vol"), 0);
+		make(s, power);
+		struct disk *d = open_it(s, power);
+		memset(buf, 0x31, sizeof(buf));
+		cr_assert_eq(disk_write(d, 20 * BLOCK_SIZE, buf, BLOCK_SIZE), 0); /* the map is that long */
+		atomic_store(&f.write_once, -ERR_NOSPC);
+		cr_assert_lt(disk_write(d, 0, buf, sizeof(buf)), 0);
+		atomic_store(&f.write_once, -ERR_NOSPC);
+		cr_assert_lt(disk_write(d, 8 * BLOCK_SIZE, buf, sizeof(buf)), 0);
+		cr_assert_eq(disk_zero(d, 8 * BLOCK_SIZE, sizeof(buf), true), 0);
+		cr_assert_eq(disk_sync(d), 0);
+		for (int i = 0; i < 2; i++) {
+			for (unsigned block = 0; block <= 8; block += 8) {
+				cr_assert_eq(disk_read(d, block * BLOCK_SIZE, got, sizeof(got)), 0);
+				cr_assert_arr_eq(got, base_bytes + block * BLOCK_SIZE, sizeof(got), "%d, %u", i, block);
+			}
+			disk_close(d);
+			d = open_it(s, power);
+		}
+		/* Where they can't be taken back, nothing is promised any more. */
+		atomic_store(&f.write, -ERR_IO);
+		cr_assert_lt(disk_write(d, 0, buf, sizeof(buf)), 0);
+		atomic_store(&f.write, 0);
+		cr_assert_eq(disk_sync(d), -ERR_IO);
+		disk_close(d);
+		storage_close(s);
+	}
 }
 
 /* ---- what is copied, and what is not ---- */
