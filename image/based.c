@@ -82,6 +82,7 @@ struct based {
 		void *memory[2];
 		uint64_t count; /* atomic: of both */
 	} unsettled;
+	bool unpunched; /* atomic: zeroes over a leftover could not be made durable */
 };
 
 static const struct disk_ops based_ops;
@@ -754,7 +755,13 @@ static int clear_leftovers(struct based *b, uint64_t off, uint64_t end)
 		}
 		off = rc < 0 ? end : x.off + x.len;
 	}
-	return rc == 0 && punched && b->durable ? sync_all(b) : rc;
+	/* Once that has failed any hole may be one of the cache alone (I10). */
+	if (rc == 0 && b->durable && (punched || __atomic_load_n(&b->unpunched, __ATOMIC_RELAXED))) {
+		rc = sync_all(b);
+		if (rc < 0)
+			__atomic_store_n(&b->unpunched, true, __ATOMIC_RELAXED);
+	}
+	return rc;
 }
 
 /* [at, stop) in blocks that are not own, which they become. */

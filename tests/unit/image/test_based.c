@@ -339,6 +339,43 @@ Test(based, a_leftover_whose_punch_was_cut_off)
 	free(cs);
 }
 
+/* The same where its sync fails: that hole is one of the cache alone for as long as this process has it. */
+Test(based, a_leftover_whose_punch_could_not_be_synced)
+{
+	struct crashstore *cs = calloc(1, sizeof(*cs));
+	uint8_t buf[BLOCK_SIZE], got[BLOCK_SIZE];
+	struct disk *d;
+
+	cr_assert_not_null(cs);
+	cs_init(cs, 2);
+	make(&cs->storage, true);
+	d = open_it(&cs->storage, true);
+	memset(buf, 0x31, sizeof(buf));
+	cs->ops_left = 1; /* between data and word */
+	cr_assert_lt(disk_write(d, 7 * BLOCK_SIZE, buf, BLOCK_SIZE), 0);
+	disk_close(d);
+	cs_killed(cs);
+	cr_assert_eq(word_of(&cs->storage, 7), 0);
+	sync_file(cs, "volumes/vol/own.data");
+	d = open_it(&cs->storage, true);
+	cs->sync_fails_in = 1;
+	cr_assert_lt(disk_write(d, 7 * BLOCK_SIZE, buf, SECTOR_SIZE), 0);
+	cs->sync_fails_in = 0;
+	(void)disk_write(d, 7 * BLOCK_SIZE, buf, SECTOR_SIZE);
+	disk_close(d);
+	sync_file(cs, "volumes/vol/own.map");
+	cr_assert_eq(storage_open(&cs->storage, "volumes/vol/own.data", 0, &d), 0);
+	cs_forget_ops(cs_disk(d)->inode);
+	disk_close(d);
+	cs_power_cut(cs);
+	d = open_it(&cs->storage, true);
+	cr_assert_eq(disk_read(d, 7 * BLOCK_SIZE, got, BLOCK_SIZE), 0);
+	cr_assert_arr_eq(got + SECTOR_SIZE, base_bytes + 7 * BLOCK_SIZE + SECTOR_SIZE, BLOCK_SIZE - SECTOR_SIZE);
+	disk_close(d);
+	cs_free(cs);
+	free(cs);
+}
+
 /* Words that could be written in part only leave their blocks the base's, after the next start too: what reads as that,
  * and what was discarded where the base has a hole, was flushed as that. */
 Test(based, words_that_could_not_be_written_are_none)
