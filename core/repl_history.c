@@ -284,7 +284,7 @@ static void refuse_held(struct repl *r, struct repl_command *c, uint64_t number)
 	char holder[HOLDER_SIZE], more[HOLDER_SIZE];
 	const char *who = repl_holder(r, number, 0, holder);
 	bool clone = who && strncmp(who, "clone ", 6) == 0;
-	repl_command_done(r, c, -ERR_BUSY, "%s%s holds it; %s first", who ? who : "somebody",
+	repl_command_done(r, c, -ERR_BUSY, "%s%s holds it; %s first", who ? who : "a failover under way",
 			  repl_holder(r, number, 1, more) ? " (and others)" : "",
 			  clone ? "remove that with `rm`" : "wait for that to end, or cancel it");
 }

@@ -36,6 +36,8 @@ static bool job_holds(const struct repl *r, uint64_t number)
 {
 	if (r->cloning && r->cloning->cmd == CMD_CLONE && r->cloning->number == number)
 		return true;
+	if (r->failing_over && r->failover_outcome == number) /* its record is to name it */
+		return true;
 	for (unsigned i = 0; i < r->n_holds; i++)
 		if (r->holds[i].number == number)
 			return true;

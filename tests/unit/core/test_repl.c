@@ -7291,6 +7291,9 @@ Test(repl, a_stop_that_is_wanted_while_the_end_of_a_rebuild_is_recorded_comes_af
 	saved(h);
 	tick(h, SEC / 10);
 	EXPECT(h, "send:FLUSH#8 do:sync/disk");
+	fin(h, "sync");
+	ack(h, 8, 8, 8);
+	EXPECT(h, "send:CHECKPOINT#9");
 	host_free(h);
 }
 
@@ -7399,4 +7402,27 @@ Test(repl, a_failover_under_way_keeps_what_break_was_about_to_give_up)
 	fin(h, "sync");
 	EXPECT(h, "done:a=ERR_IO done:f=ERR_CANCELED done:b do:mark/own do:sync/disk save:standalone/FAILOVER +4");
 	host_free(h);
+}
+
+/* Retention has begun to merge it. */
+Test(repl, retention_leaves_what_a_failover_has_chosen_since)
+{
+	for (uint64_t to = 1; to <= 2; to++) {
+		struct host *h = secondary_keeping(4, 2, 2, 0);
+		tick(h, SEC);
+		EXPECT(h, "do:merge/own"); /* 2, above the pinned one */
+		command(h, CMD_FAILOVER, to);
+		EXPECT(h, "send:GOODBYE close");
+		fin(h, "merge");
+		if (to == 1) {
+			EXPECT(h, "save:secondary/RUNNING -2");
+			saved(h);
+		}
+		EXPECT(h, "do:mark/own");
+		fin(h, "mark");
+		fin(h, "sync");
+		EXPECT(h, "do:sync/disk save:standalone/FAILOVER +5");
+		cr_assert_eq(h->saved.target, to);
+		host_free(h);
+	}
 }
