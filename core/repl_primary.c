@@ -430,6 +430,8 @@ void primary_frame(struct repl *r, const struct repl_event *ev)
 		detach_read_reply(r, ev);
 		break;
 	case WIRE_CHECKPOINT_WANT:
+		if (r->link != LINK_SYNCED) /* BEHIND has answered a command, and the end of the resync takes one */
+			break;
 		r->ckpt_wanted = true;
 		r->ckpt_wanted_flags |= (uint32_t)(f->offset & (WIRE_CKPT_COMMAND | WIRE_CKPT_PIN));
 		break;
@@ -758,7 +760,8 @@ static void fall_behind(struct repl *r, enum wire_behind why)
 {
 	PRE(primary_forwarding(r));
 	verify_end(r, -ERR_STATE, "the pair fell out of sync; give it again when it is in sync");
-	r->stop_wanted = false; /* the peer hears of this, and answers it */
+	r->stop_wanted = r->ckpt_wanted = false; /* the peer hears of this, and answers them */
+	r->ckpt_wanted_flags = 0;
 	if (r->stopping)
 		stop_given_up(r);
 	bool congested = why == WIRE_BEHIND_CONGESTED;

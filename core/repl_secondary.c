@@ -82,6 +82,10 @@ void secondary_behind(struct repl *r, const struct wire_frame *f)
 	r->in_phase = STREAM_CLOSED;
 	r->link = LINK_RESYNC;
 	stop_overtaken(r, "the primary fell behind meanwhile, the link is RESYNC; `wait --for=in-sync` first");
+	struct repl_command *c = r->want_ckpt;
+	r->want_ckpt = NULL;
+	repl_command_done(r, c, -ERR_STATE,
+			  "the primary fell behind meanwhile, the link is RESYNC; `wait --for=in-sync` first");
 }
 
 /* A READ_REQ has no number of its own: its place is behind all that was received before it. */

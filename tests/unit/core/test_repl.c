@@ -7426,3 +7426,32 @@ Test(repl, retention_leaves_what_a_failover_has_chosen_since)
 		host_free(h);
 	}
 }
+
+/* A command that the primary finds out of sync is refused, and not carried out when it is in sync again. */
+Test(repl, a_checkpoint_that_is_wanted_of_a_primary_that_falls_behind_is_none)
+{
+	struct host *h = secondary();
+	command(h, CMD_CHECKPOINT, 0);
+	EXPECT(h, "send:CHECKPOINT_WANT");
+	frame(h, WIRE_BEHIND, 0, WIRE_BEHIND_PAUSED, 0, NULL, 0);
+	EXPECT(h, "cmd=ERR_STATE");
+	host_free(h);
+
+	for (int before = 0; before < 2; before++) {
+		h = primary(PROTOCOL_F);
+		if (before)
+			frame(h, WIRE_CHECKPOINT_WANT, 0, WIRE_CKPT_COMMAND, 0, NULL, 0);
+		pause_now(h);
+		if (!before)
+			frame(h, WIRE_CHECKPOINT_WANT, 0, WIRE_CKPT_COMMAND, 0, NULL, 0);
+		command(h, CMD_RESUME, 0);
+		saved(h);
+		forget(h);
+		frame(h, WIRE_RESYNC_ACK, 3, 0, 0, NULL, 0);
+		frame(h, WIRE_CHECKPOINT_ACK, 0, 3, 0, NULL, 0);
+		forget(h);
+		tick(h, SEC / 10);
+		EXPECT(h, "");
+		host_free(h);
+	}
+}
