@@ -22,8 +22,9 @@
  * any intent bit is cleared that was set since. As long as they can't be removed, durably, no flush succeeds: the next
  * start would read them, and what was marked since has its intent bit only.
  *
- * Files go oldest first: cut off, that leaves newer ones, which say nothing wrong. An older one without those behind it
- * would. What names an open finds, or finds gone, the start makes durable before any bit is cleared (intent_begin).
+ * A file without one behind it would say too little, so the newest that goes is made one that does not check out, and
+ * goes when the others are gone: cut off anywhere, an open drops what is left of them. What names an open finds, or
+ * finds gone, the start makes durable before any bit is cleared (intent_begin).
  */
 #include "image/changed.h"
 
@@ -296,7 +297,6 @@ static int header_read(const struct changed *c, uint64_t number, enum header *re
 
 struct found {
 	uint64_t numbers[2 * CHANGED_EPOCHS_MAX];
-	bool kept[2 * CHANGED_EPOCHS_MAX]; /* by load */
 	uint32_t n;
 	bool more;
 };
@@ -356,6 +356,43 @@ static int find_files(const struct changed *c, struct found *f)
 	return rc;
 }
 
+/* The file checks out no more. */
+static int void_file(const struct changed *c, uint64_t number)
+{
+	char path[CHANGED_PATH_SIZE];
+	uint8_t none[SECTOR];
+	struct disk *d;
+	int rc;
+
+	memset(none, 0xff, sizeof(none));
+	path_of(c, number, path);
+	rc = storage_open(c->storage, path, 0, &d);
+	if (rc < 0)
+		return rc;
+	rc = disk_write(d, 0, none, sizeof(none));
+	if (rc == 0)
+		rc = disk_sync(d);
+	disk_close(d);
+	return rc;
+}
+
+/* All that was found, which is all there is up to the newest of it. One that can't be written to does not hold the
+ * others: then they go one after the other, each for good, oldest first. */
+static int unlink_found(const struct changed *c, const struct found *f, bool is_void)
+{
+	int rc = 0;
+
+	/* A kill leaves the order in which they went. */
+	is_void = is_void || !c->power || f->n < 2 || void_file(c, f->numbers[f->n - 1]) == 0;
+	for (uint32_t i = 0; rc == 0 && i < f->n; i++) {
+		if (!is_void || (i > 0 && i + 1 == f->n))
+			rc = sync_folder(c);
+		if (rc == 0)
+			rc = unlink_file(c, f->numbers[i]);
+	}
+	return rc;
+}
+
 static int unlink_all(const struct changed *c)
 {
 	struct found *f = malloc(sizeof(*f));
@@ -364,8 +401,8 @@ static int unlink_all(const struct changed *c)
 	do {
 		if (rc == 0)
 			rc = find_files(c, f);
-		for (uint32_t i = 0; rc == 0 && i < f->n; i++)
-			rc = unlink_file(c, f->numbers[i]);
+		if (rc == 0)
+			rc = unlink_found(c, f, false);
 	} while (rc == 0 && f->more);
 	if (rc == 0) /* none is there: one that failed here before had removed them */
 		rc = sync_folder(c);
@@ -415,14 +452,18 @@ static int load(struct changed *c, struct found *f)
 	uint32_t n = 0;
 	int rc = 0;
 
-	for (uint32_t i = f->n; rc == 0 && i-- > 0;) {
+	for (uint32_t i = f->n; rc == 0 && known && i-- > 0;) {
 		enum header h = HEADER_BAD;
 		struct epoch x, *keep = NULL;
 
-		if (known)
-			rc = header_read(c, f->numbers[i], &h, &x);
-		known = known && (h == HEADER_NONE || (h == HEADER_GOOD && n < CHANGED_EPOCHS_MAX));
-		if (rc == 0 && known && h == HEADER_GOOD) {
+		rc = header_read(c, f->numbers[i], &h, &x);
+		known = h == HEADER_NONE || (h == HEADER_GOOD && n < CHANGED_EPOCHS_MAX);
+		if (rc == 0 && !known) {
+			f->n = i + 1;
+			rc = unlink_found(c, f, h == HEADER_BAD);
+		} else if (rc == 0 && h == HEADER_NONE) {
+			rc = unlink_file(c, f->numbers[i]);
+		} else if (rc == 0) {
 			keep = malloc(sizeof(*keep));
 			if (!keep)
 				return -ERR_NOMEM;
@@ -430,11 +471,7 @@ static int load(struct changed *c, struct found *f)
 			c->epochs[n++] = keep;
 			c->n = n;
 		}
-		f->kept[i] = keep != NULL;
 	}
-	for (uint32_t i = 0; rc == 0 && i < f->n; i++)
-		if (!f->kept[i])
-			rc = unlink_file(c, f->numbers[i]);
 	for (uint32_t i = 0; i < n / 2; i++) {
 		struct epoch *x = c->epochs[i];
 
@@ -663,6 +700,10 @@ static int retain(struct changed *c, const struct settings *keep) REQUIRES(c->fl
 		int rc = older ? merge(c, older, x) : 0;
 		if (rc == 0)
 			rc = unlink_file(c, x->number);
+		/* For good before the next one goes, whose marks only what is older than both has then: it would come
+		 * back without them. */
+		if (rc == 0)
+			rc = sync_folder(c);
 		if (rc < 0)
 			return rc;
 		mutex_lock(&c->lock);

@@ -1,7 +1,9 @@
 /* Volumes made, imported and deleted on the simulated storage, cut off at every call: by a kill or by the power, which
  * may also go once the next start has settled what it found in the cache; and with every call that fails in turn. The
  * store starts afterwards with all that it had; what was in the making is there whole or not at all, what was answered
- * is as answered, and nothing is left lying about. */
+ * is as answered, and nothing is left lying about.
+ *
+ * simstore_volumes [SEEDS]: how many for each call */
 #include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -16,7 +18,7 @@
 #include "tests/sim/simstore.h"
 
 #define SIZE (UINT64_C(64) << 10)
-#define SEEDS 12U
+#define SEEDS 5U
 
 enum op { OP_CREATE, OP_JOIN, OP_IMPORT, OP_MAKE, OP_DELETE, OP_DELETE_ONE, OPS };
 
@@ -405,8 +407,9 @@ static bool fail_at(struct run *r, unsigned calls, bool once)
 	return hit;
 }
 
-int main(void)
+int main(int argc, char **argv)
 {
+	uint64_t seeds = argc > 1 ? strtoull(argv[1], NULL, 10) : SEEDS;
 	struct run r = {0};
 	uint8_t buf[BLOCK_SIZE], none[SIZE - BLOCK_SIZE] = {0};
 
@@ -421,7 +424,7 @@ int main(void)
 			r.power = power;
 			bool more = true;
 			for (r.n = 1; more; r.n++)
-				for (uint64_t s = 1; s <= SEEDS; s++) {
+				for (uint64_t s = 1; s <= seeds; s++) {
 					r.seed = s * UINT64_C(0x9e3779b97f4a7c15) + r.n;
 					r.what = "cut off at call";
 					more = crash_at(&r);
