@@ -895,6 +895,13 @@ static void took_over(struct host *h, const struct repl_meta *old, const struct 
 	struct host *p = peer_of(h);
 	w->count.switchovers++;
 	world_note(w, "host %u: has taken over", h->id);
+	/* A record whose save was said to have failed, found by a start: the peer may have failed over since, which
+	 * knows this generation as a past one, and this host steps down when it hears of it, like any old primary. */
+	const struct lineage *ahead = &p->seen->lineage;
+	bool past = ahead->current != m->lineage.current &&
+		    (ahead->bitmap == m->lineage.current || lineage_has(ahead, m->lineage.current));
+	if (p->seen->role == ROLE_PRIMARY && past)
+		return;
 	if (p->seen->role == ROLE_PRIMARY)
 		world_fail(w, "host %u: takes over beside a primary", h->id);
 	if (old->inconsistent || m->lineage.current != old->lineage.current || m->last_stream != old->last_stream)
