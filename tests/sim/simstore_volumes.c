@@ -18,14 +18,17 @@
 #include "tests/sim/simstore.h"
 
 #define SIZE (UINT64_C(64) << 10)
-#define SEEDS 5U
+#define SEEDS 3U
 
-enum op { OP_CREATE, OP_JOIN, OP_IMPORT, OP_MAKE, OP_DELETE, OP_DELETE_ONE, OPS };
+enum op { OP_CREATE, OP_JOIN, OP_IMPORT, OP_OVER, OP_MAKE, OP_DELETE, OP_DELETE_ONE, OP_DELETE_OVER, OPS };
 
-static const char *const op_names[OPS] = {"create a volume",	 "create one in a group", "import one",
-					  "make a peer's group", "delete a volume",	  "delete one of a group"};
+static const char *const op_names[OPS] = {
+    "create a volume",		"create one in a group",    "import one",
+    "create one over an image", "make a peer's group",	    "delete a volume",
+    "delete one of a group",	"delete one over an image",
+};
 /* The volume that it is about; of OP_MAKE the first of two. */
-static const char *const op_volume[OPS] = {"new", "new", "new", "new", "alone", "two"};
+static const char *const op_volume[OPS] = {"new", "new", "new", "new", "new", "alone", "two", "over"};
 
 struct run {
 	enum op op;
@@ -36,7 +39,7 @@ struct run {
 	struct simstore *ss;
 	struct store *st;
 	int answer; /* 1: none */
-	char imported[32];
+	char imported[32], image[32];
 };
 
 static void fail(const struct run *r, const char *fmt, ...)
@@ -171,7 +174,7 @@ static int check_folder(void *arg, const char *name)
 /* What a start that was not cut off leaves. */
 static void check(struct run *r, const struct look *l)
 {
-	static const char *const kept[] = {"alone", "one", "two", "other"};
+	static const char *const kept[] = {"alone", "one", "two", "over", "other"};
 	bool made = r->op < OP_DELETE;
 
 	simstore_look(r->ss, true);
@@ -197,8 +200,11 @@ static void check(struct run *r, const struct look *l)
 static int do_op(struct run *r)
 {
 	const struct store_import_args args = {.volume = "new", .file = r->imported};
+	const struct store_base_args over = {.volume = "new", .file = r->image};
 	static struct wire_join j;
 	struct repl_meta *m;
+	const char *format;
+	uint64_t size = 0;
 	struct err e;
 	int rc;
 
@@ -209,6 +215,8 @@ static int do_op(struct run *r)
 		return store_create_volume(r->st, "new", SIZE, "g", &e);
 	case OP_IMPORT:
 		return store_import(r->st, &args, NULL, NULL, NULL, &e);
+	case OP_OVER:
+		return store_create_over(r->st, &over, 0, &size, &format, &e);
 	case OP_MAKE:
 		memset(&j, 0, sizeof(j));
 		(void)snprintf(j.group, sizeof(j.group), "peer");
@@ -225,6 +233,7 @@ static int do_op(struct run *r)
 		return rc;
 	case OP_DELETE:
 	case OP_DELETE_ONE:
+	case OP_DELETE_OVER:
 		return store_delete_volume(r->st, op_volume[r->op], &e);
 	case OPS:
 		break;
@@ -232,7 +241,7 @@ static int do_op(struct run *r)
 	abort();
 }
 
-static void make_volume(struct run *r, const char *name, const char *group)
+static void write_pattern(struct run *r, const char *name)
 {
 	struct err e = {0};
 	struct repl_meta *m = NULL;
@@ -242,10 +251,43 @@ static void make_volume(struct run *r, const char *name, const char *group)
 	uint32_t i;
 
 	pattern(name, buf);
-	if (store_create_volume(r->st, name, SIZE, group, &e) < 0 || store_find_volume(r->st, name, &m, &i, &e) < 0 ||
-	    store_open_volume(r->st, m, i, &v, &e) < 0 || volume_write(v, &q, 1) < 0 || volume_sync(v) < 0)
+	if (store_find_volume(r->st, name, &m, &i, &e) < 0 || store_open_volume(r->st, m, i, &v, &e) < 0 ||
+	    volume_write(v, &q, 1) < 0 || volume_sync(v) < 0)
 		fail(r, "setting up: %s", e.text);
 	volume_close(v);
+	free(m);
+}
+
+static void make_volume(struct run *r, const char *name, const char *group)
+{
+	struct err e = {0};
+
+	if (store_create_volume(r->st, name, SIZE, group, &e) < 0)
+		fail(r, "setting up: %s", e.text);
+	write_pattern(r, name);
+}
+
+/* Group g has checkpoints, which volumes that join it take part in. */
+static void take_checkpoints(struct run *r)
+{
+	struct repl_meta *m = NULL;
+	struct volume *v = NULL;
+	struct err e = {0};
+
+	if (store_load_group(r->st, "g", &m, &e) < 0 || store_open_volume(r->st, m, 0, &v, &e) < 0)
+		fail(r, "setting up: %s", e.text);
+	m->active_id = 2;
+	for (uint64_t n = 3; n <= 7; n += 4) {
+		if (volume_prepare(v, n, 2, &e) < 0)
+			fail(r, "setting up: %s", e.text);
+		volume_switch(v, n, 2);
+		m->ckpts[m->n_ckpts++] =
+		    (struct repl_ckpt){.number = n, .generation = 1, .time_ns = 1, .kind = CKPT_LOCAL};
+		m->ckpt_max = n;
+	}
+	volume_close(v);
+	if (store_save_group(r->st, m, &e) < 0)
+		fail(r, "setting up: %s", e.text);
 	free(m);
 }
 
@@ -260,7 +302,14 @@ static void begin(struct run *r)
 		abort();
 	make_volume(r, "alone", NULL);
 	make_volume(r, "one", "g");
+	take_checkpoints(r);
 	make_volume(r, "two", "g");
+	const struct store_base_args over = {.volume = "over", .file = r->image};
+	const char *format;
+	uint64_t size = 0;
+	if (store_create_over(r->st, &over, 0, &size, &format, &e) < 0)
+		fail(r, "setting up: %s", e.text);
+	write_pattern(r, "over");
 	make_volume(r, "other", NULL);
 	/* A record whose second copy can't be written any more since a volume of it was deleted: that one names it
 	 * still. */
@@ -407,18 +456,35 @@ static bool fail_at(struct run *r, unsigned calls, bool once)
 	return hit;
 }
 
+/* An image of qcow2 with SIZE bytes of nothing: its header; the first level's table, of one entry, and the rest are
+ * zeroes.
+ */
+static const uint8_t qcow2[] = {'Q', 'F', 'I', 0xfb, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 16,
+				0,   0,	  0,   0,    0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 1, 0, 0,
+				0,   0,	  0,   0,    0, 2, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0};
+
+/* A file outside the store. */
+static bool outside(char *path, const uint8_t *data, size_t len, off_t size)
+{
+	int fd = mkstemp(path);
+	bool ok = fd >= 0 && write(fd, data, len) == (ssize_t)len && (size == 0 || ftruncate(fd, size) == 0);
+
+	if (fd >= 0)
+		(void)close(fd);
+	return ok;
+}
+
 int main(int argc, char **argv)
 {
 	uint64_t seeds = argc > 1 ? strtoull(argv[1], NULL, 10) : SEEDS;
 	struct run r = {0};
-	uint8_t buf[BLOCK_SIZE], none[SIZE - BLOCK_SIZE] = {0};
+	uint8_t buf[SIZE] = {0};
 
-	(void)snprintf(r.imported, sizeof(r.imported), "/tmp/simstoreXXXXXX");
-	int fd = mkstemp(r.imported);
 	pattern("import", buf);
-	if (fd < 0 || write(fd, buf, sizeof(buf)) != sizeof(buf) || write(fd, none, sizeof(none)) != sizeof(none))
+	(void)snprintf(r.imported, sizeof(r.imported), "/tmp/simstoreXXXXXX");
+	(void)snprintf(r.image, sizeof(r.image), "/tmp/simimageXXXXXX");
+	if (!outside(r.imported, buf, sizeof(buf), 0) || !outside(r.image, qcow2, sizeof(qcow2), 3U << 16))
 		return 1;
-	close(fd);
 	for (int power = 0; power < 2; power++)
 		for (r.op = 0; r.op < OPS; r.op++) {
 			r.power = power;
@@ -439,5 +505,6 @@ int main(int argc, char **argv)
 			fflush(stdout);
 		}
 	(void)unlink(r.imported);
+	(void)unlink(r.image);
 	return 0;
 }
