@@ -314,7 +314,7 @@ static bool tx_prepare(struct repl *r, struct tx *t, struct repl_meta *m)
 		prepare_activate(r, m);
 		return true;
 	case TX_UNPROTECT:
-		if (m->state != STATE_NONE && m->state != STATE_DONE)
+		if ((m->state != STATE_NONE && m->state != STATE_DONE) || m->inconsistent)
 			return false;
 		prepare_unprotect(r, t, m);
 		return true;

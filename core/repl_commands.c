@@ -167,6 +167,9 @@ static void cmd_stop(struct repl *r, struct repl_command *c)
 		repl_command_done(r, c, -ERR_BUSY, "another stop is under way");
 	} else if (r->handing != HAND_NONE || r->taking) {
 		repl_command_done(r, c, -ERR_BUSY, "a switchover is under way");
+	} else if (is_primary(r) && r->is_target) {
+		repl_command_done(r, c, -ERR_BUSY,
+				  "the peer's `resolve` is under way: this copy is given up, and follows from then on");
 	} else if (is_primary(r) && detach_any(r) && r->link != LINK_DOWN && !m->split_brain) {
 		repl_command_done(
 		    r, c, -ERR_STATE,

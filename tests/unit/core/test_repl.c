@@ -7455,3 +7455,22 @@ Test(repl, a_checkpoint_that_is_wanted_of_a_primary_that_falls_behind_is_none)
 		host_free(h);
 	}
 }
+
+/* A resolve on the peer has decided that its copy is given up. */
+Test(lineage_core, a_copy_that_is_being_given_up_is_not_stopped)
+{
+	struct host *h = halted(true);
+	tick(h, 0);
+	link_up(h, true);
+	join_frame(h, &peer_meta, WIRE_JOIN_SPLIT | WIRE_JOIN_DISCARD_YOURS);
+	EXPECT(h, "dial send:JOIN send:DIRTY_END");
+	stream(h, 'r', WIRE_RESYNC_BEGIN, REPL_RESYNC_BEGIN, 1, 300, 0);
+	EXPECT(h, "do:r/ckpt");
+	command(h, CMD_UNPROTECT, 0);
+	EXPECT(h, "cmd=ERR_BUSY");
+	fin(h, "r");
+	EXPECT(h, "save:secondary/NONE +2");
+	saved(h);
+	EXPECT(h, "send:RESYNC_READY#1 done:r");
+	host_free(h);
+}
