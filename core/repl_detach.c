@@ -724,6 +724,7 @@ void detach_tx_done(struct repl *r, struct tx *t, int error)
 		r->error.code = 0;
 		repl_log(r, 2, "the detached disks are whole again");
 		repl_emit(r, &(struct repl_action){.type = ACT_SERVING, .meta = r->meta});
+		detach_resume(r); /* what came while the pair had fallen behind needs no peer any more */
 		return;
 	default:
 		UNREACHABLE();

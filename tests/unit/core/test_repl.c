@@ -7474,3 +7474,39 @@ Test(lineage_core, a_copy_that_is_being_given_up_is_not_stopped)
 	EXPECT(h, "send:RESYNC_READY#1 done:r");
 	host_free(h);
 }
+
+/* Another disk's error has taken the pair out of sync meanwhile, and a pause may keep it there. */
+Test(repl, what_waits_for_a_detached_disk_goes_on_when_it_is_whole)
+{
+	struct host *h = two_volumes();
+	guest(h, 'a', REPL_WRITE, 0, 4096);
+	guest2(h, 'b', REPL_WRITE, 0, 4096);
+	fin(h, "a");
+	fin(h, "b");
+	fin_full(h, "a", -ERR_IO, false, 0, false);
+	ack(h, 3, 3, 3);
+	saved(h);
+	command(h, CMD_RESYNC, 0);
+	fin(h, "reopen");
+	saved(h);
+	for (uint64_t i = 0; i < 16; i++) {
+		read_reply(h, i + 1, i << 19, 512 << 10, 0);
+		fin(h, "rebuild");
+	}
+	pass(h);
+	fin(h, "sync");
+	EXPECT(h, "send:ATTACH#5");
+	fin_full(h, "b", -ERR_IO, false, 0, false);
+	EXPECT(h, "send:WRITE_FAILED send:FLUSH#6 do:sync/disk send:BEHIND done:b=ERR_IO");
+	guest(h, 'c', REPL_WRITE, 0, 4096);
+	EXPECT(h, "");
+	ack(h, 5, 5, 5);
+	EXPECT(h, "done:a save:primary/RUNNING");
+	command(h, CMD_PAUSE, 0);
+	EXPECT(h, "cmd=ERR_STATE");
+	saved(h);
+	EXPECT(h, "save:primary/RUNNING"); /* alone, as any write while behind */
+	saved(h);
+	EXPECT(h, "do:c/disk");
+	host_free(h);
+}
