@@ -22,18 +22,11 @@
 
 #include "core/check.h"
 
-/* A failover that is under way goes back to what `break` would give up. */
-static bool goes_back(const struct repl *r)
-{
-	return r->failing_over && r->failover_outcome != FAILOVER_LATEST;
-}
-
-/* What may go for a request that failed with `error`. */
-static enum room_policy policy(const struct repl *r, const struct repl_io *io, int error)
+/* What may go, as this host's role and settings are, for want of room (`full`) or after another error. */
+static enum room_policy policy(const struct repl *r, bool full)
 {
 	const struct repl_meta *m = r->meta;
-	bool full = error == -ERR_NOSPC;
-	if (m->n_ckpts == 0 || (!full && !io->save_failed))
+	if (m->n_ckpts == 0)
 		return ROOM_NONE;
 	if (repl_serving(m, false) == SERVING_DISK)
 		return full ? ROOM_ANY : ROOM_ALL;
@@ -41,7 +34,9 @@ static enum room_policy policy(const struct repl *r, const struct repl_io *io, i
 	case ON_COW_ERROR_DROP_HISTORY:
 		return full ? ROOM_UNNEEDED : ROOM_NONE;
 	case ON_COW_ERROR_BREAK:
-		if (m->role != ROLE_SECONDARY || m->inconsistent || goes_back(r))
+		/* A failover that is under way goes back to what this would give up. */
+		if (m->role != ROLE_SECONDARY || m->inconsistent ||
+		    (r->failing_over && r->failover_outcome != FAILOVER_LATEST))
 			return ROOM_NONE;
 		return ROOM_BREAK;
 	case ON_COW_ERROR_STOP:
@@ -109,7 +104,8 @@ static void room_next(struct repl *r)
 
 bool room_wait(struct repl *r, struct repl_io *io, int error)
 {
-	enum room_policy p = policy(r, io, error);
+	bool full = error == -ERR_NOSPC;
+	enum room_policy p = full || io->save_failed ? policy(r, full) : ROOM_NONE;
 	if (p == ROOM_NONE || ((p == ROOM_ANY || p == ROOM_UNNEEDED) && candidate(r, p, 0) == 0))
 		return false;
 	io->error = error;
@@ -147,6 +143,8 @@ void room_merge_done(struct repl *r, int error)
 
 bool room_prepare(struct repl *r, struct tx *t, struct repl_meta *m)
 {
+	if (policy(r, r->room_error == -ERR_NOSPC) != t->arg) /* the role or a setting has changed */
+		return false;
 	if (t->number) {
 		int i = repl_meta_find_ckpt(m, t->number);
 		if (i < 0 || rank_of(r, (uint32_t)i) > r->room_rank)
@@ -158,8 +156,6 @@ bool room_prepare(struct repl *r, struct tx *t, struct repl_meta *m)
 		history_remove(m, t->number);
 		return true;
 	}
-	if (m->n_ckpts == 0 || (t->arg == ROOM_BREAK && goes_back(r)))
-		return false;
 	t->dropped_through = UINT64_MAX;
 	while (m->n_ckpts)
 		history_remove(m, m->ckpts[m->n_ckpts - 1].number);

@@ -7510,3 +7510,20 @@ Test(repl, what_waits_for_a_detached_disk_goes_on_when_it_is_whole)
 	EXPECT(h, "do:c/disk");
 	host_free(h);
 }
+
+Test(repl, break_that_is_no_setting_any_more_gives_nothing_up)
+{
+	struct host *h = secondary_with(ON_COW_ERROR_BREAK, 3, 7);
+	struct settings s = repl_meta(h->r)->settings;
+	s.on_cow_error = ON_COW_ERROR_STOP;
+	settings_frame(h, &s);
+	EXPECT(h, "save:secondary/RUNNING");
+	fin_full(h, "a", -ERR_IO, false, 0, true);
+	EXPECT(h, "");
+	saved(h);
+	EXPECT(h, "send:SETTINGS_ACK#7 do:a/disk");
+	fin_full(h, "a", -ERR_IO, false, 0, true);
+	EXPECT(h, "send:IO_ERROR#2 close done:a=ERR_IO done:f=ERR_CANCELED");
+	cr_assert_eq(repl_meta(h->r)->n_ckpts, 3);
+	host_free(h);
+}
