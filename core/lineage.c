@@ -85,9 +85,13 @@ static bool unfinished(const struct wire_join *t)
 	return (t->flags & WIRE_JOIN_INCONSISTENT) != 0;
 }
 
-/* Its disk is whole and its own: what it serves is the content, not a copy that follows. */
+/* Its disks are whole, current and its own: what it serves is the content, not a copy that follows. What a detached one
+ * lacks is on the peer, among what that has written since. */
 static bool owns(const struct wire_join *j)
 {
+	for (uint32_t i = 0; i < j->n_volumes; i++)
+		if (j->volumes[i].flags & VOLUME_STALE)
+			return false;
 	return !unfinished(j) && j->state != STATE_FAILOVER && j->state != STATE_FAILOVER_FAILED &&
 	       (j->role != ROLE_SECONDARY || j->state == STATE_DONE);
 }

@@ -112,6 +112,12 @@ static void cmd_resolve(struct repl *r, struct repl_command *c)
 				  state_name(m->state));
 	} else if (m->state == STATE_FAILOVER || m->state == STATE_FAILOVER_FAILED) {
 		refuse_committing(r, c);
+	} else if (!local && (detach_any(r) || repl_meta_flagged(m, VOLUME_STALE))) {
+		repl_command_done(
+		    r, c, -ERR_STATE,
+		    "a disk of it here is detached: what it lacks is in the peer's copy only, so that can't "
+		    "be discarded. `resolve --discard local` takes all from there; `unprotect --force` takes "
+		    "the disk as it is");
 	} else if (r->resolve || role_changing(r)) {
 		repl_command_done(r, c, -ERR_BUSY, "another command is changing its role");
 	} else {

@@ -502,7 +502,9 @@ def decide(a, b):
         return bool(j.flags & J_INCONSISTENT)
 
     def owns(j):
-        return not unfinished(j) and j.state not in (FAILOVER, FAILOVER_FAILED) and (j.role != SECONDARY or j.state == STATE_DONE)
+        if unfinished(j) or any(v.flags & 1 for v in j.volumes):
+            return False
+        return j.state not in (FAILOVER, FAILOVER_FAILED) and (j.role != SECONDARY or j.state == STATE_DONE)
 
     def apart():
         lost = [x for x, y in ((a, b), (b, a)) if x.flags & J_DISCARD_MINE or y.flags & J_DISCARD_YOURS]

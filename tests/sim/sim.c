@@ -262,6 +262,9 @@ static void resolve(struct sim *s)
 		}
 	}
 	unsigned h = (unsigned)world_below(w, 2), loser = s->reckless && world_chance(w, 3) ? s->vm : !s->vm;
+	const struct repl_meta *keeper = world_meta(w, !loser);
+	if (keeper && (world_detached(w, !loser) || repl_meta_flagged(keeper, VOLUME_STALE))) /* else it is refused */
+		loser = !loser;
 	command(s, h, (struct repl_command){.cmd = CMD_RESOLVE, .number = loser == h ? DISCARD_LOCAL : DISCARD_PEER});
 }
 

@@ -5912,19 +5912,25 @@ Test(repl, a_rebuild_copies_each_region_and_writes_go_to_both)
 	host_free(h);
 }
 
-/* Both disks of a group were detached; that of the first is rebuilt already. */
-static struct host *one_of_two_rebuilt(unsigned regions)
+/* This host's record and its peer's are of a group of two. */
+static void two_disks(struct repl_meta *m)
 {
-	static struct repl_meta m;
-	meta_of(&m, ROLE_PRIMARY, STATE_RUNNING);
-	meta_of(&peer_meta, ROLE_SECONDARY, STATE_RUNNING);
-	struct repl_meta *both[] = {&m, &peer_meta};
+	struct repl_meta *both[] = {m, &peer_meta};
 	for (unsigned i = 0; i < 2; i++) {
 		both[i]->n_volumes = 2;
 		both[i]->volumes[1] = both[i]->volumes[0];
 		(void)snprintf(both[i]->volumes[1].name, sizeof(both[i]->volumes[1].name), "vm2");
 		both[i]->volumes[1].id = both[i]->volumes[0].id + 1;
 	}
+}
+
+/* Both disks of a group were detached; that of the first is rebuilt already. */
+static struct host *one_of_two_rebuilt(unsigned regions)
+{
+	static struct repl_meta m;
+	meta_of(&m, ROLE_PRIMARY, STATE_RUNNING);
+	meta_of(&peer_meta, ROLE_SECONDARY, STATE_RUNNING);
+	two_disks(&m);
 	m.volumes[0].flags = VOLUME_STALE | VOLUME_REBUILD;
 	m.volumes[1].flags = VOLUME_STALE;
 	peer_meta.volumes[0].flags = peer_meta.volumes[1].flags = VOLUME_PEER_STALE;
@@ -6976,13 +6982,7 @@ static struct host *two_volumes(void)
 	static struct repl_meta m;
 	meta_of(&m, ROLE_PRIMARY, STATE_RUNNING);
 	meta_of(&peer_meta, ROLE_SECONDARY, STATE_RUNNING);
-	struct repl_meta *both[] = {&m, &peer_meta};
-	for (unsigned i = 0; i < 2; i++) {
-		both[i]->n_volumes = 2;
-		both[i]->volumes[1] = both[i]->volumes[0];
-		(void)snprintf(both[i]->volumes[1].name, sizeof(both[i]->volumes[1].name), "vm2");
-		both[i]->volumes[1].id = both[i]->volumes[0].id + 1;
-	}
+	two_disks(&m);
 	struct host *h = host_new(&m);
 	connect(h, &peer_meta);
 	ack(h, 1, 1, 1);
@@ -7525,5 +7525,31 @@ Test(repl, break_that_is_no_setting_any_more_gives_nothing_up)
 	fin_full(h, "a", -ERR_IO, false, 0, true);
 	EXPECT(h, "send:IO_ERROR#2 close done:a=ERR_IO done:f=ERR_CANCELED");
 	cr_assert_eq(repl_meta(h->r)->n_ckpts, 3);
+	host_free(h);
+}
+
+/* Of a group of two the one disk was detached, the other was written alone: the first one's content is the peer's, with
+ * what that wrote since. */
+Test(lineage_core, a_copy_with_a_detached_disk_is_not_what_a_resolve_keeps)
+{
+	static struct repl_meta m;
+	meta_of(&m, ROLE_PRIMARY, STATE_RUNNING);
+	meta_of(&peer_meta, ROLE_STANDALONE, STATE_DONE);
+	two_disks(&m);
+	m.volumes[0].flags = VOLUME_STALE;
+	m.lineage = (struct lineage){.current = 200, .bitmap = 100};
+	peer_meta.lineage = (struct lineage){.current = 300, .bitmap = 100};
+	m.alone = peer_meta.alone = m.split_brain = true;
+	struct host *h = host_new(&m);
+	command(h, CMD_RESOLVE, DISCARD_PEER);
+	EXPECT(h, "cmd=ERR_STATE");
+	tick(h, 0);
+	link_up(h, true);
+	EXPECT(h, "dial send:JOIN");
+	join_frame(h, &peer_meta, WIRE_JOIN_SPLIT | WIRE_JOIN_DISCARD_MINE); /* it was given there */
+	EXPECT(h, "send:DIRTY_END");
+	frame(h, WIRE_DIRTY_END, 0, 0, 0, NULL, 0);
+	EXPECT(h, "close");
+	cr_assert(repl_meta(h->r)->split_brain);
 	host_free(h);
 }
