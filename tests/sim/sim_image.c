@@ -1,5 +1,6 @@
-/* The image layer alone on the simulated storage: two volumes with their chains, the record, the intent maps, driven by
- * a script of random operations against a model, over power cuts, kills, failing calls and failing allocations.
+/* The image layer alone on the simulated storage: two volumes, one of them over a base image, with their chains, the
+ * record, the intent maps, driven by a script of random operations against a model, over power cuts, kills, failing
+ * calls and failing allocations.
  *
  *   sim_image                     some seeds, and a slice of every exhaustive mode
  *   sim_image --seeds N           seeds 1 to N: operations and faults by chance
@@ -20,10 +21,12 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "core/check.h"
 #include "core/err.h"
 #include "core/range.h"
+#include "image/based.h"
 #include "image/intent.h"
 #include "image/meta.h"
 #include "image/volume.h"
@@ -866,6 +869,32 @@ static void step(struct world *w, bool faults)
 
 /* ---- runs ---- */
 
+#define BASE_SECTORS (16U * 8 + 2)
+
+static char base_path[] = "/tmp/simbaseXXXXXX";
+static struct source *base;
+
+static void base_remove(void)
+{
+	(void)unlink(base_path);
+}
+
+/* Volume b's disk is one over this image, with a hole. */
+static void base_make(void)
+{
+	static uint8_t buf[BASE_SECTORS * SECTOR_SIZE];
+	struct err e;
+	int fd = mkstemp(base_path);
+
+	for (unsigned i = 0; i < BASE_SECTORS; i++)
+		stamp_fill(buf + i * SECTOR_SIZE, 1, i, 1);
+	PRE(pwrite(fd, buf, 5 * BLOCK_SIZE, 0) > 0);
+	PRE(pwrite(fd, buf + 8 * BLOCK_SIZE, sizeof(buf) - 8 * BLOCK_SIZE, 8 * BLOCK_SIZE) > 0);
+	PRE(source_open(base_path, "raw", NULL, &base, &e) == 0);
+	close(fd);
+	PRE(atexit(base_remove) == 0);
+}
+
 static void world_make(struct world *w, uint64_t seed)
 {
 	static const char *const names[] = {"a", "b"};
@@ -878,6 +907,7 @@ static void world_make(struct world *w, uint64_t seed)
 	w->random = seed * UINT64_C(0x9e3779b97f4a7c15) + 1;
 	w->images = simalloc(NUMBERS_MAX * images);
 	w->op_name = "make";
+	w->stamps = 1;
 	w->rec.size = SIZE_FIRST;
 	w->next = w->rec;
 	for (unsigned v = 0; v < VOLUMES; v++) {
@@ -886,7 +916,13 @@ static void world_make(struct world *w, uint64_t seed)
 			sector_is(&w->vols[v].disk[i], 0);
 			sector_is(&w->vols[v].view[i], 0);
 		}
-		if (volume_create(w->s, names[v], SIZE_FIRST, DURABILITY_POWER, &e) < 0)
+		for (unsigned i = 0; v == 1 && i < BASE_SECTORS; i++)
+			if (i / 8 < 5 || i / 8 >= 8) {
+				sector_is(&w->vols[v].disk[i], 1);
+				sector_is(&w->vols[v].view[i], 1);
+			}
+		struct based_args over = {.source = base, .path = base_path};
+		if (volume_create_over(w->s, names[v], SIZE_FIRST, v == 1 ? &over : NULL, DURABILITY_POWER, &e) < 0)
 			violation(w, "%s", e.text);
 	}
 	int rc = record_save(w, false);
@@ -1153,6 +1189,7 @@ static uint64_t number_arg(int argc, char **argv, int *i)
 
 int main(int argc, char **argv)
 {
+	base_make();
 	struct options o = {.stride = 0};
 	uint64_t changes, calls, allocs;
 	bool any;
