@@ -299,6 +299,8 @@ void resync_io_done(struct repl *r, struct repl_io *io, int error)
 		return;
 	}
 	if (error) {
+		if (io->kind == REPL_RESYNC_HASH) /* nothing was sent that the target would answer */
+			r->rs_hash[io->flags].used = false;
 		repl_release_claim(r, io);
 		repl_set_error(r, error, "resync", (int)io->volume, io->off, io->len,
 			       "reading %s for the resync failed: %s", r->meta->volumes[io->volume].name,

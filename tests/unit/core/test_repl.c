@@ -1355,6 +1355,21 @@ Test(repl, a_hash_counts_as_sent_and_what_differs_is_read_anew)
 	host_free(h);
 }
 
+/* No answer comes to what was not sent: the range is hashed anew when the disk can be read. */
+Test(repl, a_hash_that_cannot_be_made_holds_the_resync_up_no_longer_than_its_disk)
+{
+	struct host *h = hashing();
+	fin_full(h, "rhash", -ERR_IO, false, 0, false);
+	EXPECT(h, "");
+	ticks(h, 3 * SEC);
+	EXPECT(h, "do:rhash/own");
+	fin(h, "rhash");
+	EXPECT(h, "send:HASH#2");
+	frame(h, WIRE_HASH_ANSWER, 2, 0, 0, NULL, 0);
+	EXPECT(h, "send:RESYNC_DONE#3");
+	host_free(h);
+}
+
 Test(repl, equal_hashes_send_nothing)
 {
 	struct host *h = hashing();
