@@ -355,13 +355,13 @@ static bool tx_prepare(struct repl *r, struct tx *t, struct repl_meta *m)
 			(void)snprintf(m->peer, sizeof(m->peer), "%s", r->dial_addr);
 		return true;
 	case TX_PEER_BROKEN:
-		if (t->session != r->session)
+		if (t->session != r->session || !r->peer_broken)
 			return false;
 		m->broken = true;
 		return true;
 	case TX_CKPT:
 		m->last_stream = max_u64(m->last_stream, t->number);
-		m->broken = false;
+		m->broken = r->peer_broken;
 		return true;
 	case TX_STOPPED: /* it may have stepped down meanwhile: then there is nothing of it to stop */
 		if (m->role != ROLE_PRIMARY || m->state != STATE_RUNNING)

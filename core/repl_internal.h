@@ -213,6 +213,7 @@ struct repl {
 	uint64_t queue_bytes;
 	struct repl_command *ckpts; /* waiting for CHECKPOINT_ACK */
 	uint64_t auto_ckpt, last_auto_ns, stop_number;
+	bool peer_broken; /* the peer's last word: its checkpoints are given up; `broken` of the record follows */
 	bool ckpt_wanted;
 	uint32_t ckpt_wanted_flags;
 	bool stop_wanted; /* the peer's STOP_WANT waits for what may come to nothing, see stop_want */

@@ -312,8 +312,9 @@ static void on_checkpoint_ack(struct repl *r, const struct wire_frame *f)
 		return;
 	}
 	r->counters.checkpoints++;
-	if (r->meta->broken) /* the next one is valid again */
+	if (r->meta->broken || r->peer_broken) /* the next one is valid again */
 		r->error.code = 0;
+	r->peer_broken = false;
 	if (stopping && r->handing != HAND_NONE) {
 		switchover_checkpointed(r, number);
 		return;
@@ -358,7 +359,8 @@ static void on_history_lost(struct repl *r, const struct repl_event *ev)
 	if (!session_reason(r, ev, &x))
 		return;
 	repl_set_error(r, x.code, "peer", -1, 0, 0, "the peer: %.*s; mirroring goes on", WIRE_TEXT_MAX, x.text);
-	if (!r->meta->broken && !repl_tx_pending(r, TX_PEER_BROKEN))
+	r->peer_broken = true;
+	if (!repl_tx_queued(r, TX_PEER_BROKEN))
 		repl_tx(r, TX_PEER_BROKEN);
 }
 
@@ -713,6 +715,7 @@ void primary_activate(struct repl *r)
 	r->sample_seq = 0;
 	r->sample_ns = r->applied_ns;
 	r->auto_ckpt = 0;
+	r->peer_broken = r->meta->broken;
 	r->rs_begin_seq = r->rs_done_seq = r->rs_adopted_seq = 0;
 	r->rs_whole =
 	    r->decision <= LINEAGE_DETACHED && (r->theirs.flags & (WIRE_JOIN_INCONSISTENT | WIRE_JOIN_FRESH)) == 0;

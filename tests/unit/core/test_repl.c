@@ -7568,3 +7568,28 @@ Test(lineage_core, a_copy_with_a_detached_disk_is_not_what_a_resolve_keeps)
 	cr_assert(repl_meta(h->r)->split_brain);
 	host_free(h);
 }
+
+/* They wait for a slow disk. The order of the two words counts, not that of the records. */
+Test(repl, what_a_peer_says_of_its_checkpoints_stands_as_it_was_said_last)
+{
+	uint8_t buf[WIRE_TEXT_MAX + 8];
+	struct wire_refuse x = {.code = ERR_NOSPC, .text = "all given up"};
+	int n = wire_refuse_encode(&x, buf, sizeof(buf));
+	for (int lost_last = 0; lost_last < 2; lost_last++) {
+		struct host *h = primary(PROTOCOL_F);
+		struct repl_command c[3] = {{.cmd = CMD_CHECKPOINT}, {.cmd = CMD_CHECKPOINT}, {.cmd = CMD_CHECKPOINT}};
+		for (int i = 0; i < 3; i++)
+			step(h, (struct repl_event){.type = EV_COMMAND, .command = &c[i]});
+		frame(h, WIRE_CHECKPOINT_ACK, 0, 3, 0, NULL, 0); /* being saved */
+		frame(h, WIRE_CHECKPOINT_ACK, 0, 4, 0, NULL, 0);
+		frame(h, WIRE_HISTORY_LOST, 0, 0, 0, buf, (uint32_t)n);
+		frame(h, WIRE_CHECKPOINT_ACK, 0, 5, 0, NULL, 0); /* shares the record of 4 */
+		if (lost_last)
+			frame(h, WIRE_HISTORY_LOST, 0, 0, 0, buf, (uint32_t)n);
+		while (h->saving)
+			saved(h);
+		cr_assert_eq(repl_meta(h->r)->last_stream, 5);
+		cr_assert_eq(repl_meta(h->r)->broken, lost_last);
+		host_free(h);
+	}
+}
