@@ -172,6 +172,12 @@ static bool durable(const struct store *st)
 	return st->info.durability == DURABILITY_POWER;
 }
 
+/* The lock of the group's record. */
+static struct mutex *record_lock(struct store *st, const char *group)
+{
+	return &st->records[crc32c(0, group, strlen(group)) % STORE_RECORD_LOCKS];
+}
+
 static void group_path(char out[static STORE_SUBPATH_SIZE], const char *group)
 {
 	snprintf(out, STORE_SUBPATH_SIZE, "groups/%s", group);
@@ -219,7 +225,10 @@ int store_load_group(struct store *st, const char *group, struct repl_meta **ret
 	if (rc < 0)
 		return rc;
 	group_path(path, group);
+	struct mutex *lock = record_lock(st, group);
+	mutex_lock(lock);
 	rc = meta_load(st->storage, path, GROUP_KIND, REPL_META_VERSION, &version, &payload, &len, e);
+	mutex_unlock(lock);
 	if (rc == -ERR_NOENT)
 		return err_set(e, ERR_NOENT, "%s: there is no such group in store %s; repctl list shows what there is",
 			       group, st->path);
@@ -258,9 +267,11 @@ static int encode_and_save(struct store *st, const struct repl_meta *m, uint8_t 
 		return err_set(e, -n, "save group %s: its record is above %u bytes; drop some of its checkpoints",
 			       m->group, REPL_META_ENCODED_MAX);
 	group_path(path, m->group);
-	return in_store(
-	    st, meta_save(st->storage, "groups", path, GROUP_KIND, REPL_META_VERSION, buf, (size_t)n, durable(st), e),
-	    e);
+	struct mutex *lock = record_lock(st, m->group);
+	mutex_lock(lock);
+	n = meta_save(st->storage, "groups", path, GROUP_KIND, REPL_META_VERSION, buf, (size_t)n, durable(st), e);
+	mutex_unlock(lock);
+	return in_store(st, n, e);
 }
 
 int store_save_group(struct store *st, const struct repl_meta *m, struct err *e)
@@ -294,8 +305,13 @@ int store_delete_group(struct store *st, const char *group, struct err *e)
 	names_free(&l);
 	group_path(path, group);
 	/* One that is not there, too: a save of it that failed may have left a name. */
-	if (rc == 0)
+	if (rc == 0) {
+		struct mutex *lock = record_lock(st, group);
+
+		mutex_lock(lock);
 		rc = meta_delete(st->storage, "groups", path, GROUP_KIND, durable(st), NULL);
+		mutex_unlock(lock);
+	}
 	if (rc == 0 && !there)
 		rc = -ERR_NOENT;
 	if (rc < 0)
@@ -685,6 +701,8 @@ static int store_new(const char *path, struct store **ret, struct err *e)
 		return store_refuse(e, ERR_NOMEM, "open store", path, "out of memory");
 	st->lock_fd = -1;
 	mutex_init(&st->names);
+	for (size_t i = 0; i < STORE_RECORD_LOCKS; i++)
+		mutex_init(&st->records[i]);
 	st->path = strdup(path);
 	if (!st->path) {
 		store_close(st);
@@ -737,6 +755,8 @@ void store_close(struct store *st)
 	if (st->lock_fd >= 0)
 		(void)close(st->lock_fd);
 	mutex_destroy(&st->names);
+	for (size_t i = 0; i < STORE_RECORD_LOCKS; i++)
+		mutex_destroy(&st->records[i]);
 	free(st->path);
 	free(st);
 }

@@ -13,8 +13,9 @@
  * names them or when they hold no data; else moved to orphans/, since a lost record must not cost the disk. While a
  * record can't be read, nothing is removed or moved.
  *
- * Thread-safe, except that the caller makes the saves and loads of one group one at a time. Making and deleting
- * volumes exclude each other here, an import only while it begins and ends.
+ * Thread-safe, except that the caller makes the saves of one group one at a time. Making and deleting volumes exclude
+ * each other here, an import only while it begins and ends. They look at the records of groups that are in use too: a
+ * load waits for a save.
  */
 #ifndef REPFS_IMAGE_STORE_H
 #define REPFS_IMAGE_STORE_H

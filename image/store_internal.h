@@ -5,14 +5,19 @@
 #include "core/os/thread.h"
 #include "image/store.h"
 
+#define STORE_RECORD_LOCKS 64U
+
 struct store {
 	char *path;
 	int lock_fd;
 	struct storage *storage;
 	struct store_info info;
 	/* Held while names of volumes and groups are checked and the record that settles them is saved; across I/O, but
-	 * never that of a long copy. No other lock is taken under it. */
+	 * never that of a long copy. Taken before one of records. */
 	struct mutex names;
+	/* Of a group's record, by its name: a load mends what it finds of a save, so neither runs beside the other.
+	 * Innermost; across I/O. */
+	struct mutex records[STORE_RECORD_LOCKS];
 };
 
 /* "VERB NAME: ", then fmt. Returns -code. */

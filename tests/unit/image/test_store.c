@@ -1,6 +1,8 @@
 /* The store: making and opening it, its lock, the rules for volumes and groups, what a crash leaves, import, export. */
 #include <criterion/criterion.h>
 #include <fcntl.h>
+#include <pthread.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -313,6 +315,52 @@ Test(store, a_volume_joins_the_groups_checkpoints)
 	cr_assert_eq(volume_read_ckpt(v, 3, 8192, 4096, got), 0);
 	cr_assert_arr_eq(got, want, 4096);
 	volume_close(v);
+	store_close(st);
+}
+
+struct saver {
+	struct store *st;
+	struct repl_meta *m;
+	_Atomic bool over;
+	bool failed;
+};
+
+static void *save_on(void *arg)
+{
+	struct saver *s = arg;
+
+	for (int i = 0; i < 200 && !s->failed; i++) {
+		s->m->ckpt_max++;
+		s->failed = store_save_group(s->st, s->m, NULL) < 0;
+	}
+	atomic_store(&s->over, true);
+	return NULL;
+}
+
+/* As a daemon does: a group saves, and a volume of another is made, for which all records are looked through. A load
+ * that finds a save half done must not mend what is just being written. */
+Test(store, a_look_at_a_record_takes_no_save_back, .timeout = 60)
+{
+	struct store *st = open_it();
+
+	cr_assert_eq(store_create_volume(st, "v", MIB, "g", &e), 0, "%s", e.text);
+	struct saver s = {.st = st, .m = group_of(st, "g")};
+	for (int round = 0; round < 60; round++) {
+		pthread_t t;
+
+		atomic_store(&s.over, false);
+		cr_assert_eq(pthread_create(&t, NULL, save_on, &s), 0);
+		while (!atomic_load(&s.over)) {
+			cr_assert(volume_there(st, "v"), "%s", e.text);
+			cr_assert_not(volume_there(st, "w"));
+		}
+		cr_assert_eq(pthread_join(t, NULL), 0);
+		cr_assert_not(s.failed);
+		struct repl_meta *m = group_of(st, "g");
+		cr_assert_eq(m->ckpt_max, s.m->ckpt_max, "round %d", round);
+		free(m);
+	}
+	free(s.m);
 	store_close(st);
 }
 
