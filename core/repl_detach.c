@@ -511,7 +511,8 @@ void detach_role_lost(struct repl *r)
 	r->stale = r->rebuild = 0;
 	r->lineage_pending = false; /* what is begun here from now on lies above what it follows by then */
 	r->unflushed_untold = false;
-	r->attach_phase = ATTACH_NONE;
+	if (r->attach_phase != ATTACH_SYNC) /* its end does that: until then no other begins */
+		r->attach_phase = ATTACH_NONE;
 }
 
 void detach_shutdown(struct repl *r)

@@ -846,8 +846,8 @@ void session_tx_done(struct repl *r, struct tx *t, int error)
 			if (r->mine.flags & (WIRE_JOIN_DISCARD_MINE | WIRE_JOIN_DISCARD_YOURS))
 				fail_pending(
 				    r, &r->resolve, -ERR_STATE,
-				    "the copy to be kept can't be the source: it only follows, or `resolve` was "
-				    "given the other way round on the peer");
+				    "the copy to be kept can't be the source: it only follows, or a disk of it is "
+				    "detached, or `resolve` was given the other way round on the peer");
 			send_dirty(r);
 			r->dirty_sent = true;
 			apart_end(r);

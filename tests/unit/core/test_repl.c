@@ -7593,3 +7593,55 @@ Test(repl, what_a_peer_says_of_its_checkpoints_stands_as_it_was_said_last)
 		host_free(h);
 	}
 }
+
+/* Its sync hangs while the host is unprotected, and protects the group again. */
+Test(repl, no_rebuild_begins_before_the_sync_of_the_last_one_has_ended)
+{
+	static struct repl_meta fresh;
+	struct host *h = detached_primary();
+	ack(h, 5, 5, 4);
+	command(h, CMD_RESYNC, 0);
+	fin(h, "reopen");
+	saved(h);
+	for (uint64_t i = 0; i < 16; i++) {
+		read_reply(h, i + 1, i << 19, 512 << 10, 0);
+		fin(h, "rebuild");
+	}
+	cr_assert_eq(h->n_submitted, 1); /* the sync before the ATTACH */
+	link_down(h);
+	unprotect_by_force(h);
+	while (h->saving)
+		saved(h);
+	forget(h);
+	h->cmd = (struct repl_command){.cmd = CMD_PROTECT, .text = "peer:1"};
+	step(h, (struct repl_event){.type = EV_COMMAND, .command = &h->cmd});
+	meta_of(&fresh, ROLE_SECONDARY, STATE_NONE);
+	fresh.lineage = (struct lineage){0};
+	fresh.n_ckpts = 0;
+	fresh.base = fresh.last_stream = 0;
+	fresh.inconsistent = true;
+	link_up(h, true);
+	join_frame(h, &fresh, WIRE_JOIN_FRESH);
+	frame(h, WIRE_DIRTY_END, 0, 0, 0, NULL, 0);
+	fin(h, "intents");
+	saved(h);
+	forget(h);
+	frame(h, WIRE_RESYNC_READY, 1, 2, 0, NULL, 0);
+	fin_full(h, "scan", 0, true, SIZE, false);
+	frame(h, WIRE_RESYNC_ACK, 3, 0, 0, NULL, 0);
+	while (h->saving)
+		saved(h);
+	forget(h);
+	guest(h, 'b', REPL_WRITE, 0, 4096);
+	fin_full(h, "b", -ERR_IO, false, 0, false);
+	EXPECT(h, "do:b/disk send:DETACH#6");
+	ack(h, 6, 6, 6);
+	saved(h);
+	EXPECT(h, "save:primary/RUNNING send:WRITE#7");
+	command(h, CMD_RESYNC, 0);
+	EXPECT(h, "cmd=ERR_BUSY");
+	fin(h, "sync");
+	command(h, CMD_RESYNC, 0);
+	EXPECT(h, "do:reopen/own");
+	host_free(h);
+}
