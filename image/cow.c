@@ -540,10 +540,14 @@ static int top_round(struct volume *v, const struct view *w, const struct volume
 			return rc;
 	}
 	rc = v->power ? overlay_sync_data(w->top->o) : 0;
-	if (rc == 0)
-		rc = overlay_put_map(w->top->o, block, n, s->words);
+	if (rc < 0)
+		return rc;
+	rc = overlay_put_map(w->top->o, block, n, s->words);
 	if (rc == 0)
 		overlay_publish(w->top->o, block, n);
+	else /* else the next start would find in a block what this write failed to put there, whatever was flushed
+		since */
+		(void)overlay_take_back(w->top->o, block, n);
 	return rc;
 }
 

@@ -449,12 +449,15 @@ int overlay_put_map(struct overlay *o, uint64_t block, uint32_t n, const uint32_
 
 int overlay_take_back(struct overlay *o, uint64_t block, uint32_t n)
 {
+	uint64_t end = block + n, stop;
 	int rc = 0;
 
 	PRE(run_fits(o, block, n));
-	for (uint32_t i = 0; rc == 0 && i < n; i++)
-		if (!held_test(&o->held, block + i))
-			rc = write_words(o, block + i, 1, NULL, WORD_ABSENT);
+	for (uint64_t at = bits_next_clear(&o->held, block, end); rc == 0 && at < end;
+	     at = bits_next_clear(&o->held, stop, end)) {
+		stop = bits_next_set(&o->held, at, end);
+		rc = write_words(o, at, (uint32_t)(stop - at), NULL, WORD_ABSENT);
+	}
 	return rc;
 }
 

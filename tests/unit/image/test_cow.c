@@ -6,6 +6,8 @@
 
 #include "core/err.h"
 #include "tests/unit/image/crashstore.h"
+#include "tests/lib/faultstore.h"
+#include "tests/unit/image/tmpdir.h"
 #include "tests/unit/image/volmodel.h"
 
 #define ODD_SIZE ((UINT64_C(40) << BLOCK_SHIFT) + 1536)
@@ -1131,4 +1133,54 @@ Test(cow, power_cuts_and_kills_over_a_base)
 	}
 	model_over_close();
 	tmp_store_close(&t);
+}
+
+/* A write over an image whose words could be written in part: what was read and flushed after it stays over a restart.
+ */
+Test(cow, words_of_a_failed_write_are_taken_back)
+{
+	static uint8_t buf[4 * BLOCK_SIZE], got[4 * BLOCK_SIZE];
+	static const uint64_t ckpts[] = {1};
+	struct volume_clone clone = {1, 1};
+	struct faults f = {.match = ".map"};
+	struct tmpdir t;
+	struct volume *v;
+	struct err e;
+
+	tmpdir_make(&t);
+	struct storage *s = faultstore_open(tmpdir_at(&t, "s"), &f);
+	cr_assert_not_null(s);
+	cr_assert_eq(volume_create(s, "vol", 16 * BLOCK_SIZE, DURABILITY_POWER, &e), 0, "%s", e.text);
+	struct volume_open_args a = {.name = "vol", .size = 16 * BLOCK_SIZE, .durability = DURABILITY_POWER};
+	cr_assert_eq(volume_open(s, &a, &v, &e), 0, "%s", e.text);
+	cr_assert_eq(volume_prepare(v, 1, 1, &e), 0);
+	volume_switch(v, 1, 1);
+	cr_assert_eq(volume_prepare_clone(v, 1, &e), 0);
+	volume_switch_clones(v, &clone, 1);
+	memset(buf, 0x31, sizeof(buf));
+	for (int i = 0; i < 2; i++) {
+		struct volume_req r = {.kind = VOLUME_WRITE, .off = BLOCK_SIZE, .len = BLOCK_SIZE, .buf = buf};
+		cr_assert_eq(i ? volume_write_clone(v, 1, &r) : volume_write_active(v, 1, &r), 0);
+		r = (struct volume_req){.kind = VOLUME_WRITE, .off = 4 * BLOCK_SIZE, .len = sizeof(buf), .buf = buf};
+		atomic_store(&f.write_once, -ERR_NOSPC);
+		cr_assert_eq(i ? volume_write_clone(v, 1, &r) : volume_write_active(v, 1, &r), -ERR_NOSPC);
+		cr_assert_eq(i ? volume_sync_clone(v, 1) : volume_sync_active(v), 0);
+	}
+	a.ckpts = ckpts;
+	a.n_ckpts = 1;
+	a.active_id = 1;
+	a.clones = &clone;
+	a.n_clones = 1;
+	memset(buf, 0, sizeof(buf));
+	for (int i = 0; i < 2; i++) {
+		cr_assert_eq(volume_read_view(v, 1, 4 * BLOCK_SIZE, sizeof(got), got), 0);
+		cr_assert_arr_eq(got, buf, sizeof(got), "%d", i);
+		cr_assert_eq(volume_read_clone(v, 1, 4 * BLOCK_SIZE, sizeof(got), got), 0);
+		cr_assert_arr_eq(got, buf, sizeof(got), "%d", i);
+		volume_close(v);
+		cr_assert_eq(volume_open(s, &a, &v, &e), 0, "%s", e.text);
+	}
+	volume_close(v);
+	storage_close(s);
+	tmpdir_remove(&t);
 }
