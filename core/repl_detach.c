@@ -104,10 +104,10 @@ static void maps_clear(struct repl_volume_state *v)
 }
 
 /* A stale volume has nothing that the peer lacks. */
-void detach_clear_maps(struct repl *r)
+void detach_clear_maps(struct repl *r, uint64_t volumes)
 {
 	for (uint32_t i = 0; i < r->meta->n_volumes; i++) {
-		if (!detach_of(r, i))
+		if (!(volumes & mask_of(i)))
 			continue;
 		maps_clear(&r->vol[i]);
 		if (!(r->rebuild & mask_of(i)))
@@ -142,6 +142,8 @@ void detach_init(struct repl *r)
 	for (unsigned i = 0; i < REBUILDS_MAX; i++)
 		r->rb[i].internal = true;
 }
+
+static void rebuild_pump(struct repl *r);
 
 /* ---- a detach begins ---- */
 
@@ -227,10 +229,11 @@ bool detach_flush_failed(struct repl *r, uint64_t failed, int error)
 /* The peer's word is durable. */
 void detach_acked(struct repl *r)
 {
+	rebuild_pump(r); /* it may wait for its barrier */
 	if (r->detaching && r->flushed >= r->detach_seq) {
 		r->stale |= r->detaching;
+		detach_clear_maps(r, r->detaching);
 		r->detaching = 0;
-		detach_clear_maps(r);
 		lineage_in_sync(&r->detach_lineage);
 		r->detach_saving = true;
 		if (!repl_tx_queued(r, TX_DETACH)) /* it takes what there is by then */
@@ -337,6 +340,7 @@ bool detach_route(struct repl *r, struct repl_io *io)
 		/* The copy that comes after it takes it along; also of the regions that were done. */
 		struct range n = regions_of(io);
 		bitmap_set_range(&r->vol[io->volume].todo, n.off, n.len);
+		bitmap_set_range(&r->vol[io->volume].touched, n.off, n.len); /* until it is durable there */
 	}
 	if (!io->tried && !io->parked)
 		r->writes_in_flight--;
@@ -484,10 +488,11 @@ void detach_session_lost(struct repl *r)
 		struct repl_volume_state *v = &r->vol[i];
 		if (!(r->rebuild & mask_of(i)))
 			continue;
-		/* What went to both may not have reached the peer, which is what counts. */
-		for (uint64_t b = bitmap_next_set(&v->dirty, 0); b != BITMAP_NONE;
-		     b = bitmap_next_set(&v->dirty, b + 1))
-			bitmap_set(&v->todo, b);
+		/* What went to both may not have reached the peer, which is what counts. What went to it and was not
+		 * flushed there goes with its power, also what was copied from it. */
+		bitmap_or(&v->todo, &v->dirty);
+		bitmap_or(&v->todo, &v->touched);
+		bitmap_or(&v->todo, &v->cycle);
 	}
 	for (uint64_t n = r->reads.count; n; n--) {
 		struct repl_io *io = list_pop(&r->reads);
@@ -606,6 +611,14 @@ static void rebuild_pump(struct repl *r)
 {
 	if (r->rebuild == 0 || r->link != LINK_SYNCED || !ready(r) || r->attach_phase != ATTACH_NONE || r->shutdown)
 		return;
+	/* What was sent to it before is in no map: it is made durable there before any of it is copied. (What came in
+	 * an earlier session is since the RESYNC_DONE of this one.) */
+	if (r->rb_session != r->session) {
+		r->rb_session = r->session;
+		r->rb_flushed = r->flushed < r->seq ? primary_barrier(r) : r->flushed;
+	}
+	if (r->flushed < r->rb_flushed)
+		return;
 	uint64_t rate = r->meta->settings.resync_rate;
 	for (unsigned i = 0; i < REBUILDS_MAX; i++) {
 		struct repl_io *io = &r->rb[i];
@@ -703,6 +716,7 @@ void detach_tx_done(struct repl *r, struct tx *t, int error)
 			return;
 		}
 		r->rebuild |= t->arg & r->stale;
+		r->rb_session = 0;
 		rebuild_all(r);
 		repl_log(r, 2, "rebuilding the detached disks from the peer");
 		struct repl_command *c = r->rebuilding;

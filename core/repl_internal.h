@@ -280,6 +280,7 @@ struct repl {
 	bool rb_busy[REBUILDS_MAX];
 	uint32_t rb_vol;
 	uint64_t rb_off, rb_total, rb_started_ns;
+	uint64_t rb_session, rb_flushed; /* what is copied in this session is durable there from this barrier on */
 	struct repl_io reopen_io, attach_io;
 	bool reopening;
 	unsigned attach_phase; /* enum attach_phase in repl_detach.c */
@@ -534,7 +535,7 @@ bool detach_of(const struct repl *r, uint32_t volume); /* stale */
 void detach_acked(struct repl *r);
 void detach_resume(struct repl *r);
 void detach_learn(struct repl *r, enum lineage_decision d);
-void detach_clear_maps(struct repl *r);
+void detach_clear_maps(struct repl *r, uint64_t volumes);
 void detach_flags(const struct repl *r, struct repl_volume *v, uint32_t n);
 void detach_session_lost(struct repl *r);
 void detach_role_lost(struct repl *r);

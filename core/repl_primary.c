@@ -657,8 +657,11 @@ void primary_cycle_done(struct repl *r, int error)
 	}
 	if (error) {
 		r->cycle_on = false; /* its regions stay dirty [I10] */
-		for (uint32_t i = 0; i < r->meta->n_volumes; i++)
+		for (uint32_t i = 0; i < r->meta->n_volumes; i++) {
+			if (r->rebuild >> i & 1) /* not durable on the peer, either */
+				bitmap_or(&r->vol[i].touched, &r->vol[i].cycle);
 			bitmap_clear_all(&r->vol[i].cycle);
+		}
 		if (!detach_flush_failed(r, r->cycle_io.failed, error))
 			repl_set_error(r, error, "flush", -1, 0, 0, "a local flush failed: %s", err_short(error));
 		return;

@@ -40,10 +40,14 @@ void resync_begin(struct repl *r)
 	r->cycle_on = false;
 	for (uint32_t i = 0; i < r->meta->n_volumes; i++) {
 		struct repl_volume_state *v = &r->vol[i];
+		if (r->rebuild >> i & 1) {
+			/* Its todo is what is to come from there; what was touched is not durable there. */
+			bitmap_or(&v->touched, &v->cycle);
+			bitmap_clear_all(&v->cycle);
+			continue;
+		}
 		bitmap_clear_all(&v->touched);
 		bitmap_clear_all(&v->cycle);
-		if (r->rebuild >> i & 1)
-			continue; /* its todo is what is to come from there */
 		bitmap_copy(&v->todo, &v->dirty);
 		r->rs_total += v->todo.count << REGION_SHIFT;
 		any = any || v->todo.count;

@@ -720,7 +720,7 @@ static void union_start(struct repl *r)
 	r->union_busy = r->union_started = true;
 	for (uint32_t i = 0; i < r->meta->n_volumes; i++)
 		bitmap_or(&r->vol[i].dirty, &r->vol[i].theirs);
-	detach_clear_maps(r);
+	detach_clear_maps(r, r->stale);
 	r->dirty_unsaved = true;
 	marking_from_dirty(r);
 	r->union_io.kind = REPL_INTENT_ALL;

@@ -5882,7 +5882,7 @@ Test(repl, an_old_primarys_stale_disk_gets_everything_and_its_bits_first)
 Test(repl, a_rebuild_copies_each_region_and_writes_go_to_both)
 {
 	struct host *h = detached_primary();
-	ack(h, 5, 5, 4);
+	ack(h, 5, 5, 5);
 	EXPECT(h, "done:a");
 	command(h, CMD_STOP, 0);
 	EXPECT(h, "cmd=ERR_STATE");
@@ -5905,7 +5905,7 @@ Test(repl, a_rebuild_copies_each_region_and_writes_go_to_both)
 	EXPECT(h, "send:WRITE#6");
 	guest(h, 'c', REPL_WRITE, 7 << 20, 4096);
 	EXPECT(h, "send:WRITE#7");
-	ack(h, 7, 7, 4);
+	ack(h, 7, 7, 5);
 	EXPECT(h, "done:b done:c");
 	for (uint64_t i = 1; i < 16; i++) {
 		read_reply(h, i + 1, i << 19, 512 << 10, i % 2 ? WIRE_READ_ZERO : 0);
@@ -5924,6 +5924,34 @@ Test(repl, a_rebuild_copies_each_region_and_writes_go_to_both)
 	cr_assert_eq(repl_detached(h->r), 0);
 	command(h, CMD_RESYNC, 0);
 	EXPECT(h, "cmd=ERR_STATE");
+	host_free(h);
+}
+
+/* What was copied from the peer's cache goes with its power: what it has not flushed is copied again after a session,
+ * and what it had not when the rebuild began is flushed first. */
+Test(repl, a_rebuild_copies_what_the_peer_has_durably)
+{
+	struct host *h = detached_primary();
+	ack(h, 5, 5, 4);
+	command(h, CMD_RESYNC, 0);
+	fin(h, "reopen");
+	forget(h);
+	saved(h);
+	EXPECT(h, "cmd send:FLUSH#6");
+	guest(h, 'b', REPL_WRITE, 7 << 20, 4096);
+	EXPECT(h, "send:WRITE#7");
+	ack(h, 6, 6, 5);
+	EXPECT(h, "");
+	ack(h, 7, 7, 6);
+	EXPECT(h, "done:b send:READ_REQ#1 send:READ_REQ#2 send:READ_REQ#3 send:READ_REQ#4");
+	for (uint64_t i = 0; i < 16; i++) {
+		read_reply(h, i + 1, i << 19, 512 << 10, 0);
+		fin(h, "rebuild");
+	}
+	cr_assert_eq(repl_volume_state(h->r, 0)->todo.count, 0);
+	link_down(h);
+	cr_assert(bitmap_test(&repl_volume_state(h->r, 0)->todo, (7 << 20) >> 16));
+	cr_assert_eq(repl_volume_state(h->r, 0)->todo.count, 1);
 	host_free(h);
 }
 
@@ -6007,7 +6035,7 @@ Test(repl, a_rebuild_that_another_disk_is_about_to_join_does_not_end)
 Test(repl, a_rebuild_that_meets_an_error_leaves_the_disk_detached)
 {
 	struct host *h = detached_primary();
-	ack(h, 5, 5, 4);
+	ack(h, 5, 5, 5);
 	command(h, CMD_RESYNC, 0);
 	fin(h, "reopen");
 	saved(h);
@@ -6032,7 +6060,7 @@ Test(repl, a_rebuild_that_meets_an_error_leaves_the_disk_detached)
 Test(repl, a_rebuild_copies_again_what_a_cut_left_open)
 {
 	struct host *h = detached_primary();
-	ack(h, 5, 5, 4);
+	ack(h, 5, 5, 5);
 	command(h, CMD_RESYNC, 0);
 	fin(h, "reopen");
 	saved(h);
@@ -6056,7 +6084,7 @@ Test(repl, a_rebuild_copies_again_what_a_cut_left_open)
 Test(repl, a_write_to_a_disk_that_is_whole_again_completes_without_the_peer)
 {
 	struct host *h = detached_primary();
-	ack(h, 5, 5, 4);
+	ack(h, 5, 5, 5);
 	command(h, CMD_RESYNC, 0);
 	fin(h, "reopen");
 	saved(h);
@@ -7151,7 +7179,7 @@ Test(repl, a_rebuild_begins_when_the_detach_is_recorded)
 static struct host *attaching(void)
 {
 	struct host *h = detached_primary();
-	ack(h, 5, 5, 4);
+	ack(h, 5, 5, 5);
 	command(h, CMD_RESYNC, 0);
 	fin(h, "reopen");
 	saved(h);
@@ -7501,6 +7529,7 @@ Test(repl, what_waits_for_a_detached_disk_goes_on_when_it_is_whole)
 	fin_full(h, "a", -ERR_IO, false, 0, false);
 	ack(h, 3, 3, 3);
 	saved(h);
+	ack(h, 4, 4, 4);
 	command(h, CMD_RESYNC, 0);
 	fin(h, "reopen");
 	saved(h);
@@ -7516,7 +7545,7 @@ Test(repl, what_waits_for_a_detached_disk_goes_on_when_it_is_whole)
 	guest(h, 'c', REPL_WRITE, 0, 4096);
 	EXPECT(h, "");
 	ack(h, 5, 5, 5);
-	EXPECT(h, "done:a save:primary/RUNNING");
+	EXPECT(h, "save:primary/RUNNING");
 	command(h, CMD_PAUSE, 0);
 	EXPECT(h, "cmd=ERR_STATE");
 	saved(h);
@@ -7599,7 +7628,7 @@ Test(repl, no_rebuild_begins_before_the_sync_of_the_last_one_has_ended)
 {
 	static struct repl_meta fresh;
 	struct host *h = detached_primary();
-	ack(h, 5, 5, 4);
+	ack(h, 5, 5, 5);
 	command(h, CMD_RESYNC, 0);
 	fin(h, "reopen");
 	saved(h);
