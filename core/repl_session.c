@@ -924,7 +924,11 @@ void session_frame(struct repl *r, const struct repl_event *ev)
 	default:
 		break;
 	}
-	if (r->is_source && (r->link == LINK_RESYNC || r->link == LINK_SYNCED))
+	if (r->taking) { /* the disk as of that checkpoint is about to be this host's own */
+		session_protocol_error(r, "%s behind TAKE_OVER", wire_type_name(f->type));
+		if (ev->io)
+			repl_complete(r, ev->io, -ERR_CANCELED);
+	} else if (r->is_source && (r->link == LINK_RESYNC || r->link == LINK_SYNCED))
 		primary_frame(r, ev);
 	else if (r->is_target && ev->io)
 		secondary_stream(r, ev->io);

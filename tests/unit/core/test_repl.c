@@ -3103,6 +3103,30 @@ Test(switchover, the_secondary_takes_over_in_one_write)
 	host_free(h);
 }
 
+/* What came behind it would be in the disk that becomes this host's own, and in no checkpoint of the peer's. */
+Test(switchover, nothing_comes_behind_take_over)
+{
+	for (unsigned when = 0; when < 2; when++) {
+		struct host *h = armed();
+		frame(h, WIRE_TAKE_OVER, 0, 2, 0, NULL, 0);
+		EXPECT(h, "do:sync/ckpt");
+		if (when) {
+			fin(h, "sync");
+			EXPECT(h, "save:primary/RUNNING");
+		}
+		stream(h, 'w', WIRE_WRITE, REPL_WRITE, 3, 0, 4096);
+		EXPECT(h, "send:REFUSE close done:w=ERR_CANCELED");
+		if (!when) {
+			fin(h, "sync");
+			EXPECT(h, "save:primary/RUNNING");
+		}
+		saved(h);
+		EXPECT(h, ""); /* it has taken over; the next handshake says so */
+		cr_assert_eq(held_by(h)->role, ROLE_PRIMARY);
+		host_free(h);
+	}
+}
+
 Test(switchover, a_peer_that_does_not_come_is_not_waited_for)
 {
 	struct host *h = armed();
