@@ -313,6 +313,17 @@ static bool tx_prepare(struct repl *r, struct tx *t, struct repl_meta *m)
 			return false;
 		prepare_activate(r, m);
 		return true;
+	case TX_SECONDARY: /* it waited for another's save: its connection may have ended, and nothing is given up */
+	case TX_RESTART:
+		if (t->session != r->session || r->link != LINK_HANDSHAKE || r->closing)
+			return false;
+		secondary_prepare(r, t, m);
+		return true;
+	case TX_KEEP: /* likewise; and what it goes by may be the next one's JOIN by now */
+		if (!secondary_current(r, t->io))
+			return false;
+		secondary_prepare(r, t, m);
+		return true;
 	case TX_UNPROTECT:
 		if ((m->state != STATE_NONE && m->state != STATE_DONE) || m->inconsistent)
 			return false;

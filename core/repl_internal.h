@@ -554,6 +554,7 @@ void secondary_granted(struct repl *r, struct repl_io *io);
 void secondary_apply_done(struct repl *r, struct repl_io *io, int error);
 void secondary_run(struct repl *r);
 bool secondary_quiet(const struct repl *r);
+bool secondary_current(const struct repl *r, const struct repl_io *io); /* of the session that stands */
 void secondary_ack(struct repl *r, bool now);
 void secondary_tick(struct repl *r, const struct repl_usage *u);
 void secondary_tx_done(struct repl *r, struct tx *tx, int error);

@@ -29,7 +29,7 @@ static bool is_barrier(const struct repl_io *io)
 }
 
 /* Of the session that stands; what an ended one delivered is applied and answered to nobody. */
-static bool current(const struct repl *r, const struct repl_io *io)
+bool secondary_current(const struct repl *r, const struct repl_io *io)
 {
 	return r->is_target && io->session == r->session;
 }
@@ -228,7 +228,7 @@ static void stop_applying(struct repl *r, const struct repl_io *io, int error, c
 	repl_set_error(r, error, io->save_failed ? "cow" : "apply", (int)io->volume, io->off, io->len,
 		       "%s: %s of %s: %s; applying stopped, the last checkpoint stays good", r->meta->group, what, name,
 		       err_short(error));
-	if (!current(r, io) || r->closing)
+	if (!secondary_current(r, io) || r->closing)
 		return;
 	if (r->in_seq == 0) { /* the source may not have begun: to it this is the handshake still */
 		session_refuse(r, error, r->error.text);
@@ -302,7 +302,7 @@ void secondary_apply_end(struct repl *r, struct repl_io *io, int error)
 		answer_read(r, io, error);
 	else if (error)
 		stop_applying(r, io, error, io->save_failed ? "saving the old content" : "writing a block");
-	bool counts = current(r, io) && !r->apply_stopped;
+	bool counts = secondary_current(r, io) && !r->apply_stopped;
 	if (io->kind == REPL_HASH && counts) /* before the ACK that covers it, so the source clears nothing too early */
 		session_send(r, WIRE_HASH_ANSWER, io->seq, io->ext_len, 0, 0, NULL, 0);
 	if (io->kind == REPL_VERIFY && counts)
@@ -329,7 +329,7 @@ void secondary_apply_done(struct repl *r, struct repl_io *io, int error)
 static void barrier_end(struct repl *r, struct repl_io *io)
 {
 	r->barrier = NULL;
-	if (current(r, io))
+	if (secondary_current(r, io))
 		r->in_applied = max_u64(r->in_applied, io->seq);
 	repl_complete(r, io, 0);
 	secondary_run(r);
@@ -337,7 +337,7 @@ static void barrier_end(struct repl *r, struct repl_io *io)
 
 static void flushed_up_to(struct repl *r, const struct repl_io *io)
 {
-	if (!current(r, io))
+	if (!secondary_current(r, io))
 		return;
 	r->in_applied = max_u64(r->in_applied, io->seq);
 	r->in_flushed = max_u64(r->in_flushed, io->seq);
@@ -352,7 +352,7 @@ void secondary_barrier_flushed(struct repl *r, struct repl_io *io)
 
 static void checkpoint_void(struct repl *r, struct repl_io *io, enum wire_void why)
 {
-	if (current(r, io))
+	if (secondary_current(r, io))
 		session_send(r, WIRE_CHECKPOINT_ACK, 0, io->arg, why, 0, NULL, 0);
 	if (io->flags & WIRE_CKPT_STOP) {
 		struct repl_command *c = r->stop;
@@ -362,6 +362,21 @@ static void checkpoint_void(struct repl *r, struct repl_io *io, enum wire_void w
 	if (why == WIRE_VOID_ACTIVE)
 		repl_log(r, 2, "checkpoint %llu not taken: the active overlay is not empty",
 			 (unsigned long long)io->arg);
+}
+
+static void drop_held(struct repl *r)
+{
+	struct repl_io *io;
+	while ((io = list_pop(&r->held)) != NULL)
+		repl_complete(r, io, -ERR_CANCELED);
+}
+
+/* A resync that was cut before it began: this copy stays as it is. */
+static void begin_cut(struct repl *r, struct repl_io *io)
+{
+	r->barrier = NULL;
+	repl_complete(r, io, -ERR_CANCELED);
+	drop_held(r); /* what stood behind it */
 }
 
 static void barrier_done(struct repl *r, struct repl_io *io, int error)
@@ -400,11 +415,8 @@ static void barrier_done(struct repl *r, struct repl_io *io, int error)
 	}
 	if (io->kind == REPL_RESIZE && !resize_asked(r, io))
 		return;
-	if (io->kind == REPL_RESYNC_BEGIN && !current(r, io)) {
-		/* Cut before it began: this copy stays as it is (what stood behind it is gone already). */
-		r->barrier = NULL;
-		repl_complete(r, io, -ERR_CANCELED);
-		secondary_run(r);
+	if (io->kind == REPL_RESYNC_BEGIN && !secondary_current(r, io)) {
+		begin_cut(r, io);
 		return;
 	}
 	if (io->kind == REPL_RESIZE) {
@@ -680,7 +692,7 @@ static void switched(struct repl *r, struct tx *t, int error)
 	r->error.code = 0;
 	r->ckpt_owed = false;
 	r->early_ns = r->now_ns + EARLY_MIN_NS;
-	if (current(r, io))
+	if (secondary_current(r, io))
 		session_send(r, WIRE_CHECKPOINT_ACK, t->arg, t->number, WIRE_VOID_NONE, 0, NULL, 0);
 	if (r->want_ckpt && (t->flags & WIRE_CKPT_COMMAND)) {
 		r->want_ckpt->result = t->number;
@@ -694,10 +706,10 @@ static void switched(struct repl *r, struct tx *t, int error)
 			c->result2 = t->arg;
 			repl_stopped(r, c);
 		}
-		if (current(r, io))
+		if (secondary_current(r, io))
 			session_close(r, true);
 	}
-	if (current(r, io) && (t->flags & WIRE_CKPT_HAND_OVER))
+	if (secondary_current(r, io) && (t->flags & WIRE_CKPT_HAND_OVER))
 		r->armed = t->number;
 	barrier_end(r, io);
 }
@@ -714,6 +726,11 @@ static void barrier_unsaved(struct repl *r, struct repl_io *io, int error)
 static void kept(struct repl *r, struct tx *t, int error)
 {
 	r->yielding = false;
+	if (error == -ERR_CANCELED) {
+		begin_cut(r, t->io);
+		repl_gate_run(r);
+		return;
+	}
 	if (error) {
 		barrier_unsaved(r, t->io, error);
 		return;
@@ -723,7 +740,7 @@ static void kept(struct repl *r, struct tx *t, int error)
 	if (r->meta->own_dirty && t->opened) /* not again where a resync begins anew */
 		repl_log(r, 1, "what this host held and the peer may not have, %llu bytes, stays as checkpoint %llu",
 			 (unsigned long long)dirty_bytes(r), (unsigned long long)r->meta->kept);
-	if (current(r, t->io))
+	if (secondary_current(r, t->io))
 		session_send(r, WIRE_RESYNC_READY, t->io->seq, r->ckpt_used, 0, 0, NULL, 0);
 	barrier_end(r, t->io);
 }
@@ -756,7 +773,7 @@ static void adopted(struct repl *r, struct tx *t, int error)
 		bitmap_clear_all(&r->vol[i].dirty);
 		bitmap_clear_all(&r->vol[i].touched);
 	}
-	if (current(r, io)) {
+	if (secondary_current(r, io)) {
 		r->theirs.lineage = t->lineage;
 		if (r->in_phase == STREAM_OPEN && io->seq == r->in_done_seq) {
 			r->link = LINK_SYNCED;

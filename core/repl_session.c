@@ -783,11 +783,13 @@ void session_tx_done(struct repl *r, struct tx *t, int error)
 		return;
 	case TX_SECONDARY:
 		r->yielding = r->adopting = false;
-		if (!error)
+		if (error)
+			repl_gate_run(r);
+		else
 			repl_stepped_down(r);
 		/* fall through */
 	case TX_RESTART:
-		if (t->session != r->session || r->link != LINK_HANDSHAKE)
+		if (t->session != r->session || r->link != LINK_HANDSHAKE || r->closing)
 			return;
 		if (error) {
 			session_refuse(r, ERR_IO, "the group's record could not be saved there");

@@ -2588,6 +2588,41 @@ Test(lineage_core, an_adopted_copy_is_kept_in_the_write_that_makes_it_follow)
 	host_free(h);
 }
 
+/* Its record waits for another's save, and its connection ends meanwhile: nothing is given up. */
+Test(lineage_core, an_adoption_that_is_cut_while_its_record_waits_changes_nothing)
+{
+	for (unsigned again = 0; again < 2; again++) {
+		static struct repl_meta m;
+		meta_of(&m, ROLE_STANDALONE, STATE_DONE);
+		m.has_peer = false;
+		m.alone = true;
+		m.lineage = (struct lineage){.current = 900};
+		m.last_stream = 0;
+		meta_of(&peer_meta, ROLE_PRIMARY, STATE_NONE);
+		struct host *h = host_new(&m);
+		link_up(h, false);
+		join_frame(h, &peer_meta, WIRE_JOIN_PROTECT | WIRE_JOIN_ADOPT);
+		EXPECT(h, "do:sync/ckpt");
+		guest(h, 'b', REPL_WRITE, 0, 4096);
+		h->cmd = (struct repl_command){.cmd = CMD_SETTINGS, .number = SETTINGS_ALL, .settings = m.settings};
+		step(h, (struct repl_event){.type = EV_COMMAND, .command = &h->cmd});
+		EXPECT(h, "save:standalone/DONE");
+		fin(h, "sync");
+		EXPECT(h, "");
+		link_down(h);
+		EXPECT(h, "");
+		if (again) { /* the next one's JOIN is looked at when that has ended */
+			link_up(h, false);
+			join_frame(h, &peer_meta, WIRE_JOIN_PROTECT);
+		}
+		saved(h);
+		EXPECT(h, again ? "cmd do:b/disk send:REFUSE close" : "cmd do:b/disk");
+		cr_assert_eq(repl_meta(h->r)->role, ROLE_STANDALONE);
+		cr_assert_eq(repl_meta(h->r)->n_ckpts, 0);
+		host_free(h);
+	}
+}
+
 /* What a former primary fails over to is a view over a checkpoint: writes to it need an active overlay. */
 Test(lineage_core, a_loser_that_fails_over_has_an_active_overlay)
 {
@@ -4328,6 +4363,50 @@ Test(repl, a_resync_that_is_cut_while_the_disk_syncs_is_begun_again)
 	cr_assert(h->saved.inconsistent);
 	saved(h);
 	EXPECT(h, "send:RESYNC_READY#1 done:r do:w/disk");
+	host_free(h);
+}
+
+/* The mark's record waits for another's save, and the connection ends: this copy stays consistent, and a host that was
+ * to be given up goes on. */
+Test(repl, a_resync_that_is_cut_while_its_record_waits_is_begun_again)
+{
+	struct host *h = secondary();
+	struct repl_command clone = {.cmd = CMD_CLONE, .number = 1, .text = "test"};
+	stream(h, 'r', WIRE_RESYNC_BEGIN, REPL_RESYNC_BEGIN, 2, 100, 0);
+	stream(h, 'w', WIRE_WRITE, REPL_WRITE, 3, 0, 4096);
+	EXPECT(h, "do:r/ckpt");
+	step(h, (struct repl_event){.type = EV_COMMAND, .command = &clone});
+	EXPECT(h, "save:secondary/RUNNING");
+	fin(h, "r");
+	EXPECT(h, "");
+	link_down(h);
+	link_up(h, false);
+	peer_meta.settings.keep_last++; /* of the next session: nothing of this one goes by it */
+	join_frame(h, &peer_meta, 0);
+	EXPECT(h, "");
+	saved(h);
+	EXPECT(h, "cmd done:r=ERR_CANCELED done:w=ERR_CANCELED send:JOIN send:DIRTY_END save:secondary/RUNNING");
+	cr_assert_not(repl_meta(h->r)->inconsistent);
+	saved(h);
+	EXPECT(h, "");
+	host_free(h);
+
+	h = halted(true);
+	command(h, CMD_RESOLVE, DISCARD_LOCAL);
+	tick(h, 0);
+	link_up(h, true);
+	join_frame(h, &peer_meta, WIRE_JOIN_SPLIT);
+	stream(h, 'r', WIRE_RESYNC_BEGIN, REPL_RESYNC_BEGIN, 1, 300, 0);
+	guest(h, 'a', REPL_WRITE, 0, 4096);
+	struct repl_command set = {.cmd = CMD_SETTINGS, .number = SETTINGS_ALL, .settings = peer_meta.settings};
+	step(h, (struct repl_event){.type = EV_COMMAND, .command = &set});
+	fin(h, "r");
+	EXPECT(h, "dial send:JOIN send:DIRTY_END do:r/ckpt save:primary/RUNNING");
+	link_down(h);
+	EXPECT(h, "");
+	saved(h);
+	cr_assert(strstr(h->trace, "done:r=ERR_CANCELED do:a/intent"), "%s", h->trace);
+	cr_assert_eq(repl_meta(h->r)->role, ROLE_PRIMARY);
 	host_free(h);
 }
 
