@@ -172,8 +172,27 @@ bool secondary_switching(const struct repl *r)
 	return r->barrier && r->barrier->kind == REPL_CHECKPOINT && r->meta->role == ROLE_SECONDARY;
 }
 
+/* A stop's last checkpoint has come: it decides, though the session may be over. */
+static bool stop_received(const struct repl *r)
+{
+	const struct repl_io *b = r->barrier;
+	if (b && b->kind == REPL_CHECKPOINT && (b->flags & WIRE_CKPT_STOP))
+		return true;
+	for (const struct repl_io *io = r->held.head; io; io = io->next)
+		if (io->kind == REPL_CHECKPOINT && (io->flags & WIRE_CKPT_STOP))
+			return true;
+	return false;
+}
+
 void secondary_settle(struct repl *r)
 {
+	if (r->stop && r->meta->role == ROLE_SECONDARY && !r->is_target && !stop_received(r)) {
+		struct repl_command *c = r->stop;
+		r->stop = NULL;
+		repl_command_done(r, c, -ERR_PEER,
+				  "the connection to the primary was lost before its last checkpoint came; it goes on "
+				  "running. Give it again when it is in sync, or `failover`");
+	}
 	if (r->barrier_waits && r->writes_in_flight == 0) {
 		r->barrier_waits = false;
 		repl_submit(r, r->barrier, TARGET_CKPT);

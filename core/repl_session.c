@@ -275,9 +275,10 @@ void session_link_down(struct repl *r, int code, const char *text)
 	if (r->setting) /* saved here; the peer gets it with the next JOIN */
 		repl_command_done(r, r->setting, 0, " ");
 	r->setting = NULL;
-	if (r->stop && r->meta->state == STATE_RUNNING && !repl_tx_pending(r, TX_STOPPED)) {
+	/* A secondary's, see secondary_settle. */
+	if (r->stop && r->meta->role == ROLE_PRIMARY && r->meta->state == STATE_RUNNING &&
+	    !repl_tx_pending(r, TX_STOPPED))
 		fail_pending(r, &r->stop, -ERR_PEER, why);
-	}
 	bool source = r->is_source, target = r->is_target;
 	r->is_source = r->is_target = false;
 	r->queue_bytes = 0;

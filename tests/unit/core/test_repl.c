@@ -4429,6 +4429,55 @@ Test(repl, a_stop_whose_checkpoint_fails_is_answered)
 	host_free(h);
 }
 
+/* It is carried out whatever becomes of its session, and that is what is answered. */
+Test(repl, a_stop_whose_checkpoint_has_come_is_answered_by_it)
+{
+	for (unsigned when = 0; when < 5; when++) {
+		struct host *h = secondary();
+		command(h, CMD_STOP, 0);
+		EXPECT(h, "send:STOP_WANT");
+		stream(h, 'w', WIRE_WRITE, REPL_WRITE, 2, 0, 4096);
+		EXPECT(h, "do:w/disk");
+		if (when == 4) { /* it has not come */
+			link_down(h);
+			EXPECT(h, "cmd=ERR_PEER");
+			host_free(h);
+			continue;
+		}
+		struct repl_io *io = &h->io['c'];
+		*io = (struct repl_io){.kind = REPL_CHECKPOINT, .seq = 3, .arg = 2, .owner = 'c'};
+		io->flags = WIRE_CKPT_COMMAND | WIRE_CKPT_STOP;
+		struct wire_frame f = {.type = WIRE_CHECKPOINT, .seq = 3, .offset = 2};
+		step(h, (struct repl_event){.type = EV_FRAME, .session = h->session, .frame = &f, .io = io});
+		EXPECT(h, "");
+		if (when == 0 || when == 3) { /* behind a write that is under way */
+			link_down(h);
+			EXPECT(h, "");
+		}
+		fin_full(h, "w", when == 3 ? -ERR_IO : 0, false, 0, false);
+		if (when == 3) {
+			EXPECT(h, "done:w=ERR_IO done:c=ERR_CANCELED cmd=ERR_PEER");
+			host_free(h);
+			continue;
+		}
+		EXPECT(h, "done:w do:c/ckpt");
+		if (when == 1) { /* while the disk is synced */
+			link_down(h);
+			EXPECT(h, "");
+		}
+		fin(h, "c");
+		EXPECT(h, "save:secondary/DONE +2");
+		if (when == 2) {
+			link_down(h);
+			EXPECT(h, "");
+		}
+		saved(h);
+		EXPECT(h, "cmd done:c");
+		cr_assert_eq(repl_meta(h->r)->state, STATE_DONE);
+		host_free(h);
+	}
+}
+
 /* The primary drops a STOP_WANT that finds it behind, or with a detached disk. */
 Test(repl, a_stop_that_the_primary_overtakes_is_answered)
 {
