@@ -467,8 +467,13 @@ void detach_learn(struct repl *r, enum lineage_decision d)
 static void rebuild_ended(struct repl *r, struct repl_io *io, bool copied)
 {
 	struct range n = regions_of(io);
+	struct repl_volume_state *v = &r->vol[io->volume];
 	if (!copied && (r->rebuild & mask_of(io->volume)))
-		bitmap_set_range(&r->vol[io->volume].todo, n.off, n.len);
+		bitmap_set_range(&v->todo, n.off, n.len);
+	/* What had gone to both before it was to be copied again: a clear cycle may have passed it over meanwhile. */
+	for (uint64_t b = n.off; copied && b < n.off + n.len; b++)
+		if (bitmap_test(&v->dirty, b))
+			bitmap_set(&v->touched, b);
 	r->rb_busy[io - r->rb] = false;
 	repl_release_claim(r, io);
 }

@@ -6146,6 +6146,95 @@ static struct host *one_of_two_rebuilt(unsigned regions)
 	return h;
 }
 
+/* One disk is whole, the other is being rebuilt at 1 MiB/s; its first `done` bytes are. Nothing is under way. */
+static struct host *rebuilding_beside_a_whole_one(uint64_t done)
+{
+	static struct repl_meta m;
+	meta_of(&m, ROLE_PRIMARY, STATE_RUNNING);
+	meta_of(&peer_meta, ROLE_SECONDARY, STATE_RUNNING);
+	two_disks(&m);
+	m.volumes[0].flags = VOLUME_STALE | VOLUME_REBUILD;
+	peer_meta.volumes[0].flags = VOLUME_PEER_STALE;
+	m.settings.resync_rate = peer_meta.settings.resync_rate = 1 << 20;
+	struct host *h = host_new(&m);
+	connect(h, &peer_meta);
+	ack(h, 1, 1, 1);
+	frame(h, WIRE_RESYNC_ACK, 1, 0, 0, NULL, 0);
+	saved(h);
+	ack(h, 2, 2, 2);
+	frame(h, WIRE_CHECKPOINT_ACK, 0, 2, 0, NULL, 0);
+	saved(h);
+	for (uint64_t off = 0, token = 0; off < done; off += 512 << 10) {
+		if (off)
+			tick(h, SEC);
+		read_reply(h, ++token, off, 512 << 10, WIRE_READ_ZERO);
+		fin(h, "rebuild");
+	}
+	forget(h);
+	return h;
+}
+
+/* What a rebuilding disk has dirty went to both hosts, and is clean once both have it durably: no resync sends it, and
+ * a switchover wants nothing dirty. */
+Test(repl, what_a_rebuilding_disk_has_dirty_becomes_clean)
+{
+	/* The other disk makes the pair fall behind while a clear cycle is yet to look at it. */
+	struct host *h = rebuilding_beside_a_whole_one(2 << 20);
+	pass(h);
+	guest(h, 'a', REPL_WRITE, 0, 4096);
+	fin(h, "a");
+	fin(h, "a");
+	EXPECT(h, "do:a/intent do:a/disk send:WRITE#3");
+	ack(h, 3, 3, 2);
+	EXPECT(h, "done:a send:READ_REQ#5");
+	cr_assert(dirty(h, 0));
+	h->io['b'] = (struct repl_io){.kind = REPL_WRITE, .volume = 1, .len = 4096, .owner = 'b'};
+	step(h, (struct repl_event){.type = EV_IO, .io = &h->io['b']});
+	fin(h, "b");
+	fin_full(h, "b", -ERR_IO, false, 0, false);
+	EXPECT(h, "do:b/intent do:b/disk send:WRITE_FAILED send:FLUSH#4 do:sync/disk send:BEHIND done:b=ERR_IO");
+	fin_full(h, "sync", -ERR_IO, false, 0, false); /* that cycle comes to nothing */
+	tick(h, SEC / 10);
+	EXPECT(h, "send:RESYNC_BEGIN#5 send:FLUSH#6 do:sync/disk");
+	fin(h, "sync");
+	ack(h, 6, 6, 6);
+	cr_assert_not(dirty(h, 0));
+	host_free(h);
+
+	/* A write over it and the part that is still to be copied lets that take it along, beside a clear cycle. */
+	h = rebuilding_beside_a_whole_one(2 << 20);
+	guest(h, 'a', REPL_WRITE, (2 << 20) - 4096, 4096);
+	fin(h, "a");
+	fin(h, "a");
+	EXPECT(h, "do:a/intent do:a/disk send:WRITE#3");
+	ack(h, 3, 3, 2);
+	guest(h, 'b', REPL_WRITE, (2 << 20) - 4096, 8192);
+	EXPECT(h, "done:a send:WRITE#4");
+	tick(h, 2 * SEC);
+	EXPECT(h, "send:FLUSH#5 do:sync/disk send:READ_REQ#5");
+	fin(h, "sync");
+	ack(h, 5, 5, 5);
+	EXPECT(h, "done:b");
+	for (uint64_t token = 5, off = 2 << 20; token < 18; token++, off += 512 << 10) {
+		bool last = off == SIZE; /* then the regions that b had */
+		read_reply(h, token, last ? (2 << 20) - 65536 : off, last ? 65536 : 512 << 10, WIRE_READ_ZERO);
+		forget(h);
+		fin(h, "rebuild");
+		if (last)
+			break;
+		tick(h, SEC);
+	}
+	cr_assert(dirty(h, (2 << 20) - 4096));
+	forget(h);
+	tick(h, SEC);
+	EXPECT(h, "do:sync/disk do:sync/disk"); /* of the cycle, behind FLUSH#5 too, and of the rebuild */
+	fin(h, "sync");
+	fin(h, "sync");
+	EXPECT(h, "send:ATTACH#6");
+	cr_assert_not(dirty(h, (2 << 20) - 4096));
+	host_free(h);
+}
+
 /* What the peer was told, and the record is about to say, is of the first one alone. */
 Test(repl, a_disk_joins_no_rebuild_whose_end_is_being_recorded)
 {
