@@ -271,6 +271,22 @@ static void set_state_locked(struct jobs *t, struct job *j, enum job_state s) RE
 	cond_broadcast(&t->cond);
 }
 
+/* Now, also if it is paused or waits for a time. */
+static void go_on_locked(struct jobs *t, struct job *j) REQUIRES(t->lock)
+{
+	j->due_ns = 0;
+	if (j->state == JOB_PAUSED) {
+		j->err = (struct err){0};
+		j->side = -1;
+		j->budget = 0;
+		j->rate = 0;
+		j->budget_ns = j->rate_ns = clock_mono_ns();
+		j->rate_copied = j->copied;
+		set_state_locked(t, j, JOB_RUNNING);
+	}
+	queue_locked(t, j);
+}
+
 /* ---- holding a checkpoint ---- */
 
 static void holder_name(const struct job *j, char buf[ADDR_SIZE])
@@ -724,7 +740,9 @@ static void run(struct pool_job *p)
 	group_unref(g);
 	mutex_lock(&t->lock);
 	j->queued = false;
-	if (j->state == JOB_RUNNING && (j->due_ns <= clock_mono_ns() || j->cancel))
+	if ((j->cancel && !cancel) || (j->drop && !drop)) /* asked for meanwhile: the step knew nothing of it */
+		go_on_locked(t, j);
+	else if (j->state == JOB_RUNNING && j->due_ns <= clock_mono_ns())
 		queue_locked(t, j);
 	cond_broadcast(&t->cond);
 	mutex_unlock(&t->lock);
@@ -1041,26 +1059,18 @@ int jobs_resume(struct jobs *t, uint64_t id, struct err *e)
 	int err = 0;
 	mutex_lock(&t->lock);
 	struct job *j = live_locked(t, id, &err, e);
-	if (j && j->state == JOB_PAUSED) {
-		j->err = (struct err){0};
-		j->side = -1;
-		j->due_ns = 0;
-		j->budget = 0;
-		j->rate = 0;
-		j->budget_ns = j->rate_ns = clock_mono_ns();
-		j->rate_copied = j->copied;
-		set_state_locked(t, j, JOB_RUNNING);
-		queue_locked(t, j);
-	}
+	if (j && j->state == JOB_PAUSED)
+		go_on_locked(t, j);
 	mutex_unlock(&t->lock);
 	return err;
 }
 
+/* One that is open-ended has its end to be written yet, perhaps in many steps: it goes on, also if it was paused. */
 static void cancel_locked(struct jobs *t, struct job *j) REQUIRES(t->lock)
 {
 	j->drop = j->cancel;
 	j->cancel = true;
-	queue_locked(t, j);
+	go_on_locked(t, j);
 }
 
 int jobs_cancel(struct jobs *t, uint64_t id, struct err *e)
@@ -1144,6 +1154,13 @@ static int wait_ended(struct jobs *t, uint64_t id, struct ctl_conn *c, bool own,
 		if ((late || gone) && !given_up) {
 			given_up = true;
 			cancel_locked(t, j);
+		} else if (given_up && j->state == JOB_PAUSED && !j->queued) {
+			/* What it has is not thrown away for a target that is full. */
+			return err_set(e, late ? ERR_TIMEOUT : ERR_INTR,
+				       "job %" PRIu64
+				       ": cancelled, but its end could not be written, it is paused: %.300s; "
+				       "`job resume` tries again, `job cancel` gives it up",
+				       id, j->err.text);
 		}
 		if (c && !gone && now - told >= TELL_NS) {
 			json_t *p = json_locked(t, j);

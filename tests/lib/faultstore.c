@@ -43,6 +43,10 @@ static int hit(struct faults *f, int code)
 static int fault_read(struct disk *d, uint64_t off, void *buf, size_t len)
 {
 	struct fault_disk *x = disk_of(d);
+	if (x->f)
+		atomic_fetch_add(&x->f->reading, 1);
+	while (x->f && atomic_load(&x->f->hold_read))
+		(void)poll(NULL, 0, 1);
 	int err = x->f ? hit(x->f, atomic_load(&x->f->read)) : 0;
 	return err ? err : disk_read(x->real, off, buf, len);
 }

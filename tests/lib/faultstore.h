@@ -14,6 +14,8 @@ struct faults {
 					* real one does until it is opened anew (I10) */
 	_Atomic int write_once;	       /* the next write alone */
 	_Atomic int hold;	       /* writes wait while it is not 0 */
+	_Atomic int hold_read;	       /* so do reads */
+	_Atomic unsigned reading;      /* reads that have come, those that wait included */
 	_Atomic unsigned failed;       /* calls that were made to fail */
 };
 

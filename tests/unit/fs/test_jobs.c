@@ -916,6 +916,77 @@ Test(jobs, there_are_only_so_many)
 	WAIT_FOR(n_checkpoints(&p.a) == 0);
 }
 
+/* While a step runs that pauses it, or before it knows that it is paused. */
+Test(jobs, a_cancel_beside_the_step_that_pauses_it_holds)
+{
+	static struct faults f = {.match = "disk.raw"};
+	put(0, SIZE, 1);
+	with_faults(&f);
+	for (unsigned i = 0; i < 2; i++) {
+		json_t *args = args_for("x", "full");
+		json_object_set_new(args, "on_source_error", json_string("stop"));
+		atomic_store(&f.reading, 0);
+		atomic_store(&f.hold_read, 1);
+		atomic_store(&f.read, -ERR_IO);
+		json_int_t id = begin_with(&p.a, args);
+		WAIT_FOR(atomic_load(&f.reading) > 0);
+		OK(job(&p.a, "cancel", id));
+		atomic_store(&f.hold_read, 0);
+		cr_assert_eq(job(&p.a, "wait", id), -ERR_CANCELED, "%s", p.a.err.text);
+		nothing_of("x");
+		atomic_store(&f.read, 0);
+	}
+}
+
+static void *foreground(void *arg)
+{
+	int *ret = arg;
+	struct err e = {0};
+	json_t *result = NULL, *args = args_for("n", "none");
+	json_object_set_new(args, "on_source_error", json_string("stop"));
+	json_object_set_new(args, "timeout_ms", json_integer(1500));
+	*ret = daemon_command(p.a.d, NULL, "backup", args, &result, &e);
+	json_decref(args);
+	json_decref(result);
+	return NULL;
+}
+
+/* Its end can't be written, so it pauses again: who gave it up is told, and nothing of it is lost. */
+Test(jobs, one_whose_end_fails_is_given_up_paused)
+{
+	static struct faults f = {.match = "vm/"};
+	pthread_t t;
+	int ret = 0;
+	put(0, SIZE, 1);
+	with_faults(&f);
+	cr_assert_eq(pthread_create(&t, NULL, foreground, &ret), 0);
+	WAIT_FOR(is(&p.a, 1, "running"));
+	put(64 * K, 4 * K, 2);
+	atomic_store(&f.read, -ERR_IO);
+	(void)pthread_join(t, NULL);
+	cr_assert_eq(ret, -ERR_TIMEOUT);
+	cr_assert(is(&p.a, 1, "paused"));
+	atomic_store(&f.read, 0);
+	OK(job(&p.a, "resume", 1));
+	OK(job(&p.a, "wait", 1));
+	memset(then, 0, SIZE);
+	memset(then + 64 * K, 1, 4 * K);
+	expect_file("n", then);
+}
+
+/* Its end takes several steps, each of which knows that it is wanted. */
+Test(jobs, a_paused_one_that_is_cancelled_comes_to_its_end)
+{
+	put(0, SIZE, 1);
+	json_int_t id = begin(&p.a, "n", "none");
+	OK(job(&p.a, "pause", id));
+	put(0, SIZE, 2);
+	OK(job(&p.a, "cancel", id));
+	OK(job(&p.a, "wait", id));
+	memset(then, 1, SIZE);
+	expect_file("n", then);
+}
+
 /* ---- the end of the daemon ---- */
 
 Test(jobs, a_daemon_that_ends_takes_its_jobs_along)
