@@ -106,6 +106,7 @@ struct gvol_handle;
 /* *ret_direct: the file must be served direct whatever its flags (a secondary's, opened for writing). */
 int gvol_open(struct gvol *v, bool write, bool o_direct, struct gvol_handle **ret, bool *ret_direct);
 void gvol_release(struct gvol_handle *h);
+bool gvol_stale(const struct gvol_handle *h);
 /* Number of open handles that go through the page cache. */
 unsigned gvol_cached_opens(struct gvol *v);
 

@@ -119,6 +119,14 @@ static bool stale(const struct group *g, const struct gvol_handle *h)
 	return h && !h->v->clone && h->epoch != atomic_load(&g->handle_epoch);
 }
 
+bool gvol_stale(const struct gvol_handle *h)
+{
+	struct group *g = gvol_group(h->v);
+	bool yes = g == NULL || stale(g, h);
+	group_unref(g);
+	return yes;
+}
+
 /* ---- reads ---- */
 
 static int submit_and_wait(struct gvol *v, const struct gvol_handle *h, enum repl_kind kind, uint64_t off, uint64_t len,

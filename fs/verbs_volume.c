@@ -233,6 +233,36 @@ int verb_do_delete(const struct call *c)
 	return verb_prefixed(c, name, err);
 }
 
+/* What is read stays while it is read: no retention takes it, and a `drop` is refused. */
+static int export_hold(struct group *g, enum repl_cmd cmd, uint64_t ckpt, const char *who, struct err *e)
+{
+	struct shell_command *sc = shell_command_new(cmd);
+	if (sc == NULL)
+		return err_set(e, ERR_NOMEM, "out of memory");
+	sc->c.number = ckpt;
+	(void)snprintf(sc->c.text, sizeof(sc->c.text), "%s", who);
+	int err = group_command(g, sc, NULL, 0, e);
+	shell_command_unref(sc);
+	return err;
+}
+
+static int export_held(const struct call *c, struct group *g, struct gvol *v, enum volume_layer layer, uint64_t ckpt,
+		       uint64_t size, const char *file)
+{
+	static _Atomic unsigned exports;
+	struct verb_progress p = {.c = c, .started = clock_mono_ns()};
+	char who[HOLDER_SIZE];
+	struct err e = {0};
+	(void)snprintf(who, sizeof(who), "export %u of %s", atomic_fetch_add(&exports, 1) + 1, v->name);
+	int err = ckpt ? export_hold(g, CMD_HOLD, ckpt, who, c->e) : 0;
+	if (err)
+		return err;
+	err = volume_export(v->vol, layer, ckpt, size, file, verb_progress, &p, c->e);
+	if (ckpt)
+		(void)export_hold(g, CMD_UNHOLD, ckpt, who, &e);
+	return err;
+}
+
 int verb_do_export(const struct call *c)
 {
 	struct gvol *v;
@@ -248,7 +278,6 @@ int verb_do_export(const struct call *c)
 	} else if ((err = gvol_open(v, false, true, &h, &direct)) < 0) {
 		(void)err_set(c->e, -err, "the volume could not be opened: %s", err_short(err));
 	} else {
-		struct verb_progress p = {.c = c, .started = clock_mono_ns()};
 		uint64_t ckpt = verb_arg_u64(c, "checkpoint", 0);
 		enum volume_layer layer = LAYER_IMAGE;
 		int serving = atomic_load(&g->serving);
@@ -270,10 +299,14 @@ int verb_do_export(const struct call *c)
 		if (!err && disk && gvol_detached(v))
 			err = err_set(c->e, ERR_STATE, "%s", gone);
 		if (!err)
-			err = volume_export(v->vol, layer, ckpt, size, file, verb_progress, &p, c->e);
-		if (!err && disk && gvol_detached(v)) { /* while it was read */
+			err = export_held(c, g, v, layer, ckpt, size, file);
+		bool lost = disk && gvol_detached(v), stale = disk && gvol_stale(h);
+		if (!err && (lost || stale)) { /* while it was read */
 			(void)unlink(file);
-			err = err_set(c->e, ERR_STATE, "%s", gone);
+			err = err_set(c->e, ERR_STATE, "%s",
+				      lost ? gone
+					   : "this host became the secondary while it was read, what came of it is no "
+					     "point in time; export it on the primary, or a checkpoint");
 		}
 		if (!err)
 			verb_result(

@@ -1,0 +1,145 @@
+/* What happens to a volume while it is exported. */
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "tests/unit/fs/pairtest.h"
+
+#define SIZE (UINT64_C(32) << 20)
+#define PIECE (UINT64_C(1) << 20)
+
+/* Reads of the disks, and of what lies over them. */
+static struct faults slow = {.match = "vm/"};
+
+static void setup(void)
+{
+	OK(pair_open_with(&p, &slow, NULL));
+	OK(pair_create(&p.a, "vm", "vm", SIZE));
+}
+
+TestSuite(export, .init = setup, .fini = teardown, .timeout = 120);
+
+static void fill(struct pair_host *h, uint8_t byte)
+{
+	for (uint64_t off = 0; off < SIZE; off += PIECE)
+		OK(pair_write(h, "vm", off, PIECE, byte));
+}
+
+struct exporting {
+	char file[256];
+	uint64_t ckpt;
+	pthread_t thread;
+	atomic_bool ended;
+	int ret;
+	struct err e;
+};
+
+static void *export_it(void *arg)
+{
+	struct exporting *x = arg;
+	json_t *result = NULL, *args = json_pack("{s:s, s:s}", "name", "vm", "file", x->file);
+	if (x->ckpt)
+		json_object_set_new(args, "checkpoint", json_integer((json_int_t)x->ckpt));
+	x->ret = daemon_command(p.a.d, NULL, "export", args, &result, &x->e);
+	atomic_store(&x->ended, true);
+	json_decref(args);
+	json_decref(result);
+	return NULL;
+}
+
+/* It waits in its first read. */
+static void begin(struct exporting *x, uint64_t ckpt)
+{
+	memset(x, 0, sizeof(*x));
+	x->ckpt = ckpt;
+	snprintf(x->file, sizeof(x->file), "%s/out", p.dir);
+	atomic_store(&slow.reading, 0);
+	atomic_store(&slow.hold_read, 1);
+	cr_assert_eq(pthread_create(&x->thread, NULL, export_it, x), 0);
+	WAIT_FOR(atomic_load(&slow.reading) > 0);
+}
+
+static void end(struct exporting *x)
+{
+	atomic_store(&slow.hold_read, 0);
+	(void)pthread_join(x->thread, NULL);
+}
+
+static int file_is(const char *file, uint8_t byte)
+{
+	static uint8_t buf[PIECE];
+	FILE *f = fopen(file, "r");
+	uint64_t n = 0;
+	while (f && fread(buf, 1, PIECE, f) == PIECE) {
+		for (uint64_t i = 0; i < PIECE; i++)
+			if (buf[i] != byte)
+				return 1;
+		n += PIECE;
+	}
+	return f && fclose(f) == 0 && n == SIZE ? 0 : 1;
+}
+
+Test(export, a_checkpoint_that_is_exported_is_not_dropped)
+{
+	struct exporting x;
+	json_t *r = NULL, *drop;
+	fill(&p.a, 1);
+	protect();
+	OK(pair_do(&p.a, "switchover", named(), NULL));
+	OK(pair_wait_link(&p.b, "vm", "SYNCED"));
+	fill(&p.b, 2);
+	OK(pair_do(&p.b, "checkpoint", named(), NULL));
+	fill(&p.b, 3);
+	OK(pair_do(&p.b, "checkpoint", named(), &r));
+	uint64_t n = (uint64_t)json_integer_value(json_object_get(r, "checkpoint")) - 1;
+	json_decref(r);
+	begin(&x, n);
+	drop = json_pack("{s:s, s:I, s:i}", "name", "vm", "drop", (json_int_t)n, "timeout_ms", 3000);
+	int err = pair_do(&p.a, "checkpoints", drop, NULL);
+	end(&x);
+	cr_assert_eq(x.ret, 0, "%s", x.e.text);
+	cr_assert_eq(err, -ERR_BUSY, "%d: %s", err, p.a.err.text);
+	cr_assert(strstr(p.a.err.text, "export 1 of vm"), "%s", p.a.err.text);
+	cr_assert_eq(file_is(x.file, 2), 0);
+	/* Held no longer. */
+	OK(pair_do(&p.a, "checkpoints",
+		   json_pack("{s:s, s:I, s:i}", "name", "vm", "drop", (json_int_t)n, "timeout_ms", 60000), NULL));
+}
+
+static void *switch_over(void *arg)
+{
+	atomic_bool *done = arg;
+	struct err e = {0};
+	json_t *result = NULL, *args = named();
+	(void)daemon_command(p.a.d, NULL, "switchover", args, &result, &e);
+	atomic_store(done, true);
+	json_decref(args);
+	json_decref(result);
+	return NULL;
+}
+
+Test(export, a_disk_that_becomes_the_secondarys_is_no_export)
+{
+	struct exporting x;
+	static atomic_bool done;
+	pthread_t t;
+	fill(&p.a, 1);
+	protect();
+	begin(&x, 0);
+	cr_assert_eq(pthread_create(&t, NULL, switch_over, &done), 0);
+	while (!atomic_load(&done) && !atomic_load(&x.ended)) { /* a few reads at a time */
+		unsigned n = atomic_load(&slow.reading);
+		atomic_store(&slow.hold_read, 0);
+		while (atomic_load(&slow.reading) == n && !atomic_load(&x.ended) && !atomic_load(&done))
+			(void)usleep(100);
+		atomic_store(&slow.hold_read, 1);
+		(void)usleep(50000);
+	}
+	cr_assert(atomic_load(&done), "the export was too fast");
+	end(&x);
+	(void)pthread_join(t, NULL);
+	cr_assert_eq(x.ret, -ERR_STATE, "%d: %s", x.ret, x.e.text);
+	cr_assert_neq(access(x.file, F_OK), 0);
+}
