@@ -90,6 +90,8 @@ struct op {
 	uint64_t off, len; /* WRITE: the range written; else what is left to do */
 	bool drop_cache;   /* WRITE: other opens may have its pages */
 	bool flush_after;  /* WRITE: O_DSYNC */
+	int error;	   /* ZERO: of the piece that has ended */
+	_Atomic int turn;  /* ZERO: of its end and its submitter's return, how many there were */
 	struct op *next;
 };
 
@@ -1016,18 +1018,41 @@ static void op_fsyncdir(fuse_req_t req, fuse_ino_t ino, int datasync, struct fus
 	(void)fuse_reply_err(req, 0);
 }
 
-/* A zero or discard goes out in pieces of at most REPL_ZERO_MAX, one after another. */
+/* A piece has ended. False: that was all, and it is answered. */
+static bool zero_goes_on(struct op *op)
+{
+	int error = op->error;
+	op->off += op->g.len;
+	op->len -= op->g.len;
+	bool more = !error && op->len > 0;
+	if (!more)
+		op_reply_err(op, error ? errno_io(error) : 0);
+	return more;
+}
+
+static void zero_done(struct gio *g, int error);
+
+/* A zero or discard goes out in pieces of at most REPL_ZERO_MAX, one after another: who comes second, the thread that
+ * submitted a piece, back from that, or the piece's end, goes on with the next. So a piece that ends while it is
+ * submitted lies on no stack when the next one begins; a large volume has many. */
+static void zero_go_on(struct op *op, const struct file *file, enum repl_kind kind)
+{
+	do {
+		atomic_store(&op->turn, 0);
+		op_submit(op, file, kind, op->off, min_u64(op->len, REPL_ZERO_MAX), NULL, zero_done);
+		if (atomic_fetch_add(&op->turn, 1) == 0)
+			return;
+	} while (zero_goes_on(op));
+}
+
 static void zero_done(struct gio *g, int error)
 {
 	struct op *op = CONTAINER_OF(g, struct op, g);
-	op->off += g->len;
-	op->len -= g->len;
-	if (error || op->len == 0) {
-		op_reply_err(op, error ? errno_io(error) : 0);
+	op->error = error;
+	if (atomic_fetch_add(&op->turn, 1) == 0 || !zero_goes_on(op))
 		return;
-	}
 	const struct file file = {.v = g->v, .h = (struct gvol_handle *)(uintptr_t)g->h};
-	op_submit(op, &file, g->kind, op->off, min_u64(op->len, REPL_ZERO_MAX), NULL, zero_done);
+	zero_go_on(op, &file, g->kind);
 }
 
 static void op_fallocate(fuse_req_t req, fuse_ino_t ino, int mode, off_t offset, off_t length,
@@ -1065,7 +1090,9 @@ static void op_fallocate(fuse_req_t req, fuse_ino_t ino, int mode, off_t offset,
 	}
 	op->off = off;
 	op->len = len;
-	op_submit(op, file, zero ? REPL_ZERO : REPL_DISCARD, off, min_u64(len, REPL_ZERO_MAX), NULL, zero_done);
+	/* The opener may close it when it is answered. */
+	const struct file copy = {.v = file->v, .h = file->h};
+	zero_go_on(op, &copy, zero ? REPL_ZERO : REPL_DISCARD);
 }
 
 /* 0 or an errno. Without a handle a size of 0 is what an open with O_TRUNC sends: it changes nothing. */

@@ -336,6 +336,17 @@ def test_punch_and_zero():
     check_eq(os.stat(vol).st_size, 8 * MIB, "size")
 
 
+def test_one_punch_over_a_large_volume():
+    """It goes out in some fifteen thousand pieces, one after another."""
+    size = 15 << 40
+    h, vol = one(size)
+    e2e.pwrite(vol, size - BLOCK, b"x" * BLOCK)
+    for f in (e2e.punch, e2e.zero_range):
+        f(vol, 0, size)
+        check_eq(e2e.pread(vol, size - BLOCK, BLOCK), bytes(BLOCK), "the last block")
+    check_eq(os.stat(vol).st_size, size, "size")
+
+
 def test_write_forms():
     """Every kind of open sees the same bytes; sub-block and block-crossing writes."""
     h, vol = one(4 * MIB)
