@@ -317,13 +317,9 @@ static bool tx_prepare(struct repl *r, struct tx *t, struct repl_meta *m)
 	case TX_RESTART:
 		if (t->session != r->session || r->link != LINK_HANDSHAKE || r->closing)
 			return false;
-		secondary_prepare(r, t, m);
-		return true;
+		return secondary_prepare(r, t, m);
 	case TX_KEEP: /* likewise; and what it goes by may be the next one's JOIN by now */
-		if (!secondary_current(r, t->io))
-			return false;
-		secondary_prepare(r, t, m);
-		return true;
+		return secondary_current(r, t->io) && secondary_prepare(r, t, m);
 	case TX_UNPROTECT:
 		if ((m->state != STATE_NONE && m->state != STATE_DONE) || m->inconsistent)
 			return false;
@@ -413,8 +409,7 @@ static bool tx_prepare(struct repl *r, struct tx *t, struct repl_meta *m)
 	case TX_TAKE_OVER:
 		return switchover_prepare(r, t, m);
 	default:
-		secondary_prepare(r, t, m);
-		return true;
+		return secondary_prepare(r, t, m);
 	}
 }
 

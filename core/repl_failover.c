@@ -281,12 +281,16 @@ void failover_synced(struct repl *r, int error)
 
 /* ---- its record ---- */
 
-static void prepare_failover(struct repl *r, struct tx *t, struct repl_meta *m)
+static bool prepare_failover(struct repl *r, struct tx *t, struct repl_meta *m)
 {
 	uint64_t to = r->failover_outcome;
 	bool latest = to == FAILOVER_LATEST, other = to != m->base;
+	bool room = history_make_room(r, t, m, CKPTS_LAST);
+	/* Nothing received is thrown away; `latest` keeps it on the disk. */
+	if (!room && !latest)
+		return false;
 	t->opened = 0;
-	if (m->n_ckpts && m->n_ckpts < GROUP_CKPTS_MAX) {
+	if (m->n_ckpts && room) {
 		t->opened = m->ckpt_max + 1;
 		history_add(r, m, t->opened, m->inconsistent ? CKPT_PARTIAL : CKPT_LOCAL, CKPT_PINNED);
 	}
@@ -315,10 +319,18 @@ static void prepare_failover(struct repl *r, struct tx *t, struct repl_meta *m)
 	m->kept = 0;
 	for (uint32_t i = 0; i < m->n_volumes; i++)
 		m->volumes[i].flags = 0;
+	return true;
 }
 
 static void failed_over(struct repl *r, int error)
 {
+	if (error == -ERR_CANCELED) {
+		repl_command_done(r, failover_undo(r), -ERR_LIMIT,
+				  CKPTS_FULL_TEXT ". What was received could not be kept as one; `--to latest` goes "
+						  "without; nothing was changed");
+		repl_gate_run(r);
+		return;
+	}
 	struct repl_command *c = r->failover;
 	r->failover = NULL;
 	r->failing_over = r->told = false;
@@ -347,23 +359,22 @@ static void failed_over(struct repl *r, int error)
 		bitmap_clear_all(&r->vol[i].todo);
 }
 
-void failover_prepare(struct repl *r, struct tx *t, struct repl_meta *m)
+bool failover_prepare(struct repl *r, struct tx *t, struct repl_meta *m)
 {
 	switch (t->kind) {
 	case TX_FAILOVER:
-		prepare_failover(r, t, m);
-		return;
+		return prepare_failover(r, t, m);
 	case TX_COMMITTED:
 		repl_state_move(m, STATE_DONE);
 		m->base = 0;
 		secondary_fresh_active(t, m);
-		return;
+		return true;
 	case TX_COMMIT_FAILED:
 		repl_state_move(m, STATE_FAILOVER_FAILED);
-		return;
+		return true;
 	case TX_COMMIT_RETRY:
 		repl_state_move(m, STATE_FAILOVER);
-		return;
+		return true;
 	default:
 		UNREACHABLE();
 	}

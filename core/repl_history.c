@@ -60,15 +60,6 @@ void history_release_kept(struct repl_meta *m)
 	m->own_dirty = false;
 }
 
-/* Retention may be behind: then the oldest goes now; it needs no merge. */
-void history_make_room(struct tx *t, struct repl_meta *m)
-{
-	if (m->n_ckpts < GROUP_CKPTS_MAX)
-		return;
-	t->dropped_through = m->ckpts[0].number;
-	history_remove(m, t->dropped_through);
-}
-
 void history_remove(struct repl_meta *m, uint64_t number)
 {
 	int i = repl_meta_find_ckpt(m, number);
@@ -127,6 +118,15 @@ static bool is_apart(const struct repl *r, const struct repl_meta *m, uint32_t i
 static bool may_go(const struct repl *r, const struct repl_meta *m, uint32_t i)
 {
 	return !is_apart(r, m, i) && !history_needed(m, i);
+}
+
+bool history_make_room(const struct repl *r, struct tx *t, struct repl_meta *m, uint32_t most)
+{
+	while (m->n_ckpts >= most && may_go(r, m, 0)) {
+		t->dropped_through = m->ckpts[0].number;
+		history_remove(m, t->dropped_through);
+	}
+	return m->n_ckpts < most;
 }
 
 /* What each checkpoint of the record holds. False: the usage was looked at before it was in the chain. */
@@ -221,6 +221,24 @@ static bool drop_unkept(struct repl *r)
 	return true;
 }
 
+/* The record is nearly full: the oldest that may go goes whatever the rules say, also out of the middle. */
+static bool drop_crowded(struct repl *r)
+{
+	const struct repl_meta *m = r->meta;
+	uint32_t i = 0;
+	if (m->n_ckpts < CKPTS_MOST - CKPTS_MARGIN)
+		return false;
+	while (i < m->n_ckpts && !may_go(r, m, i))
+		i++;
+	if (i == m->n_ckpts)
+		return false;
+	if (i == 0)
+		drop_through(r, m->ckpts[0].number);
+	else
+		drop_one(r, i);
+	return true;
+}
+
 /* Old history goes whatever the rules say, oldest first; in the middle only where that frees something. */
 static void thin(struct repl *r)
 {
@@ -258,7 +276,7 @@ void history_retention(struct repl *r, const struct repl_usage *u)
 	uint32_t gone = let_go(r);
 	if (gone != UINT32_MAX)
 		drop_one(r, gone);
-	else if (known && m->n_ckpts && !drop_unkept(r) && is_short)
+	else if (!(known && m->n_ckpts && drop_unkept(r)) && !drop_crowded(r) && is_short && m->n_ckpts)
 		thin(r);
 }
 

@@ -161,9 +161,10 @@ bool hold_prepare(struct repl *r, struct tx *t, struct repl_meta *m)
 {
 	if (repl_serving(m, false) != SERVING_DISK || detach_any(r) || repl_meta_flagged(m, VOLUME_STALE))
 		return false;
+	if (!history_make_room(r, t, m, CKPTS_MOST))
+		return false;
 	t->command = r->hold_waits;
 	r->hold_waits = NULL;
-	history_make_room(t, m);
 	t->opened = m->ckpt_max + 1;
 	history_add(r, m, t->opened, CKPT_LOCAL, CKPT_JOB);
 	r->ckpt_used = t->opened; /* none from the stream gets the same while this is saved */
@@ -179,12 +180,15 @@ void hold_tx_done(struct repl *r, struct tx *t, int error)
 	}
 	if (!error && detach_any(r)) /* what was written since went to the peer only */
 		error = -ERR_STATE;
+	if (error == -ERR_CANCELED && r->meta->n_ckpts >= CKPTS_MOST)
+		error = -ERR_LIMIT;
 	for (; c; c = next) {
 		next = c->next;
 		r->n_hold_waits--;
 		if (error)
 			repl_command_done(r, c, error, "no checkpoint of its disk could be taken for a job: %s",
-					  error == -ERR_CANCELED || error == -ERR_STATE
+					  error == -ERR_LIMIT ? CKPTS_FULL_TEXT
+					  : error == -ERR_CANCELED || error == -ERR_STATE
 					      ? "this host's role or its disk changed meanwhile"
 					      : err_short(error));
 		else

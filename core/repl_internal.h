@@ -37,6 +37,16 @@
 #define MARK_RUN_SHIFT_MAX 6 /* 64 MiB */
 #define MARKS_MAX (MARKS_LIGHT + MARKS_STEP * MARK_RUN_SHIFT_MAX)
 #define MARKS_DRAIN_NS UINT64_C(250000000)
+/* Of the checkpoints that a record can hold one stays free, as an epoch is opened before another goes. The last ones
+ * below that are for what must not fail for want of one (a resync, a failover, the end of a replication); retention
+ * makes room for the others from so many below those on. */
+#define CKPTS_LAST (GROUP_CKPTS_MAX - 1)
+#define CKPTS_RESERVE 16
+#define CKPTS_MARGIN 64
+#define CKPTS_MOST (CKPTS_LAST - CKPTS_RESERVE)
+#define CKPTS_FULL_TEXT                                                                                                \
+	"the group has as many checkpoints as there can be, and the oldest may not go (pinned, held or in use); drop " \
+	"some with `checkpoints --drop`"
 #define HOLDS_MAX 64 /* of jobs, per group */
 #define ACK_LAZY_NS UINT64_C(100000000)
 #define REDIAL_MIN_NS UINT64_C(50000000)
@@ -567,7 +577,7 @@ bool secondary_switching(const struct repl *r);
 void secondary_adopt_sync(struct repl *r);			    /* the disk, before TX_SECONDARY of an adoption */
 void secondary_barrier_flushed(struct repl *r, struct repl_io *io); /* it was one like a FLUSH; it is over */
 void secondary_fresh_active(struct tx *t, struct repl_meta *m);
-void secondary_prepare(struct repl *r, struct tx *tx, struct repl_meta *m);
+bool secondary_prepare(struct repl *r, struct tx *tx, struct repl_meta *m); /* false: no longer */
 void secondary_apply_end(struct repl *r, struct repl_io *io, int error);
 void secondary_unsure(struct repl *r); /* the record could not be saved again */
 
@@ -576,7 +586,7 @@ void failover_begin(struct repl *r, struct repl_command *c);
 void failover_go(struct repl *r); /* when what was received is applied and no write to active is under way */
 void failover_marked(struct repl *r, int error);
 void failover_synced(struct repl *r, int error);
-void failover_prepare(struct repl *r, struct tx *t, struct repl_meta *m);
+bool failover_prepare(struct repl *r, struct tx *t, struct repl_meta *m);
 void failover_tx_done(struct repl *r, struct tx *t, int error);
 void failover_commit_start(struct repl *r);
 void failover_commit_pump(struct repl *r);
@@ -589,7 +599,9 @@ bool history_protected(const struct repl_meta *m, uint64_t number);
 bool history_needed(const struct repl_meta *m, uint32_t i); /* that, or the live one, or the last of the stream */
 void history_add(struct repl *r, struct repl_meta *m, uint64_t number, enum ckpt_kind kind, unsigned flags);
 void history_remove(struct repl_meta *m, uint64_t number);
-void history_make_room(struct tx *t, struct repl_meta *m); /* for one more in the record */
+/* For one more in the record, which then holds `most`: the oldest go that retention may drop; they need no merge.
+ * False: the oldest may not; what wants one more comes to nothing. */
+bool history_make_room(const struct repl *r, struct tx *t, struct repl_meta *m, uint32_t most);
 void history_release_kept(struct repl_meta *m);
 void history_retention(struct repl *r,
 		       const struct repl_usage *u); /* each tick; without usage only what jobs let go of */

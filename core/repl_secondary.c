@@ -537,10 +537,9 @@ static uint64_t dirty_bytes(const struct repl *r)
 	return n;
 }
 
-/* The disk as it is becomes a checkpoint that is pinned, for now. */
+/* The disk as it is becomes a checkpoint that is pinned, for now. There is room for it. */
 static void keep_disk(struct repl *r, struct tx *t, struct repl_meta *m)
 {
-	history_make_room(t, m);
 	t->opened = m->ckpt_max + 1;
 	history_add(r, m, t->opened, CKPT_LOCAL, CKPT_PINNED);
 	m->kept = t->opened;
@@ -556,8 +555,10 @@ static void give_up_disk(struct repl_meta *m)
 	m->target = m->received = m->received_bytes = m->failover_generation = 0;
 }
 
-static void prepare_keep(struct repl *r, struct tx *t, struct repl_meta *m)
+static bool prepare_keep(struct repl *r, struct tx *t, struct repl_meta *m)
 {
+	if (!m->inconsistent && !history_make_room(r, t, m, CKPTS_LAST))
+		return false;
 	if (m->role != ROLE_SECONDARY || m->state == STATE_DONE) /* the loser of a resolve */
 		give_up_disk(m);
 	m->split_brain = m->handed = false;
@@ -576,6 +577,7 @@ static void prepare_keep(struct repl *r, struct tx *t, struct repl_meta *m)
 	m->inconsistent = true;
 	m->sync_from = t->number;
 	m->has_peer = true;
+	return true;
 }
 
 /* Of the primary's detached disks. A primary that is ahead says all there is in its JOIN; one that is not may be the
@@ -631,10 +633,32 @@ void secondary_fresh_active(struct tx *t, struct repl_meta *m)
 	t->active_id = ++m->active_id;
 }
 
-void secondary_prepare(struct repl *r, struct tx *t, struct repl_meta *m)
+/* A checkpoint from the stream. */
+static bool prepare_switch(struct repl *r, struct tx *t, struct repl_meta *m)
+{
+	bool last = (t->flags & (WIRE_CKPT_STOP | WIRE_CKPT_HAND_OVER)) != 0;
+	if (!history_make_room(r, t, m, last ? CKPTS_LAST : CKPTS_MOST))
+		return false;
+	t->opened = t->number;
+	history_add(r, m, t->number, CKPT_STREAM, t->flags & WIRE_CKPT_PIN ? CKPT_PINNED : 0);
+	m->base = m->last_stream = t->number;
+	history_release_kept(m);
+	m->fresh = m->broken = false;
+	/* What a failed write has left in its files is of the old base: a restart would show it over this one. */
+	if (t->arg || t->io->hole || m->active_id == 0)
+		secondary_fresh_active(t, m);
+	repl_state_move(m, STATE_RUNNING);
+	if (t->flags & WIRE_CKPT_STOP)
+		repl_state_move(m, STATE_DONE);
+	return true;
+}
+
+bool secondary_prepare(struct repl *r, struct tx *t, struct repl_meta *m)
 {
 	switch (t->kind) {
 	case TX_SECONDARY:
+		if (t->arg && !history_make_room(r, t, m, CKPTS_LAST))
+			return false;
 		give_up_disk(m);
 		m->inconsistent = m->has_peer = true;
 		m->sync_from = 0;
@@ -652,43 +676,28 @@ void secondary_prepare(struct repl *r, struct tx *t, struct repl_meta *m)
 				if (strcmp(m->volumes[i].name, r->theirs.volumes[k].name) == 0)
 					m->volumes[i].id = r->theirs.volumes[k].id;
 		m->peer[0] = 0;
-		return;
+		return true;
 	case TX_RESTART:
 		repl_state_move(m, STATE_NONE);
-		return;
+		return true;
 	case TX_KEEP:
-		prepare_keep(r, t, m);
-		return;
+		return prepare_keep(r, t, m);
 	case TX_ADOPT:
 		prepare_adopt(r, t, m);
-		return;
+		return true;
 	case TX_PEER_DETACH:
 		prepare_peer_detach(t, m);
-		return;
+		return true;
 	case TX_SWITCH:
-		history_make_room(t, m);
-		t->opened = t->number;
-		history_add(r, m, t->number, CKPT_STREAM, t->flags & WIRE_CKPT_PIN ? CKPT_PINNED : 0);
-		m->base = m->last_stream = t->number;
-		history_release_kept(m);
-		m->fresh = m->broken = false;
-		/* What a failed write has left in its files is of the old base: a restart would show it over this one.
-		 */
-		if (t->arg || t->io->hole || m->active_id == 0)
-			secondary_fresh_active(t, m);
-		repl_state_move(m, STATE_RUNNING);
-		if (t->flags & WIRE_CKPT_STOP)
-			repl_state_move(m, STATE_DONE);
-		return;
+		return prepare_switch(r, t, m);
 	case TX_FAILOVER:
 	case TX_COMMITTED:
 	case TX_COMMIT_FAILED:
 	case TX_COMMIT_RETRY:
-		failover_prepare(r, t, m);
-		return;
+		return failover_prepare(r, t, m);
 	case TX_DISCARD:
 		secondary_fresh_active(t, m);
-		return;
+		return true;
 	default:
 		UNREACHABLE();
 	}
@@ -698,13 +707,21 @@ static void switched(struct repl *r, struct tx *t, int error)
 {
 	struct repl_io *io = t->io;
 	if (error) {
+		bool full = error == -ERR_CANCELED;
+		if (full) {
+			error = -ERR_LIMIT;
+			repl_set_error(r, error, "checkpoint", -1, 0, 0,
+				       "%s: no checkpoint was taken: " CKPTS_FULL_TEXT, r->meta->group);
+		}
 		checkpoint_void(r, io, WIRE_VOID_ERROR);
 		if (r->want_ckpt) {
 			repl_command_done(r, r->want_ckpt, error, "the checkpoint could not be saved: %s",
-					  err_short(error));
+					  full ? CKPTS_FULL_TEXT : err_short(error));
 			r->want_ckpt = NULL;
 		}
 		barrier_end(r, io);
+		if (full)
+			repl_gate_run(r); /* the view's writes waited; else the save's end does this */
 		return;
 	}
 	r->counters.checkpoints++;
@@ -745,10 +762,15 @@ static void barrier_unsaved(struct repl *r, struct repl_io *io, int error)
 static void kept(struct repl *r, struct tx *t, int error)
 {
 	r->yielding = false;
-	if (error == -ERR_CANCELED) {
+	if (error == -ERR_CANCELED && !secondary_current(r, t->io)) {
 		begin_cut(r, t->io);
 		repl_gate_run(r);
 		return;
+	}
+	if (error == -ERR_CANCELED) {
+		repl_log(r, 0, "%s: a resync keeps what this host holds as a checkpoint first: " CKPTS_FULL_TEXT,
+			 r->meta->group);
+		error = -ERR_LIMIT;
 	}
 	if (error) {
 		barrier_unsaved(r, t->io, error);

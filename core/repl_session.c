@@ -792,6 +792,10 @@ void session_tx_done(struct repl *r, struct tx *t, int error)
 	case TX_RESTART:
 		if (t->session != r->session || r->link != LINK_HANDSHAKE || r->closing)
 			return;
+		if (error == -ERR_CANCELED) {
+			session_refuse(r, ERR_LIMIT, "there, " CKPTS_FULL_TEXT);
+			return;
+		}
 		if (error) {
 			session_refuse(r, ERR_IO, "the group's record could not be saved there");
 			return;

@@ -177,7 +177,8 @@ static bool prepare_hand_over(struct repl *r, struct tx *t, struct repl_meta *m)
 		return false;
 	if (m->n_ckpts && m->ckpts[m->n_ckpts - 1].number > t->number) /* a job's own came in between */
 		return false;
-	history_make_room(t, m);
+	if (!history_make_room(r, t, m, CKPTS_LAST))
+		return false;
 	t->opened = t->number;
 	history_add(r, m, t->number, CKPT_STREAM, 0);
 	m->role = ROLE_SECONDARY;
@@ -201,7 +202,9 @@ static void handed_over(struct repl *r, struct tx *t, int error)
 			  "%s; nothing was changed, this host goes on as the primary",
 			  error != -ERR_CANCELED ? "the group's record could not be saved"
 			  : lost		 ? "the connection was lost"
-						 : "a job took a checkpoint of its own meanwhile: give it again");
+			  : r->meta->n_ckpts >= CKPTS_LAST
+			      ? CKPTS_FULL_TEXT
+			      : "a job took a checkpoint of its own meanwhile: give it again");
 		if (!lost)
 			(void)primary_barrier(r); /* tells the peer, whose view's writers wait */
 		return;

@@ -4697,6 +4697,131 @@ Test(repl, a_failover_to_another_checkpoint_begins_an_active_overlay)
 	}
 }
 
+/* ---- as many checkpoints as a record can hold ---- */
+
+/* Checkpoints 1 to n, all of which a rule keeps: the newest 2000, one a minute before those, one an hour at the
+ * beginning. `first` are the flags of the oldest. */
+static void full_of(struct repl_meta *m, unsigned n, unsigned first)
+{
+	const uint64_t minute = 60 * SEC;
+	m->n_ckpts = n;
+	m->ckpt_max = m->last_stream = n;
+	for (unsigned i = 0; i < n; i++) {
+		uint64_t age = n - 1 - i, minutes = age < 2000 ? 0 : age < 3999 ? age - 1999 : 2000 + 60 * (age - 3998);
+		m->ckpts[i] =
+		    (struct repl_ckpt){.number = i + 1, .generation = 100, .time_ns = (10000000 - minutes) * minute};
+	}
+	m->ckpts[0].flags = (uint8_t)first;
+	m->settings.keep_last = m->settings.keep_minutely = m->settings.keep_hourly = 2000;
+}
+
+/* In sync; the last is the base. */
+static struct host *secondary_full(unsigned n, unsigned first)
+{
+	static struct repl_meta m;
+	meta_of(&m, ROLE_SECONDARY, STATE_RUNNING);
+	full_of(&m, n, first);
+	m.base = n;
+	return secondary_of(&m);
+}
+
+/* What was received is kept whatever it takes; the last room there is is for that. */
+Test(repl, a_failover_keeps_what_was_received_though_there_are_as_many_checkpoints_as_can_be)
+{
+	struct host *h = secondary_full(4095, 0);
+	command(h, CMD_FAILOVER, FAILOVER_DEFAULT);
+	fin(h, "mark");
+	fin(h, "sync");
+	EXPECT(h, "send:GOODBYE close do:mark/own do:sync/disk save:standalone/FAILOVER +4096 <2");
+	cr_assert_eq(h->saved.received, 4096);
+	saved(h);
+	host_free(h);
+
+	h = secondary_full(4095, CKPT_PINNED);
+	command(h, CMD_FAILOVER, 7);
+	fin(h, "mark");
+	fin(h, "sync");
+	EXPECT(h, "send:GOODBYE close do:mark/own do:sync/disk cmd=ERR_LIMIT");
+	cr_assert_eq(repl_meta(h->r)->role, ROLE_SECONDARY);
+	cr_assert_eq(repl_volume_state(h->r, 0)->todo.count, 0);
+	command(h, CMD_FAILOVER, FAILOVER_LATEST); /* it is all on the disk */
+	fin(h, "mark");
+	fin(h, "sync");
+	EXPECT(h, "do:mark/own do:sync/disk save:standalone/DONE");
+	cr_assert_eq(h->saved.n_ckpts, 4095);
+	host_free(h);
+}
+
+Test(repl, a_checkpoint_for_which_none_may_go_is_not_taken)
+{
+	for (unsigned held = 0; held < 3; held++) {
+		struct host *h = secondary_full(4079, held == 1 ? CKPT_PINNED : 0);
+		if (held == 2) {
+			hold(h, CMD_HOLD, 1, "job 1");
+			EXPECT(h, "cmd");
+		}
+		command(h, CMD_CHECKPOINT, 0);
+		EXPECT(h, "send:CHECKPOINT_WANT");
+		stream(h, 'c', WIRE_CHECKPOINT, REPL_CHECKPOINT, 2, 4080, 0);
+		h->io['c'].flags = WIRE_CKPT_COMMAND;
+		fin(h, "c");
+		if (!held) {
+			EXPECT(h, "do:c/ckpt save:secondary/RUNNING +4080 <2");
+			host_free(h);
+			continue;
+		}
+		EXPECT(h, "do:c/ckpt send:CHECKPOINT_ACK cmd=ERR_LIMIT done:c");
+		cr_assert(repl_meta(h->r)->n_ckpts == 4079 && repl_meta(h->r)->base == 4079);
+		/* Room is made out of the middle, though the rules keep all. */
+		tick(h, SEC);
+		EXPECT(h, "send:ACK do:merge/own");
+		fin(h, "merge");
+		EXPECT(h, "save:secondary/RUNNING -2");
+		saved(h);
+		stream(h, 'c', WIRE_CHECKPOINT, REPL_CHECKPOINT, 3, 4081, 0);
+		fin(h, "c");
+		EXPECT(h, "do:c/ckpt save:secondary/RUNNING +4081");
+		saved(h);
+		/* A stop's is not refused for want of room among those that may be. */
+		stream(h, 's', WIRE_CHECKPOINT, REPL_CHECKPOINT, 4, 4082, 0);
+		forget(h);
+		h->io['s'].flags = WIRE_CKPT_COMMAND | WIRE_CKPT_STOP;
+		fin(h, "s");
+		EXPECT(h, "save:secondary/DONE +4082");
+		host_free(h);
+	}
+}
+
+Test(repl, a_resync_that_can_keep_nothing_changes_nothing)
+{
+	struct host *h = secondary_full(4095, CKPT_PINNED);
+	stream(h, 'r', WIRE_RESYNC_BEGIN, REPL_RESYNC_BEGIN, 2, 100, 0);
+	stream(h, 'w', WIRE_WRITE, REPL_WRITE, 3, 0, 4096);
+	fin(h, "r");
+	EXPECT(h, "do:r/ckpt send:IO_ERROR#2 close done:r=ERR_LIMIT done:w=ERR_CANCELED");
+	cr_assert_not(repl_meta(h->r)->inconsistent);
+	host_free(h);
+
+	h = secondary_full(4094, CKPT_PINNED); /* one of the last is for it */
+	stream(h, 'r', WIRE_RESYNC_BEGIN, REPL_RESYNC_BEGIN, 2, 100, 0);
+	fin(h, "r");
+	EXPECT(h, "do:r/ckpt save:secondary/RUNNING +4095");
+	host_free(h);
+}
+
+Test(repl, a_job_for_whose_epoch_none_may_go_is_told_so)
+{
+	static struct repl_meta m;
+	meta_of(&m, ROLE_STANDALONE, STATE_DONE);
+	full_of(&m, 4079, CKPT_PINNED);
+	m.alone = true;
+	struct host *h = host_new(&m);
+	hold(h, CMD_HOLD, 0, "job 1");
+	EXPECT(h, "cmd=ERR_LIMIT");
+	cr_assert(strstr(h->cmd.err.text, "as many checkpoints"), "%s", h->cmd.err.text);
+	host_free(h);
+}
+
 /* The dirty map of the one that was chosen is being written: from there on it is there. */
 Test(repl, a_checkpoint_that_a_failover_has_chosen_is_not_dropped)
 {
