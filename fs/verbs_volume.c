@@ -136,11 +136,16 @@ int verb_do_create(const struct call *c)
 	return add_volume(c, false);
 }
 
+struct apply_to {
+	struct gvol *v;
+	struct gvol_handle *h; /* open, so that it is not deleted meanwhile, nor written to as another's secondary */
+};
+
 /* A guest's writes: they are recorded, forwarded and saved as any. */
 static int apply_write(void *arg, uint64_t off, uint64_t len, const void *buf)
 {
-	struct gvol *v = arg;
-	return buf ? gvol_write(v, NULL, off, len, buf) : gvol_zero(v, NULL, off, len, true);
+	const struct apply_to *to = arg;
+	return buf ? gvol_write(to->v, to->h, off, len, buf) : gvol_zero(to->v, to->h, off, len, true);
 }
 
 static int apply(const struct call *c)
@@ -156,22 +161,22 @@ static int apply(const struct call *c)
 			       c->verb, verb_arg_str(c, "name"));
 	if (err)
 		return err;
-	struct gvol_handle *h = NULL; /* open, so that it is not deleted meanwhile */
+	struct apply_to to = {.v = v};
 	bool direct;
 	if (file == NULL || file[0] != '/')
 		err = err_set(c->e, ERR_USAGE, "the file's absolute path is missing");
 	else if (verb_arg_str(c, "group") || verb_arg_str(c, "format") || verb_arg_str(c, "backing_dir"))
 		err = err_set(c->e, ERR_USAGE, "--apply goes with no other option of import");
-	else if (atomic_load(&g->serving) != SERVING_DISK)
-		err = err_set(c->e, ERR_STATE, "this host does not serve its disk; apply it on the primary");
-	else if (atomic_load(&v->opens))
-		err = err_set(c->e, ERR_BUSY, "it is open, by a guest or a job; close it first");
-	else if ((err = gvol_open(v, true, true, &h, &direct)) < 0)
+	else if ((err = gvol_open(v, true, true, &to.h, &direct)) < 0)
 		(void)err_set(c->e, -err, "the volume could not be opened: %s", err_short(err));
+	else if (atomic_load(&g->serving) != SERVING_DISK) /* from here on its handle tells */
+		err = err_set(c->e, ERR_STATE, "this host does not serve its disk; apply it on the primary");
+	else if (atomic_load(&v->opens) > 1)
+		err = err_set(c->e, ERR_BUSY, "it is open, by a guest or a job; close it first");
 	if (!err) {
 		struct verb_progress p = {.c = c, .started = clock_mono_ns()};
-		err = apply_backup(file, volume_size(v->vol), apply_write, v, verb_progress, &p, &head, c->e);
-		int flushed = err ? 0 : gvol_flush(v, h);
+		err = apply_backup(file, volume_size(v->vol), apply_write, &to, verb_progress, &p, &head, c->e);
+		int flushed = err ? 0 : gvol_flush(v, to.h);
 		if (flushed < 0)
 			err = err_set(c->e, -flushed, "flushing it: %s", err_short(flushed));
 	}
@@ -180,7 +185,7 @@ static int apply(const struct call *c)
 					 "size", (json_int_t)volume_size(v->vol), "format", head.target, "applied",
 					 (json_int_t)head.bytes, "since", (json_int_t)head.since, "checkpoint",
 					 (json_int_t)head.checkpoint));
-	gvol_release(h);
+	gvol_release(to.h);
 	err = verb_prefixed(c, v->name, err);
 	group_unref(g);
 	gvol_unref(v);

@@ -1,5 +1,8 @@
-/* What happens to a volume while it is exported. */
+/* What happens to a volume while it is exported, or a backup is applied to it. */
+#include <errno.h>
+#include <fcntl.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <string.h>
@@ -142,4 +145,66 @@ Test(export, a_disk_that_becomes_the_secondarys_is_no_export)
 	(void)pthread_join(t, NULL);
 	cr_assert_eq(x.ret, -ERR_STATE, "%d: %s", x.ret, x.e.text);
 	cr_assert_neq(access(x.file, F_OK), 0);
+}
+
+static void *apply_it(void *arg)
+{
+	struct exporting *x = arg;
+	json_t *result = NULL, *args = json_pack("{s:s, s:s, s:b}", "name", "vm", "file", x->file, "apply", 1);
+	x->ret = daemon_command(p.a.d, NULL, "import", args, &result, &x->e);
+	json_decref(args);
+	json_decref(result);
+	return NULL;
+}
+
+static atomic_bool wanted;
+
+static void got_sigio(int signo)
+{
+	(void)signo;
+	atomic_store(&wanted, true);
+}
+
+static json_int_t active_bytes(struct pair_host *h)
+{
+	json_t *r = daemon_status(h->d, "vm");
+	json_t *v = json_array_get(json_object_get(json_array_get(json_object_get(r, "groups"), 0), "volumes"), 0);
+	json_int_t n = json_integer_value(json_object_get(v, "active_bytes"));
+	json_decref(r);
+	return n;
+}
+
+/* The rest would go to what the secondary wrote itself, where it stops its checkpoints, and count as applied. */
+Test(export, a_backup_that_is_applied_is_not_written_to_a_secondary)
+{
+	struct exporting x = {.ret = 1};
+	json_t *r = NULL;
+	fill(&p.a, 1);
+	snprintf(x.file, sizeof(x.file), "%s/none", p.dir);
+	OK(pair_do(&p.a, "backup",
+		   json_pack("{s:s, s:s, s:s, s:b}", "name", "vm", "target", x.file, "sync", "none", "detach", 1), &r));
+	json_int_t id = json_integer_value(json_object_get(r, "id"));
+	json_decref(r);
+	fill(&p.a, 2);
+	OK(pair_do(&p.a, "job", json_pack("{s:s, s:I}", "op", "cancel", "id", id), NULL));
+	OK(pair_do(&p.a, "job", json_pack("{s:s, s:I}", "op", "wait", "id", id), NULL));
+	protect();
+	/* Opening the list of its extents waits for a lease to be given back. */
+	char list[sizeof(x.file) + 16];
+	snprintf(list, sizeof(list), "%s.extents", x.file);
+	(void)signal(SIGIO, got_sigio);
+	int fd = open(list, O_RDWR | O_CLOEXEC);
+	cr_assert_geq(fd, 0);
+	cr_assert_eq(fcntl(fd, F_SETLEASE, F_WRLCK), 0, "%s", strerror(errno));
+	cr_assert_eq(pthread_create(&x.thread, NULL, apply_it, &x), 0);
+	WAIT_FOR(atomic_load(&wanted));
+	OK(pair_do(&p.a, "switchover", named(), NULL));
+	(void)close(fd);
+	(void)pthread_join(x.thread, NULL);
+	OK(pair_wait_link(&p.b, "vm", "SYNCED"));
+	char role[32];
+	pair_status(&p.b, "vm", "role", role, sizeof(role));
+	cr_assert_str_eq(role, "primary");
+	cr_assert_eq(x.ret, -ERR_IO, "%d: %s", x.ret, x.e.text);
+	cr_assert_eq(active_bytes(&p.a), 0);
 }
