@@ -907,6 +907,13 @@ static int request_local(const struct call *c, struct hub_request *q, const char
 
 /* ---- for the verbs: the peer's ---- */
 
+/* Whether the peer may be asked on it: one that was dialled for a group, and asks before it has named that, would count
+ * as a hub's, and its JOIN as a violation. */
+static bool may_ask(const struct conn *c)
+{
+	return !c->dialled || atomic_load(&c->joined);
+}
+
 /* The connection that the volume's group has, a reference; and how long an answer may take. */
 static int peer_conn(const struct call *c, const char *name, struct conn **ret, uint64_t *ret_limit_ns)
 {
@@ -918,7 +925,8 @@ static int peer_conn(const struct call *c, const char *name, struct conn **ret, 
 	mutex_lock(&g->lock);
 	bool alone = repl_meta(g->core)->role == ROLE_STANDALONE && !repl_meta(g->core)->has_peer;
 	*ret_limit_ns = 2 * repl_meta(g->core)->settings.peer_timeout_ms * NS_PER_MS + HUB_CALL_NS;
-	struct conn *conn = g->conn && g->conn->session && !g->conn->closed ? conn_ref(g->conn) : NULL;
+	struct conn *conn =
+	    g->conn && g->conn->session && !g->conn->closed && may_ask(g->conn) ? conn_ref(g->conn) : NULL;
 	mutex_unlock(&g->lock);
 	group_unref(g);
 	if (conn == NULL && alone)
@@ -1076,7 +1084,7 @@ static unsigned peers(struct daemon *d, struct conn *ret[STORE_GROUPS_MAX])
 	unsigned n = 0;
 	mutex_lock(&d->lock);
 	for (struct conn *c = d->conns; c && n < STORE_GROUPS_MAX; c = c->next) {
-		bool known = !c->up || atomic_load(&c->g) == NULL;
+		bool known = !c->up || atomic_load(&c->g) == NULL || !may_ask(c);
 		for (unsigned i = 0; i < n && !known; i++)
 			known = memcmp(link_peer(ret[i]->link)->store, link_peer(c->link)->store, 16) == 0;
 		if (!known)

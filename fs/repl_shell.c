@@ -210,6 +210,8 @@ static void emit_send(struct group *g, const struct repl_action *a)
 		return;
 	}
 	(void)(lazy ? link_send_lazy : link_send)(c->link, &a->frame, payload, NULL, NULL);
+	if (t == WIRE_JOIN)
+		atomic_store(&c->joined, true);
 }
 
 static void group_log(struct group *g, int level, const char *text)

@@ -68,6 +68,7 @@ struct conn {
 	bool closed, waiting;	/* under group.lock: the core has closed it; its receiver waits for room */
 	bool up;		/* under daemon.lock: gets reports */
 	uint64_t since_ns;	/* under daemon.lock. Accepted: when, until its JOIN came; else 0 */
+	_Atomic bool joined;	/* dialled: its JOIN has been sent, before which nothing may be asked for */
 	_Atomic bool host;	/* host-wide: it carries no group (fs/hub.h) */
 	_Atomic unsigned asked; /* requests of a hub's, or the peer's, under way */
 	/* host-wide, the ticker's: what was heard when it looked last, how often that was the same, how often it looked

@@ -2,8 +2,10 @@
  * and on the peer's volumes by what SPEC 5 says of their states, reports, the ids that a hub assigns. The wire from
  * outside is in tests/e2e/test_57_hub.py. */
 #include <criterion/criterion.h>
+#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "core/bytes.h"
 #include "tests/unit/fs/pairtest.h"
@@ -263,4 +265,53 @@ Test(hub, many_at_once)
 		reads(&p.b, "vm-data", true, off + 4096, 4096, 0);
 		reads(&p.a, "vm-data", true, off + 4096, 4096, (uint8_t)(round + 101));
 	}
+}
+
+static void *set_it(void *arg)
+{
+	struct err e = {0};
+	json_t *r = NULL, *args = json_pack("{s:s, s:{s:s}}", "name", "vm", "settings", "keep_last", "7");
+	*(int *)arg = daemon_command(p.a.d, NULL, "set", args, &r, &e);
+	json_decref(args);
+	json_decref(r);
+	return NULL;
+}
+
+static json_int_t reconnects(void)
+{
+	json_t *r = daemon_status(p.a.d, "vm");
+	json_int_t n = json_integer_value(json_object_get(
+	    json_object_get(json_array_get(json_object_get(r, "groups"), 0), "counters"), "reconnects"));
+	json_decref(r);
+	return n;
+}
+
+/* A connection that has not said yet whose it is, as its host saves a record first, is asked nothing on: the peer would
+ * take it for a hub's, and refuse the JOIN. */
+Test(hub, nothing_is_asked_before_the_join, .init = NULL)
+{
+	static struct faults slow = {.match = "groups"};
+	pthread_t t;
+	int err = 1;
+	struct err e = {0};
+	json_t *r = NULL, *args = json_pack("{s:b}", "remote", 1);
+	OK(pair_open_with(&p, &slow, NULL));
+	OK(pair_create(&p.a, "vm", "vm", 1 << 20));
+	protect();
+	json_int_t before = reconnects();
+	atomic_store(&slow.hold, 1);
+	cr_assert_eq(pthread_create(&t, NULL, set_it, &err), 0);
+	(void)usleep(50000);
+	pair_host_stop(&p.b);
+	OK(pair_host_start(&p, &p.b));
+	OK(pair_wait_link(&p.a, "vm", "HANDSHAKE"));
+	int asked = daemon_command(p.a.d, NULL, "report", args, &r, &e);
+	json_decref(r);
+	json_decref(args);
+	atomic_store(&slow.hold, 0);
+	(void)pthread_join(t, NULL);
+	cr_assert_eq(err, 0);
+	OK(pair_wait_link(&p.a, "vm", "SYNCED"));
+	cr_assert_eq(asked, -ERR_PEER, "%d: %s", asked, e.text);
+	cr_assert_eq(reconnects(), before + 1);
 }
