@@ -163,6 +163,8 @@ static void clone_look(struct host *h, struct sim_clone *c, enum world_crash how
 			;
 		else if (flight && is == model_shows(w, c->flight))
 			v = c->flight;
+		else if (v == NOT_THERE && model_ckpt_given_up(h, c->ckpt, c->vol))
+			v = is; /* a write here had its block filled before the disk lost that */
 		else if (!all || !may_be(h, c, u, is, &v))
 			world_fail(w, "host %u: after %s unit %u of clone %s is %s; it was %s, durable %s", h->id,
 				   how == WORLD_POWER ? "a power cut" : "a kill", u, c->name, model_text(w, is),

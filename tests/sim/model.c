@@ -1987,6 +1987,11 @@ void model_check_all(struct world *w)
 
 /* ---- for the clones (clones.c) ---- */
 
+bool model_ckpt_given_up(struct host *h, uint64_t number, uint32_t vol)
+{
+	return base_of(h, number)->given_up[vol];
+}
+
 const ver *model_ckpt(struct host *h, uint64_t number, uint32_t vol)
 {
 	return base_of(h, number)->v[vol];

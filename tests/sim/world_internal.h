@@ -390,6 +390,8 @@ bool model_in_flight(struct host *h, uint32_t vol, uint32_t u);
 bool model_stale(struct host *h, uint32_t vol); /* a disk of that volume is given up, on either host */
 
 const ver *model_ckpt(struct host *h, uint64_t number, uint32_t vol); /* what a checkpoint must read as */
+/* It is of a disk that had been detached: what a failed sync of that has lost may go from it. */
+bool model_ckpt_given_up(struct host *h, uint64_t number, uint32_t vol);
 const char *model_text(const struct world *w, ver v);
 ver model_write_new(struct world *w, unsigned host, uint32_t vol, uint32_t first, uint32_t n, bool zero);
 void model_unit_fill(void *p, ver v, uint32_t vol, uint32_t unit);
