@@ -533,9 +533,11 @@ static void tx_done(struct repl *r, struct tx *t, int error)
 
 /* Whether a record of this kind, found by the next start though its save failed, would belie what this host did since.
  */
-static bool tx_holds(enum tx_kind kind)
+static bool tx_holds(const struct tx *t)
 {
-	switch (kind) {
+	switch (t->kind) {
+	case TX_ROOM: /* what was written to the view would be over a base that is given up */
+		return t->arg == ROOM_BREAK;
 	case TX_SECONDARY: /* what a guest writes now would be taken for never written */
 	case TX_SHUT_OUT:
 	case TX_KEEP:
@@ -561,7 +563,7 @@ static void save_failed(struct repl *r, int error)
 		       r->meta->group, err_short(error));
 	r->save_error = error;
 	r->unsure = r->tx_failed = true;
-	r->unsure_holds = tx_holds(r->tx.kind);
+	r->unsure_holds = tx_holds(&r->tx);
 	save_again(r);
 }
 
