@@ -585,6 +585,8 @@ static void saved_again(struct repl *r, int error)
 		r->tx_count--;
 		tx_done(r, &t, error);
 	}
+	if (error)
+		failover_unsure(r, error);
 	if (r->unsure_holds)
 		secondary_unsure(r);
 	else

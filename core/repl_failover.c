@@ -222,6 +222,14 @@ static void failover_failed(struct repl *r, int error, const char *matter)
 			  matter, err_short(error));
 }
 
+/* What was received waits for the record, so one that waits for that would not be answered. One that has come further
+ * has its own end. */
+void failover_unsure(struct repl *r, int error)
+{
+	if (r->failing_over && r->unsure_holds && r->held.head)
+		failover_failed(r, error, "the group's record could not be saved");
+}
+
 void failover_marked(struct repl *r, int error)
 {
 	r->mark_busy = false;

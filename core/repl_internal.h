@@ -585,6 +585,7 @@ void secondary_unsure(struct repl *r); /* the record could not be saved again */
 void failover_begin(struct repl *r, struct repl_command *c);
 void failover_go(struct repl *r); /* when what was received is applied and no write to active is under way */
 void failover_marked(struct repl *r, int error);
+void failover_unsure(struct repl *r, int error); /* the record could not be saved again */
 void failover_synced(struct repl *r, int error);
 bool failover_prepare(struct repl *r, struct tx *t, struct repl_meta *m);
 void failover_tx_done(struct repl *r, struct tx *t, int error);

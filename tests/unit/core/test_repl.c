@@ -4559,6 +4559,44 @@ Test(repl, while_the_record_cannot_be_saved_nothing_is_applied_or_answered)
 	host_free(h);
 }
 
+/* What was received stands behind a record that can't be saved, so a failover can't come about either. */
+Test(repl, a_failover_is_answered_while_the_record_cannot_be_saved)
+{
+	for (unsigned late = 0; late < 2; late++) {
+		struct host *h = secondary();
+		stream(h, 'c', WIRE_CHECKPOINT, REPL_CHECKPOINT, 2, 2, 0);
+		stream(h, 'w', WIRE_WRITE, REPL_WRITE, 3, 0, 4096);
+		fin(h, "c");
+		EXPECT(h, "do:c/ckpt save:secondary/RUNNING +2");
+		if (late)
+			link_down(h);
+		else
+			command(h, CMD_FAILOVER, FAILOVER_DEFAULT);
+		EXPECT(h, late ? "" : "send:GOODBYE close");
+		save_fails(h, -ERR_IO);
+		EXPECT(h, "save:secondary/RUNNING");
+		save_fails(h, -ERR_IO);
+		EXPECT(h, late ? "done:c" : "done:c cmd=ERR_IO");
+		if (late) {
+			command(h, CMD_FAILOVER, FAILOVER_DEFAULT);
+			EXPECT(h, "");
+			tick(h, SEC);
+			EXPECT(h, "save:secondary/RUNNING");
+			save_fails(h, -ERR_IO);
+			EXPECT(h, "cmd=ERR_IO");
+		}
+		/* As soon as it can be, all goes on. */
+		tick(h, SEC);
+		EXPECT(h, "save:secondary/RUNNING");
+		saved(h);
+		EXPECT(h, "do:w/disk");
+		command(h, CMD_FAILOVER, FAILOVER_DEFAULT);
+		fin(h, "w");
+		EXPECT(h, "done:w do:mark/own");
+		host_free(h);
+	}
+}
+
 /* The source may not have begun yet: in the handshake an IO_ERROR is out of order. */
 Test(repl, a_record_that_cannot_be_saved_before_the_first_frame_refuses_the_session)
 {
