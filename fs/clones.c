@@ -163,6 +163,49 @@ json_t *group_clones_json(struct group *g, const char *volume)
 	return a;
 }
 
+/* ---- those that are still being made ---- */
+
+struct late_clone {
+	struct shell_command
+	    *sc; /* a reference; the only one: it has ended, and is in the list of clones if all went well */
+	struct late_clone *next;
+};
+
+void clone_late(struct daemon *d, struct shell_command *sc)
+{
+	struct late_clone *x = malloc(sizeof(*x));
+	if (x == NULL)
+		return;
+	atomic_fetch_add(&sc->refs, 1);
+	*x = (struct late_clone){sc, d->late_clones};
+	d->late_clones = x;
+}
+
+bool clone_is_late(struct daemon *d, const char *name)
+{
+	bool found = false;
+	for (struct late_clone **at = &d->late_clones, *x; (x = *at) != NULL;) {
+		if (atomic_load(&x->sc->refs) > 1) {
+			found = found || strcmp(x->sc->c.text, name) == 0;
+			at = &x->next;
+			continue;
+		}
+		*at = x->next;
+		shell_command_unref(x->sc);
+		free(x);
+	}
+	return found;
+}
+
+void clones_late_free(struct daemon *d)
+{
+	for (struct late_clone *x; (x = d->late_clones) != NULL;) {
+		d->late_clones = x->next;
+		shell_command_unref(x->sc);
+		free(x);
+	}
+}
+
 /* ---- requests ---- */
 
 static void clone_run(struct gio *gio, const void *data);

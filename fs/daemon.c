@@ -650,6 +650,7 @@ static void daemon_free(struct daemon *d)
 			*lists[i] = v->next;
 			gvol_unref(v);
 		}
+	clones_late_free(d);
 	hub_free(&d->hub);
 	while (d->unserved) {
 		struct unserved *u = d->unserved;

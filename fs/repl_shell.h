@@ -179,6 +179,11 @@ void group_sent(struct conn *c, uint64_t bytes);
 bool group_clones_publish(struct group *g, const struct repl_meta *m);
 void clone_io(struct group *g, struct gio *gio); /* a WRITE, ZERO, DISCARD or FLUSH */
 void gclone_free(struct gclone *k);
+/* A CMD_CLONE that nobody waits for any more takes its name until it has ended. Takes a reference of its own; needs
+ * d->cloning held, as does asking. */
+void clone_late(struct daemon *d, struct shell_command *sc);
+bool clone_is_late(struct daemon *d, const char *name);
+void clones_late_free(struct daemon *d);
 json_t *group_clones_json(struct group *g, const char *volume); /* of that one; NULL: of all */
 
 /* ---- daemon.c, for the shell and the verbs ---- */
@@ -208,12 +213,13 @@ struct daemon {
 	struct conn *conns;
 	struct conn acceptor; /* the argument of an accepted link before `up`: only its `d` is used */
 
-	struct mutex admin;	/* verbs that add or remove groups and volumes: one at a time */
-	pthread_rwlock_t names; /* groups, gvols: lists and ids */
-	struct group *groups;	/* in name order */
-	struct gvol *gvols;	/* in name order */
-	struct gvol *clones;	/* likewise */
-	struct mutex cloning;	/* one `clone` at a time: names are the host's */
+	struct mutex admin;		/* verbs that add or remove groups and volumes: one at a time */
+	pthread_rwlock_t names;		/* groups, gvols: lists and ids */
+	struct group *groups;		/* in name order */
+	struct gvol *gvols;		/* in name order */
+	struct gvol *clones;		/* likewise */
+	struct mutex cloning;		/* one `clone` at a time: names are the host's */
+	struct late_clone *late_clones; /* under it: asked for, given up, and not ended yet */
 	struct unserved *unserved;
 	uint32_t next_id;
 	struct hub hub;

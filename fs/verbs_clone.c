@@ -7,10 +7,15 @@
 
 static int make(const struct call *c, struct gvol *v, struct group *g, const char *clone, uint64_t ckpt)
 {
+	bool late = clone_is_late(c->d, clone);
 	struct gvol *there = gvol_find_clone(c->d, clone); /* of another group, or this one */
-	struct shell_command *sc = there ? NULL : shell_command_new(CMD_CLONE);
+	struct shell_command *sc = there || late ? NULL : shell_command_new(CMD_CLONE);
 	int err;
-	if (there) {
+	if (late) {
+		err = err_set(c->e, ERR_BUSY,
+			      "clone %s %s: a clone of that name is being made, for one who waits no longer; try again",
+			      v->name, clone);
+	} else if (there) {
 		err = err_set(c->e, ERR_EXIST,
 			      "clone %s %s: a clone of that name is there already; choose another name, or remove it "
 			      "with `rm`",
@@ -22,6 +27,8 @@ static int make(const struct call *c, struct gvol *v, struct group *g, const cha
 		sc->c.number = ckpt;
 		sc->c.flags = v->index;
 		err = verb_command(c, g, sc);
+		if (err && atomic_load(&sc->refs) > 1)
+			clone_late(c->d, sc);
 	}
 	shell_command_unref(sc);
 	gvol_unref(there);

@@ -156,3 +156,49 @@ Test(clones, they_come_back_with_the_daemon_and_stay_through_a_change_of_role)
 	gvol_unref(v);
 	cr_assert_eq(pair_do(&p.b, "delete", json_pack("{s:s}", "name", "vm"), NULL), -ERR_BUSY);
 }
+
+static uint64_t checkpoint_of(const char *group)
+{
+	json_t *r = NULL;
+	OK(pair_do(&p.a, "checkpoint", json_pack("{s:s, s:i}", "name", group, "timeout_ms", 60000), &r));
+	uint64_t n = (uint64_t)json_integer_value(json_object_get(r, "checkpoint"));
+	json_decref(r);
+	return n;
+}
+
+static int clone_of(const char *volume, uint64_t n, int timeout_ms)
+{
+	return pair_do(&p.b, "clone",
+		       json_pack("{s:s, s:I, s:s, s:i}", "name", volume, "checkpoint", (json_int_t)n, "clone", "c",
+				 "timeout_ms", timeout_ms),
+		       NULL);
+}
+
+static size_t n_clones(void)
+{
+	json_t *r = NULL;
+	OK(pair_do(&p.b, "list", json_object(), &r));
+	size_t n = json_array_size(json_object_get(r, "clones"));
+	json_decref(r);
+	return n;
+}
+
+/* Names are the host's, also that of one whose making is not waited for any more. */
+Test(clones, a_name_is_taken_while_it_is_made, .init = NULL)
+{
+	static struct faults slow = {.match = "groups/vm"};
+	OK(pair_open_with(&p, NULL, &slow));
+	OK(pair_create(&p.a, "vm", "vm", 1 << 20));
+	OK(pair_create(&p.a, "two", "two", 1 << 20));
+	protect();
+	OK(pair_protect(&p, "two"));
+	uint64_t n = checkpoint_of("vm"), two = checkpoint_of("two");
+	atomic_store(&slow.hold, 1);
+	cr_assert_eq(clone_of("vm", n, 300), -ERR_TIMEOUT, "%s", p.b.err.text);
+	int err = clone_of("two", two, 60000);
+	atomic_store(&slow.hold, 0);
+	cr_assert_eq(err, -ERR_BUSY, "%d", err);
+	WAIT_FOR(n_clones() == 1);
+	cr_assert_eq(clone_of("two", two, 60000), -ERR_EXIST);
+	cr_assert_eq(n_clones(), 1);
+}
