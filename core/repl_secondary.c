@@ -745,8 +745,8 @@ static void switched(struct repl *r, struct tx *t, int error)
 		if (secondary_current(r, io))
 			session_close(r, true);
 	}
-	if (secondary_current(r, io) && (t->flags & WIRE_CKPT_HAND_OVER))
-		r->armed = t->number;
+	if (secondary_current(r, io) && (t->flags & WIRE_CKPT_HAND_OVER) && r->in_seq == io->seq)
+		r->armed = t->number; /* the primary has not gone on as such meanwhile */
 	barrier_end(r, io);
 }
 

@@ -3138,6 +3138,23 @@ Test(switchover, the_secondary_takes_over_in_one_write)
 	host_free(h);
 }
 
+/* Its peer goes on as the primary, and has said so before the checkpoint was taken: the view is not held up. */
+Test(switchover, a_frame_behind_its_checkpoint_ends_it)
+{
+	struct host *h = secondary();
+	stream(h, 'c', WIRE_CHECKPOINT, REPL_CHECKPOINT, 2, 2, 0);
+	h->io['c'].flags = WIRE_CKPT_HAND_OVER;
+	stream(h, 'f', WIRE_FLUSH, REPL_FLUSH, 3, 0, 0);
+	fin(h, "c");
+	saved(h);
+	EXPECT(h, "do:c/ckpt save:secondary/RUNNING +2 send:CHECKPOINT_ACK done:c do:f/disk");
+	guest(h, 'a', REPL_WRITE, 0, 4096);
+	EXPECT(h, "do:a/active");
+	frame(h, WIRE_TAKE_OVER, 0, 2, 0, NULL, 0);
+	EXPECT(h, "send:REFUSE close");
+	host_free(h);
+}
+
 /* What came behind it would be in the disk that becomes this host's own, and in no checkpoint of the peer's. */
 Test(switchover, nothing_comes_behind_take_over)
 {
