@@ -5,6 +5,7 @@
 #include <errno.h>
 #include <stddef.h>
 #include <stdio.h>
+#include <string.h>
 
 #include "core/check.h"
 
@@ -28,6 +29,20 @@ static int err_normal(int code)
 	return code >= 0 && code < ERR_CODES_END ? code : ERR_FAILED;
 }
 
+/* Of a character that was cut: no JSON takes a part of one. */
+static void cut_at_character(char *text)
+{
+	size_t len = strlen(text), at = len, follow = 0;
+	while (at > 0 && follow < 3 && ((unsigned char)text[at - 1] & 0xc0) == 0x80) {
+		at--;
+		follow++;
+	}
+	unsigned char first = at > 0 ? (unsigned char)text[at - 1] : 0;
+	size_t want = first >= 0xf0 ? 3 : first >= 0xe0 ? 2 : first >= 0xc0 ? 1 : 0;
+	if (want > follow)
+		text[at - 1] = '\0';
+}
+
 int err_setv(struct err *e, int code, const char *fmt, va_list ap)
 {
 	PRE(code != ERR_OK);
@@ -38,6 +53,7 @@ int err_setv(struct err *e, int code, const char *fmt, va_list ap)
 
 		if (vsnprintf(text, sizeof(text), fmt, ap) < 0)
 			text[0] = '\0';
+		cut_at_character(text);
 		(void)snprintf(e->text, sizeof(e->text), "%s", text);
 		e->code = code;
 	}

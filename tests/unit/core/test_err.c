@@ -50,6 +50,28 @@ Test(err, set_cuts_a_long_text)
 		cr_assert_eq((unsigned char)s.after[i], 0xa5U);
 }
 
+Test(err, a_long_text_is_cut_between_characters)
+{
+	static const char *const chars[] = {"a", "\xc3\xa9", "\xe2\x82\xac", "\xf0\x9f\x98\x80"};
+	for (size_t k = 0; k < 4; k++)
+		for (size_t before = 0; before < 4; before++) {
+			char text[2 * ERR_TEXT_MAX] = "xxx";
+			struct err e = {0};
+			size_t n = strlen(chars[k]);
+			text[before] = '\0';
+			while (strlen(text) < sizeof(text) - 8)
+				strcat(text, chars[k]);
+			(void)err_set(&e, ERR_IO, "%s", text);
+			size_t whole = before + (ERR_TEXT_MAX - 1 - before) / n * n;
+			cr_assert_eq(strlen(e.text), whole);
+			cr_assert_eq(memcmp(e.text, text, whole), 0);
+			/* A short one is whole. */
+			text[before + n] = '\0';
+			(void)err_set(&e, ERR_IO, "%s", text);
+			cr_assert_str_eq(e.text, text);
+		}
+}
+
 Test(err, every_code_has_its_facts)
 {
 	for (int code = 1; code < ERR_CODES_END; code++) {

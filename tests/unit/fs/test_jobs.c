@@ -987,6 +987,39 @@ Test(jobs, a_paused_one_that_is_cancelled_comes_to_its_end)
 	expect_file("n", then);
 }
 
+/* The text of its error is cut, and not within a character: JSON would not take it, and say nothing of the job. */
+Test(jobs, the_error_of_a_long_target_is_shown)
+{
+	for (size_t i = 0; i < SIZE; i++)
+		model[i] = (uint8_t)rand();
+	for (unsigned i = 0; i < 4; i++)
+		OK(pair_write_buf(&p.a, "vm", i * SIZE / 4, SIZE / 4, model + i * SIZE / 4));
+	for (unsigned i = 0; i < 2; i++) {
+		char name[700], path[1000];
+		size_t n = 0;
+		name[n++] = 'x';
+		for (unsigned k = 0; k < 2; k++) {
+			for (unsigned c = 0; c < 125; c++) {
+				name[n++] = '\xc3';
+				name[n++] = '\xa9';
+			}
+			name[n] = '\0';
+			snprintf(path, sizeof(path), "%s/%s", p.dir, name + i);
+			(void)mkdir(path, 0700);
+			name[n++] = '/';
+		}
+		snprintf(path, sizeof(path), "%s/%.*s/t.zst", p.dir, (int)(n - 1 - i), name + i);
+		json_t *args = json_pack("{s:s, s:s, s:s}", "name", "vm", "target", path, "sync", "full");
+		limit(SIZE / 2);
+		json_int_t id = begin_with(&p.a, args);
+		cr_assert_eq(job(&p.a, "wait", id), -ERR_IO);
+		limit(RLIM_INFINITY);
+		json_t *e = field(&p.a, id, "error");
+		cr_assert(json_is_object(e), "%u", i);
+		json_decref(e);
+	}
+}
+
 /* ---- the end of the daemon ---- */
 
 Test(jobs, a_daemon_that_ends_takes_its_jobs_along)
