@@ -111,7 +111,8 @@ bool group_clones_publish(struct group *g, const struct repl_meta *m)
 		gvol_unref(v);
 		changed = true;
 	}
-	for (uint32_t i = 0; i < m->n_clones; i++) {
+	/* A save may end after its group was taken out. */
+	for (uint32_t i = 0; i < m->n_clones && !g->nameless; i++) {
 		bool is = false;
 		for (uint32_t k = 0; k < n && !is; k++)
 			is = there[k] == m->clones[i].id;

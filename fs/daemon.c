@@ -240,6 +240,7 @@ int daemon_remove_group(struct daemon *d, struct group *g, struct err *e)
 			*gp = g->next;
 			break;
 		}
+	g->nameless = true;
 	gvols_forget(&d->gvols, g);
 	gvols_forget(&d->clones, g);
 	pthread_rwlock_unlock(&d->names);

@@ -98,6 +98,7 @@ struct group {
 	uint32_t id;
 	_Atomic int refs;
 	struct group *next;
+	bool nameless; /* taken out of the daemon: it has no name any more, nor have its clones; under daemon.names */
 
 	struct mutex lock; /* the core's exclusion, and all that follows */
 	struct cond cond;  /* command done, holding ended, stream bytes freed, connection ended */

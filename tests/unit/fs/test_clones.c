@@ -4,6 +4,7 @@
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "fs/daemon.h"
 #include "tests/unit/fs/pairtest.h"
@@ -201,4 +202,60 @@ Test(clones, a_name_is_taken_while_it_is_made, .init = NULL)
 	WAIT_FOR(n_clones() == 1);
 	cr_assert_eq(clone_of("two", two, 60000), -ERR_EXIST);
 	cr_assert_eq(n_clones(), 1);
+}
+
+static void *set_it(void *arg)
+{
+	struct err e = {0};
+	json_t *r = NULL, *args = json_pack("{s:s, s:{s:s}}", "name", "vm", "settings", "keep_last", "7");
+	*(int *)arg = daemon_command(p.b.d, NULL, "set", args, &r, &e);
+	json_decref(args);
+	json_decref(r);
+	return NULL;
+}
+
+static void *create_it(void *arg)
+{
+	struct err e = {0};
+	json_t *r = NULL, *args = json_pack("{s:s, s:s, s:I}", "name", "more", "group", "vm", "size", (json_int_t)SIZE);
+	*(int *)arg = daemon_command(p.b.d, NULL, "create", args, &r, &e);
+	json_decref(args);
+	json_decref(r);
+	return NULL;
+}
+
+static void count(void *arg, const char *name, uint32_t id)
+{
+	(void)name;
+	(void)id;
+	++*(unsigned *)arg;
+}
+
+/* A record that is being saved while its group is taken out names the clones of a group that is no more. */
+Test(clones, they_are_there_once_after_a_save_beside_a_change_of_the_group, .init = NULL)
+{
+	static struct faults slow = {.match = "groups/vm"};
+	pthread_t setter, creator;
+	int set_err = 1, create_err = 1;
+	unsigned n = 0;
+	OK(pair_open_with(&p, NULL, &slow));
+	OK(pair_create(&p.a, "vm", "vm", SIZE));
+	protect();
+	OK(clone_make(&p.b, checkpoint(), "c"));
+	OK(pair_do(&p.b, "failover", json_pack("{s:s, s:b}", "name", "vm", "wait", 1), NULL));
+	atomic_store(&slow.hold, 1);
+	cr_assert_eq(pthread_create(&setter, NULL, set_it, &set_err), 0);
+	(void)usleep(100000);
+	cr_assert_eq(pthread_create(&creator, NULL, create_it, &create_err), 0);
+	uint32_t id;
+	WAIT_FOR(!daemon_has_group(p.b.d, "vm", &id));
+	atomic_store(&slow.hold, 0);
+	(void)pthread_join(setter, NULL);
+	(void)pthread_join(creator, NULL);
+	cr_assert_eq(create_err, 0);
+	daemon_each_clone(p.b.d, count, &n);
+	cr_assert_eq(n, 1);
+	struct gvol *v = gvol_find_clone(p.b.d, "c");
+	OK(gvol_write(v, NULL, 0, 5, "hello"));
+	gvol_unref(v);
 }
