@@ -445,7 +445,8 @@ static void listener_answer(struct repl *r)
  * record by which it handed over was on its way, would make it primary again. */
 void session_join_ready(struct repl *r)
 {
-	if ((!r->join_waits && !r->join_owed) || !secondary_quiet(r) || r->saving || r->tx_count || r->failing_over)
+	if ((!r->join_waits && !r->join_owed) || !secondary_quiet(r) || r->saving || r->tx_count || r->failing_over ||
+	    r->taking)
 		return;
 	if (r->join_owed) {
 		r->join_owed = false;

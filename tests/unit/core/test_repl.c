@@ -3138,6 +3138,42 @@ Test(switchover, the_secondary_takes_over_in_one_write)
 	host_free(h);
 }
 
+/* A connection that comes while the disk is synced, or view's writes end, for a take-over that the last one asked for:
+ * what this host's JOIN says of it has to hold when both are looked at. */
+Test(switchover, a_join_waits_for_a_take_over)
+{
+	for (unsigned dials = 0; dials < 2; dials++) {
+		static struct repl_meta m;
+		meta_of(&m, ROLE_SECONDARY, STATE_RUNNING);
+		if (dials)
+			(void)snprintf(m.peer, sizeof(m.peer), "peer:1");
+		struct host *h = secondary_of(&m);
+		stream(h, 'c', WIRE_CHECKPOINT, REPL_CHECKPOINT, 2, 2, 0);
+		h->io['c'].flags = WIRE_CKPT_HAND_OVER;
+		fin(h, "c");
+		saved(h);
+		frame(h, WIRE_TAKE_OVER, 0, 2, 0, NULL, 0);
+		EXPECT(h, "do:c/ckpt save:secondary/RUNNING +2 send:CHECKPOINT_ACK done:c do:sync/ckpt");
+		link_down(h);
+		meta_of(&peer_meta, ROLE_SECONDARY, STATE_RUNNING);
+		peer_meta.n_ckpts = 1;
+		peer_meta.ckpts[0].number = peer_meta.base = peer_meta.ckpt_max = peer_meta.last_stream = 2;
+		link_up(h, dials);
+		if (!dials)
+			join_frame(h, &peer_meta, WIRE_JOIN_HANDED);
+		EXPECT(h, "");
+		fin(h, "sync");
+		EXPECT(h, "save:primary/RUNNING");
+		saved(h);
+		EXPECT(h, "send:JOIN");
+		if (dials)
+			join_frame(h, &peer_meta, WIRE_JOIN_HANDED);
+		frame(h, WIRE_DIRTY_END, 0, 0, 0, NULL, 0);
+		EXPECT(h, "do:intents/own"); /* it is the source */
+		host_free(h);
+	}
+}
+
 /* Its peer goes on as the primary, and has said so before the checkpoint was taken: the view is not held up. */
 Test(switchover, a_frame_behind_its_checkpoint_ends_it)
 {
