@@ -581,6 +581,22 @@ static int write_nonzero(struct volume *v, uint64_t off, const uint8_t *buf, siz
 	return 0;
 }
 
+/* All is copied: it is what the source is still, and durable. */
+static int import_end(const struct import *im, struct volume *v, struct err *e)
+{
+	const char *volume = im->args->volume;
+	struct err why;
+	int rc = source_unchanged(im->source, &why);
+
+	if (rc < 0)
+		return store_refuse(e, ERR_FAILED, "import", volume, "%s; import it again when nothing writes to it",
+				    why.text);
+	rc = volume_sync(v);
+	if (rc < 0)
+		return store_refuse(e, -rc, "import", volume, "syncing the new disk: %s", err_short(rc));
+	return 0;
+}
+
 static int import_copy(const struct import *im, struct volume *v, uint8_t *buf, struct err *e)
 {
 	const char *volume = im->args->volume;
@@ -606,16 +622,12 @@ static int import_copy(const struct import *im, struct volume *v, uint8_t *buf, 
 			return store_refuse(e, -rc, "import", volume, "writing at byte %" PRIu64 ": %s", off,
 					    err_short(rc));
 		off += x.len;
+		/* Before the progress says that it is whole: the caller then takes the group out for the record. */
+		if (off == size && (rc = import_end(im, v, e)) < 0)
+			return rc;
 		if (im->progress && im->progress(im->arg, off, size) != 0)
 			return store_refuse(e, ERR_CANCELED, "import", volume, "cancelled; nothing is left of it");
 	}
-	rc = source_unchanged(im->source, &why);
-	if (rc < 0)
-		return store_refuse(e, ERR_FAILED, "import", volume, "%s; import it again when nothing writes to it",
-				    why.text);
-	rc = volume_sync(v);
-	if (rc < 0)
-		return store_refuse(e, -rc, "import", volume, "syncing the new disk: %s", err_short(rc));
 	return 0;
 }
 

@@ -84,6 +84,8 @@ static int fault_extent(struct disk *d, uint64_t off, uint64_t end, struct exten
 static int fault_sync(struct disk *d)
 {
 	struct fault_disk *x = disk_of(d);
+	for (; x->f && atomic_load(&x->f->hold_sync); atomic_store(&x->f->syncing, 1))
+		(void)poll(NULL, 0, 1);
 	int err = x->f ? atomic_load(&x->f->sync) : 0;
 	if (x->f && !err && (err = atomic_exchange(&x->f->sync_once, 0)) != 0)
 		atomic_store(&x->sync_error, err);

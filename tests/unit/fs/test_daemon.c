@@ -96,6 +96,48 @@ Test(daemon, an_open_volume_is_not_deleted)
 	gvol_unref(v);
 }
 
+static void *import_it(void *arg)
+{
+	char file[200];
+	struct err e = {0};
+	snprintf(file, sizeof(file), "%s/image", p.dir);
+	json_t *result = NULL, *args = json_pack("{s:s, s:s, s:s}", "name", "new", "group", "vm", "file", file);
+	*(int *)arg = daemon_command(p.a.d, NULL, "import", args, &result, &e);
+	json_decref(args);
+	json_decref(result);
+	return NULL;
+}
+
+/* What was copied may be much, and bringing it to the disk take long. */
+Test(daemon, an_import_is_synced_while_its_group_is_served, .init = NULL)
+{
+	static struct faults slow = {.match = "new/"};
+	char file[200];
+	int ret = 1, there;
+	pthread_t t;
+	OK(pair_open_with(&p, &slow, NULL));
+	OK(pair_create(&p.a, "vm", "vm", SIZE));
+	OK(pair_write(&p.a, "vm", 0, SIZE, 0x11));
+	snprintf(file, sizeof(file), "%s/image", p.dir);
+	FILE *f = fopen(file, "w");
+	for (unsigned i = 0; i < SIZE; i++)
+		cr_assert_neq(fputc(0x22, f), EOF);
+	cr_assert_eq(fclose(f), 0);
+	atomic_store(&slow.hold_sync, 1);
+	cr_assert_eq(pthread_create(&t, NULL, import_it, &ret), 0);
+	WAIT_FOR(atomic_load(&slow.syncing));
+	struct gvol *v = gvol_find(p.a.d, "vm");
+	there = v != NULL;
+	gvol_unref(v);
+	int err = there ? pair_create(&p.a, "other", "other", SIZE) : 0;
+	atomic_store(&slow.hold_sync, 0);
+	(void)pthread_join(t, NULL);
+	cr_assert(there, "the group is not served");
+	cr_assert_eq(err, 0);
+	cr_assert_eq(ret, 0);
+	cr_assert_eq(pair_is(&p.a, "new", 0, SIZE, 0x22), 0);
+}
+
 Test(daemon, a_name_that_begins_like_loopback_is_not_loopback)
 {
 	cr_assert_eq(
