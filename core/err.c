@@ -51,9 +51,11 @@ int err_setv(struct err *e, int code, const char *fmt, va_list ap)
 		/* fmt's arguments may point into e->text: a caller that puts a prefix before what is there. */
 		char text[ERR_TEXT_MAX];
 
-		if (vsnprintf(text, sizeof(text), fmt, ap) < 0)
+		int n = vsnprintf(text, sizeof(text), fmt, ap);
+		if (n < 0)
 			text[0] = '\0';
-		cut_at_character(text);
+		else if ((size_t)n >= sizeof(text))
+			cut_at_character(text);
 		(void)snprintf(e->text, sizeof(e->text), "%s", text);
 		e->code = code;
 	}
