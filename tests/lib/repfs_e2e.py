@@ -568,10 +568,16 @@ class Tmpfs:
         """Takes all space but `leave` bytes; returns the ballast's path."""
         path = os.path.join(self.path, "ballast")
         with open(path, "ab", buffering=0) as f:
-            st = os.statvfs(self.path)
-            n = max(0, st.f_bavail * st.f_frsize - leave)
-            os.posix_fallocate(f.fileno(), os.fstat(f.fileno()).st_size, n) if n else None
-        return path
+            while True:
+                st = os.statvfs(self.path)
+                n = max(0, st.f_bavail * st.f_frsize - leave)
+                try:
+                    if n:
+                        os.posix_fallocate(f.fileno(), os.fstat(f.fileno()).st_size, n)
+                    return path
+                except OSError as e:  # somebody else has taken some of it meanwhile
+                    if e.errno != errno.ENOSPC:
+                        raise
 
     def close(self):
         for m in mounts_below(self.path):
