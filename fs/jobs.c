@@ -712,6 +712,19 @@ static void step_stream(struct job *j, bool cancel)
 		stream_rest(j);
 }
 
+/* What a failed disk holds and had not synced goes with the system's cache, so what is read of its checkpoints may be
+ * anything that it held. */
+static bool source_lost(struct job *j)
+{
+	if (!gvol_detached(j->v))
+		return false;
+	fail(j, BACKUP_SOURCE, ERR_IO,
+	     "its local disk is detached: what was read of it may not be what the checkpoint held; begin again when it "
+	     "is "
+	     "rebuilt, or on the peer");
+	return true;
+}
+
 static void step(struct job *j, bool cancel, bool drop)
 {
 	bool open_ended = j->mode == JOB_NONE || j->mode == JOB_STREAM;
@@ -719,9 +732,11 @@ static void step(struct job *j, bool cancel, bool drop)
 		cancelled(j);
 	else if (j->mode == JOB_STREAM)
 		step_stream(j, cancel);
+	else if (source_lost(j))
+		return;
 	else if (j->mode == JOB_NONE)
 		step_none(j, cancel);
-	else if (copy(j) == 0)
+	else if (copy(j) == 0 && !source_lost(j))
 		finish(j);
 }
 

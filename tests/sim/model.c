@@ -1593,6 +1593,8 @@ void model_reopened(struct host *h, uint64_t volumes)
 {
 	for (uint32_t v = 0; v < WORLD_VOLUMES && !h->dying && !simstore_stopped(h->ss); v++)
 		if (volumes >> v & 1) {
+			for (struct ghost *g = h->ghosts; g; g = g->next)
+				g->reopened[v] = true;
 			crash_look_disk(h, v, WORLD_KILL, true);
 			lost_left(h, (int)v);
 		}
@@ -1709,6 +1711,8 @@ static bool busy_with(const struct look *l, uint32_t u, ver c, uint64_t since)
 static void look_check(const struct look *l, const uint8_t *buf, const ver *before, uint64_t since)
 {
 	struct world *w = l->h->w;
+	if (l->ghost && !l->active && l->ghost->reopened[l->vol])
+		return;
 	for (uint32_t i = 0; i < l->n; i++) {
 		uint32_t u = l->first + i;
 		ver c = unit_read(w, buf + (size_t)i * WORLD_UNIT, l->vol, u), now = look_ver(l, u);

@@ -64,6 +64,7 @@ struct ghost { /* what a checkpoint must read as */
 	/* Taken of a disk that was given up: it is not synced, so what a crash leaves on that disk is what the
 	 * checkpoint shows of it from then on. */
 	bool given_up[WORLD_VOLUMES];
+	bool reopened[WORLD_VOLUMES]; /* its disk was detached and opened anew: nobody reads it any more */
 	struct ghost *next;
 };
 

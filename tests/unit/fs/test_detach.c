@@ -4,6 +4,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "core/os/clock.h"
 #include "tests/unit/fs/pairtest.h"
@@ -106,6 +107,25 @@ Test(detach, a_failed_fsync_detaches_and_is_honoured_by_the_peer)
 	cr_assert(detached());
 	OK(pair_disk_is(&p.b, "vm", 0, 8192, 0x44));
 	OK(flush(&p.a));
+}
+
+/* What the disk had not synced goes with the system's cache: a backup of it would be anything that it ever held. */
+Test(detach, a_backup_under_way_fails)
+{
+	char target[256];
+	json_t *r = NULL, *args;
+	snprintf(target, sizeof(target), "%s/x.raw", p.dir);
+	args = json_pack("{s:s, s:s, s:s, s:i, s:b}", "name", "vm", "target", target, "sync", "full", "speed", 1 << 16,
+			 "detach", true);
+	OK(pair_do(&p.a, "backup", args, &r));
+	json_int_t id = json_integer_value(json_object_get(r, "id"));
+	json_decref(r);
+	atomic_store(&fa.write, -ERR_IO);
+	OK(pair_write(&p.a, "vm", 65536, 4096, 0x22));
+	cr_assert(detached());
+	args = json_pack("{s:s, s:I, s:i}", "op", "wait", "id", id, "timeout_ms", 60000);
+	cr_assert_eq(pair_do(&p.a, "job", args, NULL), -ERR_IO);
+	cr_assert_eq(access(target, F_OK), -1);
 }
 
 Test(detach, everything_is_at_the_peer_when_it_fails_over)
