@@ -166,9 +166,9 @@ json_t *group_clones_json(struct group *g, const char *volume)
 
 /* ---- those that are still being made ---- */
 
+/* sc: a reference; the only one: it has ended, and is in the list of clones if all went well. */
 struct late_clone {
-	struct shell_command
-	    *sc; /* a reference; the only one: it has ended, and is in the list of clones if all went well */
+	struct shell_command *sc;
 	struct late_clone *next;
 };
 

@@ -297,17 +297,11 @@ static void holder_name(const struct job *j, char buf[ADDR_SIZE])
 /* n 0: of the disks as they are now. */
 static int hold(struct job *j, struct group *g, uint64_t n, struct err *e)
 {
-	struct shell_command *sc = shell_command_new(CMD_HOLD);
-	if (sc == NULL)
-		return err_set(e, ERR_NOMEM, "out of memory");
-	sc->c.number = n;
-	holder_name(j, sc->c.text);
-	int err = group_command(g, sc, NULL, 0, e);
-	if (!err) {
-		j->ckpt = sc->c.result;
+	char who[ADDR_SIZE];
+	holder_name(j, who);
+	int err = group_hold(g, CMD_HOLD, n, who, &j->ckpt, e);
+	if (!err)
 		j->held = true;
-	}
-	shell_command_unref(sc);
 	return err;
 }
 
@@ -319,14 +313,12 @@ static void let_go(struct job *j)
 	bool ending = j->t->ending;
 	mutex_unlock(&j->t->lock);
 	struct group *g = j->held && !ending ? gvol_group(j->v) : NULL;
-	struct shell_command *sc = g ? shell_command_new(CMD_UNHOLD) : NULL;
 	j->held = false;
-	if (sc) {
+	if (g) {
 		struct err e = {0};
-		sc->c.number = j->ckpt;
-		holder_name(j, sc->c.text);
-		(void)group_command(g, sc, NULL, 0, &e);
-		shell_command_unref(sc);
+		char who[ADDR_SIZE];
+		holder_name(j, who);
+		(void)group_hold(g, CMD_UNHOLD, j->ckpt, who, NULL, &e);
 	}
 	group_unref(g);
 }
@@ -720,8 +712,7 @@ static bool source_lost(struct job *j)
 		return false;
 	fail(j, BACKUP_SOURCE, ERR_IO,
 	     "its local disk is detached: what was read of it may not be what the checkpoint held; begin again when it "
-	     "is "
-	     "rebuilt, or on the peer");
+	     "is rebuilt, or on the peer");
 	return true;
 }
 

@@ -1098,6 +1098,20 @@ int group_command(struct group *g, struct shell_command *c, struct ctl_conn *ctl
 	}
 }
 
+int group_hold(struct group *g, enum repl_cmd cmd, uint64_t ckpt, const char *who, uint64_t *ret_ckpt, struct err *e)
+{
+	struct shell_command *sc = shell_command_new(cmd);
+	if (sc == NULL)
+		return err_set(e, ERR_NOMEM, "out of memory");
+	sc->c.number = ckpt;
+	(void)snprintf(sc->c.text, sizeof(sc->c.text), "%s", who);
+	int err = group_command(g, sc, NULL, 0, e);
+	if (!err && ret_ckpt)
+		*ret_ckpt = sc->c.result;
+	shell_command_unref(sc);
+	return err;
+}
+
 /* ---- a group's life ---- */
 
 struct group *group_ref(struct group *g)

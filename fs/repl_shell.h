@@ -163,7 +163,10 @@ void group_tick(struct group *g);
 void group_io(struct group *g, struct gio *io);
 /* Starts it and waits: for its end, for `deadline_ns` (0: none), for the client's hang-up. */
 int group_command(struct group *g, struct shell_command *c, struct ctl_conn *ctl, uint64_t deadline_ns, struct err *e);
-/* The two halves of it, for who has to look meanwhile. wait: true: it has ended, with *ret (and *e). */
+/* CMD_HOLD or CMD_UNHOLD of a checkpoint by `who`, to its end; HOLD 0: of the disks as they are now. *ret_ckpt (may be
+ * NULL) is set where it succeeds: the number. */
+int group_hold(struct group *g, enum repl_cmd cmd, uint64_t ckpt, const char *who, uint64_t *ret_ckpt, struct err *e);
+/* The two halves of group_command, for who has to look meanwhile. wait: true: it has ended, with *ret (and *e). */
 void group_command_start(struct group *g, struct shell_command *c);
 bool group_command_wait(struct group *g, struct shell_command *c, uint64_t until_ns, int *ret, struct err *e);
 struct shell_command *shell_command_new(enum repl_cmd cmd);

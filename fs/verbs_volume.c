@@ -239,18 +239,6 @@ int verb_do_delete(const struct call *c)
 }
 
 /* What is read stays while it is read: no retention takes it, and a `drop` is refused. */
-static int export_hold(struct group *g, enum repl_cmd cmd, uint64_t ckpt, const char *who, struct err *e)
-{
-	struct shell_command *sc = shell_command_new(cmd);
-	if (sc == NULL)
-		return err_set(e, ERR_NOMEM, "out of memory");
-	sc->c.number = ckpt;
-	(void)snprintf(sc->c.text, sizeof(sc->c.text), "%s", who);
-	int err = group_command(g, sc, NULL, 0, e);
-	shell_command_unref(sc);
-	return err;
-}
-
 static int export_held(const struct call *c, struct group *g, struct gvol *v, enum volume_layer layer, uint64_t ckpt,
 		       uint64_t size, const char *file)
 {
@@ -259,12 +247,12 @@ static int export_held(const struct call *c, struct group *g, struct gvol *v, en
 	char who[HOLDER_SIZE];
 	struct err e = {0};
 	(void)snprintf(who, sizeof(who), "export %u of %s", atomic_fetch_add(&exports, 1) + 1, v->name);
-	int err = ckpt ? export_hold(g, CMD_HOLD, ckpt, who, c->e) : 0;
+	int err = ckpt ? group_hold(g, CMD_HOLD, ckpt, who, NULL, c->e) : 0;
 	if (err)
 		return err;
 	err = volume_export(v->vol, layer, ckpt, size, file, verb_progress, &p, c->e);
 	if (ckpt)
-		(void)export_hold(g, CMD_UNHOLD, ckpt, who, &e);
+		(void)group_hold(g, CMD_UNHOLD, ckpt, who, NULL, &e);
 	return err;
 }
 
