@@ -7525,6 +7525,20 @@ static void guest2(struct host *h, char name, enum repl_kind kind, uint64_t off,
 	step(h, (struct repl_event){.type = EV_IO, .io = io});
 }
 
+/* Its write waits for the peer; one to the second disk is under way. */
+static struct host *first_of_two_detached(void)
+{
+	struct host *h = two_volumes();
+	guest(h, 'a', REPL_WRITE, 0, 4096);
+	guest2(h, 'b', REPL_WRITE, 0, 4096);
+	fin(h, "a");
+	fin(h, "b");
+	fin_full(h, "a", -ERR_IO, false, 0, false);
+	ack(h, 3, 3, 3);
+	saved(h);
+	return h;
+}
+
 /* The record of the first one is on its way. */
 Test(repl, nothing_of_a_second_disk_is_answered_before_its_detach_is_recorded)
 {
@@ -7556,14 +7570,7 @@ Test(repl, nothing_of_a_second_disk_is_answered_before_its_detach_is_recorded)
 /* It was not opened anew. */
 Test(repl, a_disk_that_fails_beside_a_rebuilds_begin_is_not_in_it)
 {
-	struct host *h = two_volumes();
-	guest(h, 'a', REPL_WRITE, 0, 4096);
-	guest2(h, 'b', REPL_WRITE, 0, 4096);
-	fin(h, "a");
-	fin(h, "b");
-	fin_full(h, "a", -ERR_IO, false, 0, false);
-	ack(h, 3, 3, 3);
-	saved(h);
+	struct host *h = first_of_two_detached();
 	forget(h);
 	command(h, CMD_RESYNC, 0);
 	EXPECT(h, "do:reopen/own");
@@ -8001,14 +8008,7 @@ Test(lineage_core, a_copy_that_is_being_given_up_is_not_stopped)
 /* Another disk's error has taken the pair out of sync meanwhile, and a pause may keep it there. */
 Test(repl, what_waits_for_a_detached_disk_goes_on_when_it_is_whole)
 {
-	struct host *h = two_volumes();
-	guest(h, 'a', REPL_WRITE, 0, 4096);
-	guest2(h, 'b', REPL_WRITE, 0, 4096);
-	fin(h, "a");
-	fin(h, "b");
-	fin_full(h, "a", -ERR_IO, false, 0, false);
-	ack(h, 3, 3, 3);
-	saved(h);
+	struct host *h = first_of_two_detached();
 	ack(h, 4, 4, 4);
 	command(h, CMD_RESYNC, 0);
 	fin(h, "reopen");
