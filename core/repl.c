@@ -1233,6 +1233,8 @@ void repl_init(struct repl *r, const struct repl_init_args *a)
 	memcpy(r->store, a->store, sizeof(r->store));
 	r->emit = a->emit;
 	r->emit_arg = a->emit_arg;
+	r->random = ~a->random_seed; /* beside the generations */
+	r->start_id = repl_random(r);
 	r->random = a->random_seed;
 	r->now_ns = r->marks_ns = a->now_ns;
 	r->power = a->power;

@@ -377,9 +377,11 @@ uint64_t repl_detached(const struct repl *r);
 uint64_t repl_unsynced(const struct repl *r);
 bool repl_forwarding(const struct repl *r); /* a primary on a live session, not behind: payload will be sent */
 /* Whether a connection that has just come up is this group's from now on: asked by the shell before EV_LINK_UP, under
- * the same exclusion. Two that cross each other (a failback, while the old primary dials) must not end both. */
-bool repl_takes_link(const struct repl *r, bool dialer);
-/* Builds the JOIN of this host into *j. */
+ * the same exclusion. `join` is what the peer dialled with; NULL: this host dialled. Two that cross each other (a
+ * failback, while the old primary dials) must not end both, and one that its dialler has given up for another since is
+ * heard of by neither. */
+bool repl_takes_link(const struct repl *r, const struct wire_join *join);
+/* Builds the JOIN of this host into *j, with the number of the last one that it said. */
 void repl_join(const struct repl *r, struct wire_join *j);
 
 struct repl_status {

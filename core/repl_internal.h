@@ -143,6 +143,8 @@ struct repl {
 	repl_emit_fn emit;
 	void *emit_arg;
 	uint64_t random;
+	uint64_t start_id, joins;      /* what the JOINs of this start are told apart by, and how many were said */
+	uint64_t heard[2], heard_join; /* the peer's last start, the one before, and the number of its last JOIN */
 	uint64_t now_ns, wall_ns;
 
 	/* metadata */

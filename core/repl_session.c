@@ -134,6 +134,8 @@ void repl_join(const struct repl *r, struct wire_join *j)
 	j->ckpt_max = max_u64(m->ckpt_max, r->ckpt_used);
 	j->last_stream = m->last_stream;
 	j->failover_generation = m->failover_generation;
+	j->start = r->start_id;
+	j->number = r->joins;
 	j->settings = m->settings;
 	j->n_volumes = m->n_volumes;
 	memcpy(j->volumes, m->volumes, m->n_volumes * sizeof(m->volumes[0]));
@@ -157,6 +159,7 @@ static void decide(struct repl *r);
 
 static void send_join(struct repl *r)
 {
+	r->joins++;
 	repl_join(r, &r->mine);
 	int n = wire_join_encode(&r->mine, r->scratch, sizeof(r->scratch));
 	INVARIANT(n > 0);
@@ -200,11 +203,30 @@ static bool dial_wanted(const struct repl *r)
 	return m->state == STATE_RUNNING;
 }
 
+/* [OUTDATED] Said before another JOIN of the same host that was heard already, or before its restart: it comes late, on
+ * a connection that its dialler has given up for a later one, and what it says may not hold any more (a stop, where a
+ * start was given since; a split brain that is resolved). */
+static bool outdated(const struct repl *r, const struct wire_join *j)
+{
+	return j->start && (j->start == r->heard[0] ? j->number <= r->heard_join : j->start == r->heard[1]);
+}
+
+static void heard(struct repl *r, const struct wire_join *j)
+{
+	if (j->start != r->heard[0]) {
+		r->heard[1] = r->heard[0];
+		r->heard[0] = j->start;
+	}
+	r->heard_join = j->number;
+}
+
 /* While a command dials, what the peer dials itself is not taken; and what a peer's command has brought about is not
  * given up for this host's own dial. */
-bool repl_takes_link(const struct repl *r, bool dialer)
+bool repl_takes_link(const struct repl *r, const struct wire_join *join)
 {
-	return dialer ? r->link == LINK_DOWN || r->dialer || r->protect : r->protect == NULL;
+	if (join == NULL)
+		return r->link == LINK_DOWN || r->dialer || r->protect;
+	return r->protect == NULL && !outdated(r, join);
 }
 
 static void theirs_forget(struct repl *r)
@@ -502,6 +524,7 @@ static void on_join(struct repl *r, const struct repl_event *ev)
 		session_protocol_error(r, "checkpoint numbers up to %llu", (unsigned long long)r->theirs.ckpt_max);
 		return;
 	}
+	heard(r, &r->theirs);
 	r->join_got = r->join_waits = true;
 	session_join_ready(r);
 }

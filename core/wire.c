@@ -544,6 +544,8 @@ int wire_join_encode(const struct wire_join *j, void *buf, size_t size)
 	wbuf_u64(&w, j->ckpt_max);
 	wbuf_u64(&w, j->last_stream);
 	wbuf_u64(&w, j->failover_generation);
+	wbuf_u64(&w, j->start);
+	wbuf_u64(&w, j->number);
 	settings_encode(&j->settings, &w);
 	wbuf_u32(&w, j->n_volumes);
 	for (uint32_t i = 0; i < j->n_volumes; i++)
@@ -573,6 +575,10 @@ static int join_parse(struct message_reader *m, struct wire_join *j, struct err 
 	field_end(m, "last_stream");
 	j->failover_generation = rbuf_u64(&m->r);
 	field_end(m, "failover_generation");
+	j->start = rbuf_u64(&m->r);
+	field_end(m, "start");
+	j->number = rbuf_u64(&m->r);
+	field_end(m, "number");
 	settings_decode(&j->settings, &m->r);
 	field_end(m, "settings");
 	j->n_volumes = rbuf_u32(&m->r);

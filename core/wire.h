@@ -235,6 +235,7 @@ struct wire_join {
 	uint64_t ckpt_max;
 	uint64_t last_stream;
 	uint64_t failover_generation;
+	uint64_t start, number; /* of this start of the sender, its `number`th JOIN; start 0: it does not number them */
 	struct settings settings;
 	uint32_t n_volumes;
 	struct repl_volume volumes[GROUP_VOLUMES_MAX];

@@ -333,7 +333,7 @@ static int on_up_dialled(struct link *l, void *arg)
 	struct conn *c = arg;
 	daemon_conn_set_link(c, l);
 	hub_conn_up(c);
-	group_attach(c->g, c, NULL, NULL);
+	group_attach(c->g, c, NULL, NULL, NULL);
 	return 0;
 }
 
@@ -450,8 +450,8 @@ static int check_taken(struct group *g, const struct conn *c, const struct wire_
 			       "there");
 		err = ERR_STATE;
 	}
-	if (!err && !repl_takes_link(g->core, false)) {
-		(void)snprintf(text, WIRE_TEXT_MAX, "that host is dialling itself for that group");
+	if (!err && !repl_takes_link(g->core, j)) {
+		(void)snprintf(text, WIRE_TEXT_MAX, "that host dials itself for that group, or was dialled since");
 		err = ERR_BUSY;
 	}
 	bool own = m->role == ROLE_STANDALONE && (j->flags & WIRE_JOIN_PROTECT) != 0;
@@ -497,12 +497,12 @@ static int first_frame(struct conn *c, const struct wire_frame *f, void *payload
 	struct group *g = group_for(c, j);
 	char text[WIRE_TEXT_MAX];
 	int err = g ? check_taken(g, c, j, text) : 0;
-	free(j);
 	if (err) {
 		refuse(c, err, text);
 		group_unref(g);
 	}
 	if (g == NULL || err) {
+		free(j);
 		free(payload);
 		return 0;
 	}
@@ -510,7 +510,8 @@ static int first_frame(struct conn *c, const struct wire_frame *f, void *payload
 	mutex_lock(&g->lock);
 	g->conns++;
 	mutex_unlock(&g->lock);
-	group_attach(g, c, f, payload);
+	group_attach(g, c, j, f, payload);
+	free(j);
 	return 0;
 }
 

@@ -941,12 +941,12 @@ void group_sent(struct conn *c, uint64_t bytes)
 }
 
 /* The connection stands: it becomes the group's, with the next session number. */
-void group_attach(struct group *g, struct conn *c, const struct wire_frame *f, void *payload)
+void group_attach(struct group *g, struct conn *c, const struct wire_join *j, const struct wire_frame *f, void *payload)
 {
 	struct outbox o;
 	outbox_init(&o);
 	lock_with(g, &o);
-	if (g->closing || !repl_takes_link(g->core, c->dialled)) {
+	if (g->closing || !repl_takes_link(g->core, j)) {
 		unlock_with(g);
 		outbox_run(g, &o);
 		link_close(c->link, 0);

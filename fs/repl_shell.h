@@ -172,7 +172,8 @@ bool group_command_wait(struct group *g, struct shell_command *c, uint64_t until
 struct shell_command *shell_command_new(enum repl_cmd cmd);
 void shell_command_unref(struct shell_command *c);
 /* An accepted connection that asks for this group, with its JOIN frame. Takes over conn->g. */
-void group_attach(struct group *g, struct conn *c, const struct wire_frame *f, void *payload);
+void group_attach(struct group *g, struct conn *c, const struct wire_join *j, const struct wire_frame *f,
+		  void *payload);
 int group_frame(struct conn *c, const struct wire_frame *f, void *payload);
 void group_conn_down(struct conn *c, int code, const char *text);
 void group_batch(struct conn *c);

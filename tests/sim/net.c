@@ -337,7 +337,10 @@ static void attach(struct end *e, const struct wire_frame *f, const void *payloa
 {
 	struct host *h = e->h;
 	struct end *old = h->conn;
-	if (!repl_takes_link(h->core, e->side == 0)) {
+	static struct wire_join j;
+	if (f && wire_join_decode(&j, payload, f->length_payload, NULL) < 0)
+		memset(&j, 0, sizeof(j)); /* the core refuses it */
+	if (!repl_takes_link(h->core, f ? &j : NULL)) {
 		if (e->side == 1)
 			send_refuse(e, ERR_BUSY, "that host is dialling itself for that group");
 		net_close(e, e->side == 1 ? 500 * MS : 0);

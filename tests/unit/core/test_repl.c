@@ -16,6 +16,7 @@ struct host {
 	struct repl *r;
 	void *mem[VOLUMES_MAX], *metas[2];
 	uint64_t now, session, random;
+	uint64_t peer_start, peer_joins; /* of the JOINs that it hears */
 	char trace[8192];
 	struct repl_io *submitted[IOS];
 	unsigned n_submitted;
@@ -333,6 +334,8 @@ static void join_frame(struct host *h, const struct repl_meta *peer, uint32_t fl
 	j.sync_from = peer->sync_from;
 	j.ckpt_max = peer->ckpt_max;
 	j.last_stream = peer->last_stream;
+	j.start = h->peer_start;
+	j.number = h->peer_joins;
 	j.settings = peer->settings;
 	j.n_volumes = peer->n_volumes;
 	memcpy(j.volumes, peer->volumes, peer->n_volumes * sizeof(j.volumes[0]));
@@ -2235,9 +2238,9 @@ Test(lineage_core, a_failback_finds_a_primary_that_has_not_heard)
 	link_down(h);
 	tick(h, 0);
 	EXPECT(h, "dial"); /* crosses */
-	cr_assert(repl_takes_link(h->r, false));
+	cr_assert(repl_takes_link(h->r, &(struct wire_join){0}));
 	link_up(h, false);
-	cr_assert_not(repl_takes_link(h->r, true), "its own dial is not worth the survivor's command");
+	cr_assert_not(repl_takes_link(h->r, NULL), "its own dial is not worth the survivor's command");
 	join_frame(h, &survivor, WIRE_JOIN_FAILBACK);
 	EXPECT(h, "save:secondary/NONE");
 	cr_assert(h->saved.shut_out);
@@ -2298,8 +2301,8 @@ Test(lineage_core, while_a_command_dials_nothing_else_is_taken)
 	h->cmd = (struct repl_command){.cmd = CMD_FAILBACK, .text = "old:1"};
 	step(h, (struct repl_event){.type = EV_COMMAND, .command = &h->cmd});
 	EXPECT(h, "close dial");
-	cr_assert_not(repl_takes_link(h->r, false));
-	cr_assert(repl_takes_link(h->r, true));
+	cr_assert_not(repl_takes_link(h->r, &(struct wire_join){0}));
+	cr_assert(repl_takes_link(h->r, NULL));
 	link_up(h, true);
 	EXPECT(h, "send:JOIN");
 	meta_of(&peer_meta, ROLE_SECONDARY, STATE_NONE);
@@ -7987,6 +7990,51 @@ Test(repl, a_checkpoint_that_is_wanted_of_a_primary_that_falls_behind_is_none)
 }
 
 /* A resolve on the peer has decided that its copy is given up. */
+/* What the peer dials with. */
+static bool taken(struct host *h, uint64_t start, uint64_t number)
+{
+	return repl_takes_link(h->r, &(struct wire_join){.start = start, .number = number});
+}
+
+Test(lineage_core, a_join_that_its_dialler_has_given_up_is_not_heard)
+{
+	static struct wire_join said;
+	struct host *h = primary(PROTOCOL_F);
+	cr_assert(taken(h, 7, 1));
+	cr_assert(taken(h, 0, 0));
+	link_down(h);
+	tick(h, 3 * SEC);
+	forget(h);
+	link_up(h, true);
+	EXPECT(h, "send:JOIN");
+	repl_join(h->r, &said);
+	uint64_t start = said.start, number = said.number;
+	cr_assert_neq(start, 0);
+	cr_assert_eq(number, 2);
+	h->peer_start = 7;
+	h->peer_joins = 5;
+	join_frame(h, &peer_meta, 0);
+	for (uint64_t n = 0; n < 8; n++)
+		cr_assert_eq(taken(h, 7, n), n > 5, "number %d", (int)n);
+	cr_assert(taken(h, 0, 0), "one that does not number them");
+	cr_assert(taken(h, 8, 1), "it has been started anew");
+	cr_assert(repl_takes_link(h->r, NULL));
+	link_down(h);
+	cr_assert_not(taken(h, 7, 5), "whatever has become of the one that it heard");
+	link_up(h, false);
+	h->peer_start = 8;
+	h->peer_joins = 1;
+	join_frame(h, &peer_meta, 0);
+	EXPECT(h, "send:JOIN");
+	repl_join(h->r, &said);
+	cr_assert_eq(said.start, start);
+	cr_assert_eq(said.number, number + 1);
+	cr_assert_not(taken(h, 8, 1));
+	cr_assert(taken(h, 8, 2));
+	cr_assert_not(taken(h, 7, 6), "from before the peer's restart");
+	host_free(h);
+}
+
 Test(lineage_core, a_copy_that_is_being_given_up_is_not_stopped)
 {
 	struct host *h = halted(true);

@@ -1037,6 +1037,8 @@ static void join_some(struct wire_join *j)
 	j->ckpt_max = 41;
 	j->last_stream = 40;
 	j->failover_generation = 0xa2;
+	j->start = 0xa3;
+	j->number = 0xa4;
 	settings_default(&j->settings);
 	j->n_volumes = 2;
 	for (uint32_t i = 0; i < 2; i++) {
@@ -1049,7 +1051,7 @@ static void join_some(struct wire_join *j)
 }
 
 #define JOIN_HEAD 27 /* name, uuid, flags, role, state of the group vm1 */
-#define JOIN_SETTINGS (27 + 144 + 32)
+#define JOIN_SETTINGS (27 + 144 + 48)
 
 Test(wire_join, documented_bytes_and_round_trip)
 {
@@ -1069,8 +1071,8 @@ Test(wire_join, documented_bytes_and_round_trip)
 	cr_assert_eq(buf[26], STATE_RUNNING);
 	cr_assert_eq(get_u64(buf + JOIN_HEAD), 5);
 	cr_assert_eq(get_u64(buf + JOIN_HEAD + 16), 4);
-	static const uint64_t numbers[] = {0xa1, 41, 40, 0xa2};
-	for (unsigned i = 0; i < 4; i++)
+	static const uint64_t numbers[] = {0xa1, 41, 40, 0xa2, 0xa3, 0xa4};
+	for (unsigned i = 0; i < 6; i++)
 		cr_assert_eq(get_u64(buf + JOIN_HEAD + 144 + 8 * i), numbers[i]);
 	settings_encode(&j.settings, &w);
 	cr_assert_arr_eq(buf + JOIN_SETTINGS, settings, w.len);
