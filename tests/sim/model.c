@@ -614,7 +614,19 @@ void model_sent(struct host *h, const struct repl_action *a, struct sim_io *s, s
 	}
 }
 
-static bool lost_here(struct host *h, bool active, uint32_t vol, uint32_t u);
+/* Whether the next sync of a disk leaves something else there than it shows now: what failed ones have lost. */
+static bool lost_differs(struct host *h, uint32_t vol, uint32_t u)
+{
+	const struct world *w = h->w;
+	ver shown = model_shows(w, h->disk[vol].now[u]);
+	bool differs = model_shows(w, h->disk[vol].durable[u]) != shown;
+	for (unsigned i = 0; i < h->n_log; i++) {
+		const struct exec *x = &h->log[i];
+		if (exec_covers(x, false, vol, u))
+			differs = model_shows(w, exec_ver(x, u)) != shown || (x->lost && differs);
+	}
+	return differs;
+}
 
 /* What is equal counts as if the source's write had been carried out here: as durable as what is there already, or with
  * the next sync, but for what a failed one has lost. */
@@ -626,8 +638,7 @@ static void hash_equal(struct host *h, const struct sent *sent)
 		if (model_shows(w, now[i]) == model_shows(w, sent->vers[i]))
 			now[i] = sent->vers[i];
 	for (uint32_t i = 0, first; i < sent->n; i++) {
-		for (first = i;
-		     i < sent->n && now[i] == sent->vers[i] && !lost_here(h, false, sent->vol, sent->first + i);)
+		for (first = i; i < sent->n && now[i] == sent->vers[i] && !lost_differs(h, sent->vol, sent->first + i);)
 			i++;
 		if (i == first)
 			continue;
