@@ -265,6 +265,11 @@ static void resolve(struct sim *s)
 	const struct repl_meta *keeper = world_meta(w, !loser);
 	if (keeper && (world_detached(w, !loser) || repl_meta_flagged(keeper, VOLUME_STALE))) /* else it is refused */
 		loser = !loser;
+	keeper = world_meta(w, !loser);
+	if (keeper && keeper->role == ROLE_SECONDARY && keeper->state != STATE_DONE) {
+		command(s, !loser, (struct repl_command){.cmd = CMD_FAILOVER, .flags = FAILOVER_DISCARD_ACTIVE});
+		return;
+	}
 	command(s, h, (struct repl_command){.cmd = CMD_RESOLVE, .number = loser == h ? DISCARD_LOCAL : DISCARD_PEER});
 }
 
