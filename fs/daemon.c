@@ -754,6 +754,9 @@ void daemon_shutdown(struct daemon *d)
 {
 	if (atomic_exchange(&d->ending, true))
 		return;
+	/* First: who waits for a job's end is waited for. */
+	if (d->jobs)
+		jobs_shutdown(d->jobs);
 	if (d->ctl)
 		ctl_server_stop(d->ctl);
 	mutex_lock(&d->lock);
@@ -765,8 +768,6 @@ void daemon_shutdown(struct daemon *d)
 	/* A JOIN that makes a group ends first; no other is made: from here on the list stands. */
 	mutex_lock(&d->admin);
 	mutex_unlock(&d->admin);
-	if (d->jobs)
-		jobs_shutdown(d->jobs);
 	for (struct group *g = d->groups; g; g = g->next)
 		group_shutdown(g);
 	hub_shutdown(d);

@@ -34,6 +34,8 @@
 /* Between two looks of `none` at what was saved, and before an ignored error is tried again. */
 #define LOOK_NS NS_PER_SEC
 #define RETRY_NS NS_PER_SEC
+/* So long a job's last step is waited for while the daemon ends: what it reads, or its target, may hang. */
+#define ENDING_NS NS_PER_SEC
 /* Progress is told so often, and the rate is that of about the last RATE_NS. */
 #define TELL_NS (NS_PER_SEC / 5)
 #define RATE_NS (2 * NS_PER_SEC)
@@ -107,6 +109,7 @@ struct jobs {
 	uint64_t last_id;
 	unsigned beginning; /* not in the list yet */
 	bool ending;
+	uint64_t ending_ns; /* since when */
 };
 
 static const char *const mode_names[JOB_MODES] = {"full", "top", "none", "stream", "incremental"};
@@ -214,6 +217,7 @@ void jobs_shutdown(struct jobs *t)
 {
 	mutex_lock(&t->lock);
 	t->ending = true;
+	t->ending_ns = clock_mono_ns();
 	for (struct job *j = t->list; j; j = j->next) {
 		if (ended(j))
 			continue;
@@ -1054,8 +1058,11 @@ int jobs_pause(struct jobs *t, uint64_t id, struct err *e)
 	if (j)
 		set_state_locked(t, j, JOB_PAUSED);
 	/* The step under way ends first: what is answered holds. */
-	while (!err && (j = find_locked(t, id)) != NULL && j->queued && j->state == JOB_PAUSED)
+	while (!err && (j = find_locked(t, id)) != NULL && j->queued && j->state == JOB_PAUSED) {
 		cond_wait(&t->cond, &t->lock);
+		if (t->ending)
+			err = err_set(e, ERR_CANCELED, "job %" PRIu64 ": the daemon is shutting down", id);
+	}
 	mutex_unlock(&t->lock);
 	return err;
 }
@@ -1153,6 +1160,12 @@ static int wait_ended(struct jobs *t, uint64_t id, struct ctl_conn *c, bool own,
 		uint64_t now = clock_mono_ns();
 		bool late = deadline_ns && now >= deadline_ns;
 		bool gone = c && ctl_canceled(c);
+		if (t->ending && now >= t->ending_ns + ENDING_NS)
+			return err_set(e, ERR_CANCELED,
+				       "job %" PRIu64 ": cancelled, the daemon is shutting down; its last step hangs",
+				       id);
+		if (t->ending) /* it is being cancelled */
+			late = gone = false;
 		if ((late || gone) && !own)
 			return late ? err_set(e, ERR_TIMEOUT,
 					      "job %" PRIu64 ": it has not ended in the time given; it goes on", id)

@@ -1092,9 +1092,10 @@ int group_command(struct group *g, struct shell_command *c, struct ctl_conn *ctl
 			return err;
 		if (deadline_ns && clock_mono_ns() >= deadline_ns)
 			return err_set(e, ERR_TIMEOUT, "it has not ended in the time given; it goes on");
+		if (atomic_load(&g->d->ending))
+			return err_set(e, ERR_CANCELED, "the daemon is shutting down");
 		if (ctl && ctl_canceled(ctl))
-			return atomic_load(&g->d->ending) ? err_set(e, ERR_CANCELED, "the daemon is shutting down")
-							  : err_set(e, ERR_INTR, "interrupted; it goes on");
+			return err_set(e, ERR_INTR, "interrupted; it goes on");
 	}
 }
 

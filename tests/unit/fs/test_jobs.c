@@ -1042,3 +1042,123 @@ Test(jobs, a_daemon_that_ends_takes_its_jobs_along)
 	cr_assert_eq(pair_is(&p.a, "vm", 64 * K, SIZE - 64 * K, 1), 0);
 	cr_assert_eq(pair_is(&p.a, "vm", 0, 64 * K, 2), 0);
 }
+
+static void *over_control(void *arg)
+{
+	char sock[300];
+	const char *verb = arg;
+	json_t *result = NULL, *args = NULL;
+	struct err e = {0};
+	(void)snprintf(sock, sizeof(sock), "%s/control.sock", p.a.store);
+	if (strcmp(verb, "job") == 0)
+		args = json_pack("{s:s, s:i}", "op", "pause", "id", 1);
+	else
+		args = args_for("target", verb);
+	if (strcmp(verb, "none") == 0)
+		json_object_set_new(args, "speed", json_integer(64 * K));
+	int *ret = malloc(sizeof(*ret));
+	*ret = ctl_call(sock, strcmp(verb, "job") == 0 ? verb : "backup", args, 0, NULL, NULL, &result, NULL, &e);
+	json_decref(result);
+	return ret;
+}
+
+static void *shut_down(void *arg)
+{
+	daemon_shutdown(p.a.d);
+	atomic_store((atomic_bool *)arg, true);
+	return NULL;
+}
+
+/* Whether a's end has got past the requests of the control socket, of which one waits; then `go` ends its wait. */
+static void expect_end(pthread_t client, _Atomic int *go)
+{
+	pthread_t t;
+	void *ret = NULL;
+	atomic_bool done = false;
+	cr_assert_eq(pthread_create(&t, NULL, shut_down, &done), 0);
+	for (unsigned i = 0; i < 1000 && !atomic_load(&done); i++)
+		(void)poll(NULL, 0, 5);
+	bool in_time = atomic_load(&done);
+	if (go)
+		atomic_store(go, 0);
+	cr_assert(in_time, "the end of the daemon waits for a request");
+	(void)pthread_join(t, NULL);
+	(void)pthread_join(client, &ret);
+	cr_assert_eq(*(int *)ret, -ERR_CANCELED);
+	free(ret);
+}
+
+/* Its end would be written for as long as its speed says. */
+Test(jobs, a_daemon_that_ends_does_not_write_the_end_of_one_that_is_waited_for)
+{
+	pthread_t t;
+	struct err e = {0};
+	put(0, SIZE, 1);
+	OK(daemon_serve_control(p.a.d, &e));
+	cr_assert_eq(pthread_create(&t, NULL, over_control, (void *)"none"), 0);
+	WAIT_FOR(is(&p.a, 1, "running"));
+	put(0, SIZE, 2);
+	expect_end(t, NULL);
+	pair_host_stop(&p.a);
+	nothing_of("target");
+	OK(pair_host_start(&p, &p.a));
+}
+
+/* Something is under way in a's group: a save, which is held. */
+static bool busy(void)
+{
+	struct group *g = daemon_group(p.a.d, "vm");
+	mutex_lock(&g->lock);
+	bool is = g->jobs > 0;
+	mutex_unlock(&g->lock);
+	group_unref(g);
+	return is;
+}
+
+/* The disk under the store hangs: the record of the job's checkpoint is never saved. */
+Test(jobs, a_daemon_that_ends_does_not_wait_for_a_hold)
+{
+	static struct faults f = {.match = "groups/"};
+	pthread_t t;
+	struct err e = {0};
+	put(0, SIZE, 1);
+	with_faults(&f);
+	OK(daemon_serve_control(p.a.d, &e));
+	atomic_store(&f.hold, 1);
+	cr_assert_eq(pthread_create(&t, NULL, over_control, (void *)"full"), 0);
+	WAIT_FOR(busy());
+	expect_end(t, &f.hold);
+}
+
+/* The disk that it reads hangs, so the step under way does not end. */
+Test(jobs, a_daemon_that_ends_does_not_wait_for_a_pause)
+{
+	static struct faults f = {.match = "vm/"};
+	pthread_t t;
+	struct err e = {0};
+	put(0, SIZE, 1);
+	with_faults(&f);
+	OK(daemon_serve_control(p.a.d, &e));
+	atomic_store(&f.hold_read, 1);
+	unsigned before = atomic_load(&f.reading);
+	begin(&p.a, "full", "full");
+	WAIT_FOR(atomic_load(&f.reading) > before);
+	cr_assert_eq(pthread_create(&t, NULL, over_control, (void *)"job"), 0);
+	WAIT_FOR(is(&p.a, 1, "paused"));
+	expect_end(t, &f.hold_read);
+}
+
+Test(jobs, a_daemon_that_ends_does_not_wait_for_the_step_of_one_that_is_waited_for)
+{
+	static struct faults f = {.match = "vm/"};
+	pthread_t t;
+	struct err e = {0};
+	put(0, SIZE, 1);
+	with_faults(&f);
+	OK(daemon_serve_control(p.a.d, &e));
+	atomic_store(&f.hold_read, 1);
+	unsigned before = atomic_load(&f.reading);
+	cr_assert_eq(pthread_create(&t, NULL, over_control, (void *)"full"), 0);
+	WAIT_FOR(atomic_load(&f.reading) > before);
+	expect_end(t, &f.hold_read);
+}
