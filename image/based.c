@@ -5,14 +5,13 @@
  * old content, as of a write in progress. No sync is waited for (B3): a kill leaves data and words in the system's
  * cache, and what nobody flushed a power cut may take.
  *
- * A power cut may take any of data and words, so in `power` the word of a block whose data no sync has covered yet is
- * an *unsettled* one, which has a bit for each sector that may be zeroes. Before the first write to a block own.data
- * has durable zeroes there: it is a hole, or what a write that was cut off left is punched and synced, and based_open
- * syncs what an earlier process punched. So whatever the medium has of an unsettled block afterwards, each sector is
- *   zeroes, bit clear: none of the writes to it got there. It is the base's.
- *   zeroes, bit set: somebody wrote zeroes, or was about to: the bit comes before them (note_zeroes).
- *   else what one of the writes put there.
- * Each of these is what the sector held at the last flush, or was written since: a flush settles. settle() syncs
+ * A power cut may take any of data and words, and in `process` too a sync that failed does, so the word of a block
+ * whose data no sync has covered yet is an *unsettled* one, which has a bit for each sector that may be zeroes. Before
+ * the first write to a block own.data has durable zeroes there: it is a hole, or what a write that was cut off left is
+ * punched and synced, and based_open syncs what an earlier process punched. So whatever the medium has of an unsettled
+ * block afterwards, each sector is zeroes, bit clear: none of the writes to it got there. It is the base's. zeroes, bit
+ * set: somebody wrote zeroes, or was about to: the bit comes before them (note_zeroes). else what one of the writes put
+ * there. Each of these is what the sector held at the last flush, or was written since: a flush settles. settle() syncs
  * own.data, puts OVERLAY_UNCHECKED for all that were unsettled when it began, and syncs own.map. The settled word
  * reaches the medium after the data, whatever else is written meanwhile, and is the block's last one. After a kill
  * nothing is lost and the rule above changes nothing, so based_open needn't know which of the two it was.
@@ -382,7 +381,7 @@ static int open_own(struct based *b, const char *volume, struct err *e)
 	rc = overlay_each_marked(b->own, complete_block, b);
 	if (rc == 0 && b->unsettled.fresh.count)
 		rc = settle(b);
-	else if (rc == 0 && b->durable)
+	else if (rc == 0)
 		rc = overlay_sync_data(b->own);
 	return rc < 0 ? err_set(e, -rc, "open volume %s: its own blocks (%s.data and .map), over its base image: %s",
 				volume, b->path, err_short(rc))
@@ -729,10 +728,10 @@ static int put_block(struct based *b, const struct based_change *c, uint64_t blo
 	else
 		memset(whole + (lo - off), 0, (size_t)(hi - lo));
 	rc = disk_write(overlay_data(b->own), off, whole, sizeof(whole));
-	return rc < 0 ? rc : make_own(b, block, 1, whole, !b->durable);
+	return rc < 0 ? rc : make_own(b, block, 1, whole, false);
 }
 
-/* Whole blocks [off, end) of own.data, which no word stands for, are zeroes, in `power` durably: a write that was cut
+/* Whole blocks [off, end) of own.data, which no word stands for, are zeroes, durably: a write that was cut
  * off may have left something. Mostly they are a hole, and there is nothing to do. */
 static int clear_leftovers(struct based *b, uint64_t off, uint64_t end)
 {
@@ -756,7 +755,7 @@ static int clear_leftovers(struct based *b, uint64_t off, uint64_t end)
 		off = rc < 0 ? end : x.off + x.len;
 	}
 	/* Once that has failed any hole may be one of the cache alone (I10). */
-	if (rc == 0 && b->durable && (punched || __atomic_load_n(&b->unpunched, __ATOMIC_RELAXED))) {
+	if (rc == 0 && (punched || __atomic_load_n(&b->unpunched, __ATOMIC_RELAXED))) {
 		rc = sync_all(b);
 		if (rc < 0)
 			__atomic_store_n(&b->unpunched, true, __ATOMIC_RELAXED);
@@ -769,11 +768,8 @@ static int put_new(struct based *b, const struct based_change *c, uint64_t at, u
 {
 	uint64_t first = at >> BLOCK_SHIFT, last = (stop - 1) >> BLOCK_SHIFT;
 	bool whole_end = (stop & (BLOCK_SIZE - 1)) == 0;
-	int rc = 0;
+	int rc = clear_leftovers(b, first << BLOCK_SHIFT, (last + 1) << BLOCK_SHIFT);
 
-	/* In `process` data goes over what was left. */
-	if (b->durable || !c->buf)
-		rc = clear_leftovers(b, first << BLOCK_SHIFT, (last + 1) << BLOCK_SHIFT);
 	if (rc == 0 && ((at & (BLOCK_SIZE - 1)) || (first == last && !whole_end))) {
 		rc = put_block(b, c, first);
 		at = (first + 1) << BLOCK_SHIFT;
@@ -787,8 +783,7 @@ static int put_new(struct based *b, const struct based_change *c, uint64_t at, u
 	if (!c->buf)
 		return make_own(b, at >> BLOCK_SHIFT, (stop - at) >> BLOCK_SHIFT, NULL, true);
 	rc = disk_write(overlay_data(b->own), at, c->buf + (at - c->off), (size_t)(stop - at));
-	return rc < 0 ? rc
-		      : make_own(b, at >> BLOCK_SHIFT, (stop - at) >> BLOCK_SHIFT, c->buf + (at - c->off), !b->durable);
+	return rc < 0 ? rc : make_own(b, at >> BLOCK_SHIFT, (stop - at) >> BLOCK_SHIFT, c->buf + (at - c->off), false);
 }
 
 /* Whether the base reads as zeroes all over [off, end) by its extents. */

@@ -9,12 +9,12 @@
  * A block is *own* when its word is set, for good: it is then read from and written to own.data as to a raw disk.
  * Before, it is the base's; past the base's end it is zeroes. B1 The first write to a block puts all of it into
  * own.data (what the write leaves out, from the base), then its word, and waits for no sync: a kill takes nothing of
- * it. In `power` the word is *unsettled* until a sync has covered the data, and says by which sectors a block is told
- * that a power cut has taken: opening the volume gives those the base's content, as if the write, which nobody had
- * flushed, had not been. B2 A discard or zero makes blocks own that are a hole of own.data; where the base has a hole
- * already, nothing. B3 A sync is that of own.data, then the settled words, then the sync of own.map. B4 The base is
- * what it was when the volume was made, or the volume is not opened: size, time of change and a checksum of parts of
- * each of its files are compared.
+ * it. The word is *unsettled* until a sync has covered the data, and says by which sectors a block is told that a power
+ * cut, or a sync that failed, has taken: opening the volume gives those the base's content, as if the write, which
+ * nobody had flushed, had not been. B2 A discard or zero makes blocks own that are a hole of own.data; where the base
+ * has a hole already, nothing. B3 A sync is that of own.data, then the settled words, then the sync of own.map. B4 The
+ * base is what it was when the volume was made, or the volume is not opened: size, time of change and a checksum of
+ * parts of each of its files are compared.
  *
  * Who excludes whom: as for any disk, two writes in progress never touch the same block (image/volume.h).
  */

@@ -64,8 +64,7 @@ static void faults(struct run *r)
 				     .one_in = (unsigned)(4 + below(r, 60))};
 
 	simstore_rules_clear(r->ss);
-	/* `process` promises nothing of what a failed sync has lost. */
-	if (below(r, 3) == 0 || !r->power)
+	if (below(r, 3) == 0)
 		rule.calls &= ~SIMSTORE_BIT(SIMSTORE_SYNC);
 	if (below(r, 3))
 		simstore_rule_add(r->ss, &rule);
