@@ -400,11 +400,12 @@ int meta_save(struct storage *s, const char *dir, const char *path, const char k
 }
 
 /* Beside a copy that holds an older record the newest must be made certain before it is acted on: a power cut could
- * take it back. Apart from that failing is no error: the record is there, and the next save begins with the copy that
- * is not. */
+ * take it back. So must the first record there is, whose save was cut off before its other copy was made. Apart from
+ * that failing is no error: the record is there, and the next save begins with the copy that is not. */
 static int repair(struct pair *p, const struct copy *best)
 {
 	const struct copy *other = pair_other(p, best);
+	bool first = other->state == COPY_ABSENT && (best->flags & META_CREATED);
 	int rc;
 
 	if (other->state == COPY_GOOD && other->sequence == best->sequence)
@@ -412,7 +413,7 @@ static int repair(struct pair *p, const struct copy *best)
 	rc = secure(p, best, other);
 	if (rc == 0)
 		(void)copy_over(p, best, other, false, true);
-	return other->state == COPY_GOOD ? rc : 0;
+	return other->state == COPY_GOOD || first ? rc : 0;
 }
 
 /* Whether `best` is the newest record for sure, and may be gone on with. */

@@ -542,6 +542,31 @@ Test(meta, a_record_that_cant_be_made_durable_is_not_acted_on)
 	drop_store(cs);
 }
 
+/* The first save was cut off before its file's name was durable: there is no other copy to go back to, but a power cut
+ * could take the record away. */
+Test(meta, the_first_record_is_made_durable_before_it_is_acted_on)
+{
+	struct crashstore *cs = new_store(11);
+	struct err e = {0};
+	void *payload = NULL;
+	uint32_t version;
+	size_t len;
+	int rc;
+
+	cs->ops_left = 4; /* made, written, synced, renamed */
+	cr_assert_eq(save_number(cs, 1, 50, true), -ERR_IO);
+	cs_killed(cs);
+	cr_assert_not_null(cs_find(cs, "rec.a"));
+	cs->ops_left = 1; /* the folder's sync, behind the file's */
+	rc = meta_load(&cs->storage, "rec", KIND, 1, &version, &payload, &len, &e);
+	cs_killed(cs);
+	cr_assert_eq(rc, -ERR_IO, "%d", rc);
+	cr_assert_eq(load_number(cs, &rc), 1);
+	cs_power_cut(cs);
+	cr_assert_eq(load_number(cs, &rc), 1);
+	drop_store(cs);
+}
+
 /* The save's sync failed, and yet it is on the medium; what was put back over it was not synced when the process was
  * killed. The next one has gone on from the old record: the failed one must not come back. */
 Test(meta, a_record_whose_save_failed_stays_away)
