@@ -20,6 +20,7 @@
 #include "core/os/cleanup.h"
 #include "core/os/clock.h"
 #include "core/os/io.h"
+#include "core/range.h"
 #include "image/meta.h"
 #include "image/store.h"
 #include "image/store_internal.h"
@@ -29,6 +30,7 @@
 #define STORE_RECORD_SIZE 20
 #define GROUP_KIND "GRUP"
 #define ORPHAN_TRIES 1000
+#define REWRITE_CHUNK (1U << 20)
 /* "volumes/NAME/disk.raw" and the like */
 #define STORE_SUBPATH_SIZE (NAME_SIZE + 64)
 
@@ -783,6 +785,36 @@ struct sync_walk {
 	const char *dir;
 };
 
+/* Content is the guest's, and what of it is lost the next open finds so (STORAGE_FRESH). */
+static bool is_content(const char *name)
+{
+	const char *suffix = strrchr(name, '.');
+
+	return strcmp(name, "disk.raw") == 0 || (suffix && strcmp(suffix, ".data") == 0);
+}
+
+/* Writes over a file what it holds. */
+static int rewrite(struct disk *d)
+{
+	uint64_t off = 0, size = 0;
+	uint8_t *buf = malloc(REWRITE_CHUNK);
+	int rc = buf ? disk_get_size(d, &size) : -ERR_NOMEM;
+
+	while (rc == 0 && off < size) {
+		struct extent x;
+
+		rc = disk_extent(d, off, size, &x);
+		if (rc == 0 && x.data) {
+			x.len = min_u64(x.len, REWRITE_CHUNK);
+			rc = disk_read(d, off, buf, (size_t)x.len);
+			rc = rc < 0 ? rc : disk_write(d, off, buf, (size_t)x.len);
+		}
+		off += x.len;
+	}
+	free(buf);
+	return rc;
+}
+
 static int sync_entry(void *arg, const char *name)
 {
 	const struct sync_walk *w = arg;
@@ -792,12 +824,14 @@ static int sync_entry(void *arg, const char *name)
 
 	if (n < 0 || n > STORAGE_PATH_MAX)
 		return 0; /* too long to be one of ours */
-	rc = storage_open(w->st->storage, path, STORAGE_RDONLY, &d);
+	rc = storage_open(w->st->storage, path, 0, &d);
 	if (rc == -ERR_NOTSUP)
 		return 0;
 	if (rc < 0)
 		return rc;
-	rc = disk_sync(d);
+	rc = is_content(name) ? 0 : rewrite(d);
+	if (rc == 0)
+		rc = disk_sync(d);
 	disk_close(d);
 	return rc;
 }
@@ -810,7 +844,9 @@ static int sync_folder(struct store *st, const char *dir)
 	return rc < 0 ? rc : storage_sync_dir(st->storage, dir);
 }
 
-/* What was written while durability was `process` has never been synced. */
+/* What was written while durability was `process` has never been synced. What the system failed to write out meanwhile,
+ * or in an earlier try of this, looks written and no sync tells: what is ours, all but the content, is written again.
+ */
 static int sync_all(struct store *st)
 {
 	struct names folders = {0};

@@ -456,6 +456,42 @@ static bool fail_at(struct run *r, unsigned calls, bool once)
 	return hit;
 }
 
+/* A store of `process` becomes one of `power`, with a sync that fails at first: what that has taken is not there to be
+ * found by the next try, and by a start behind a power cut it is. */
+static bool set_power(struct run *r)
+{
+	const struct simstore_rule rule = {
+	    .calls = SIMSTORE_BIT(SIMSTORE_SYNC), .error = ERR_IO, .nth = r->n, .times = 1};
+	uint64_t seed = r->seed;
+	struct err e = {0};
+	struct look l;
+
+	begin(r);
+	simstore_rules_clear(r->ss);
+	unsigned k = simstore_rule_add(r->ss, &rule);
+	int rc = store_set_durability(r->st, DURABILITY_POWER, &e);
+	bool hit = simstore_rule_hits(r->ss, k) > 0;
+	if (rc < 0 && !hit)
+		fail(r, "durability is not set: %s", e.text);
+	if (rc < 0 && store_set_durability(r->st, DURABILITY_POWER, &e) < 0)
+		fail(r, "durability can't be set: %s", e.text);
+	simstore_rules_clear(r->ss);
+	r->power = true;
+	end(r);
+	simstore_stop(r->ss);
+	simstore_power_cut(r->ss, SIMSTORE_KEEP_NONE);
+	for (int i = 0; i < 2; i++) {
+		if (start(r, &l) < 0)
+			fail(r, "the start stopped");
+		check(r, &l);
+		come_back(r, true);
+	}
+	simstore_free(r->ss);
+	r->seed = seed;
+	r->power = false;
+	return hit;
+}
+
 /* An image of qcow2 with SIZE bytes of nothing: its header; the first level's table, of one entry, and the rest are
  * zeroes.
  */
@@ -485,6 +521,17 @@ int main(int argc, char **argv)
 	(void)snprintf(r.image, sizeof(r.image), "/tmp/simimageXXXXXX");
 	if (!outside(r.imported, buf, sizeof(buf), 0) || !outside(r.image, qcow2, sizeof(qcow2), 3U << 16))
 		return 1;
+	r.op = OP_CREATE;
+	r.what = "durability set, a failure of sync";
+	bool failing = true;
+	for (r.n = 1; failing; r.n++) {
+		failing = false;
+		for (uint64_t s = 1; s <= seeds; s++) {
+			r.seed = s * UINT64_C(0x9e3779b97f4a7c15) + r.n;
+			failing = set_power(&r) || failing;
+		}
+	}
+	printf("set durability: %" PRIu64 " syncs\n", r.n - 2);
 	for (int power = 0; power < 2; power++)
 		for (r.op = 0; r.op < OPS; r.op++) {
 			r.power = power;
