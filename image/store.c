@@ -648,18 +648,11 @@ static int make_private(struct store *st, struct err *e)
 
 static int open_folder(struct store *st, unsigned flags, struct err *e)
 {
-	char parent[4096];
 	struct stat sb;
 	int rc;
 
-	if ((flags & STORE_CREATE) && mkdir(st->path, 0700) == 0) {
-		io_dirname(st->path, parent, sizeof(parent));
-		rc = io_fsync_dir(parent);
-		if (rc < 0)
-			return store_refuse(e, -rc, "make store", st->path, "syncing %s: %s", parent, err_short(rc));
-	} else if ((flags & STORE_CREATE) && errno != EEXIST) {
+	if ((flags & STORE_CREATE) && mkdir(st->path, 0700) < 0 && errno != EEXIST)
 		return store_refuse(e, -err_from_errno(errno), "make store", st->path, "%s", strerror(errno));
-	}
 	if (stat(st->path, &sb) < 0)
 		return store_refuse(e, -err_from_errno(errno), "open store", st->path,
 				    "%s; give the folder of a store%s", strerror(errno),
@@ -669,6 +662,24 @@ static int open_folder(struct store *st, unsigned flags, struct err *e)
 	rc = storage_posix_open(st->path, &st->storage);
 	if (rc < 0)
 		return store_refuse(e, -rc, "open store", st->path, "%s", err_short(rc));
+	return 0;
+}
+
+/* Before a folder becomes a store its name is durable, whoever made it: a process that was killed behind that, too. One
+ * whose parent is not for this user to open was made by somebody else. */
+static int sync_parent(struct store *st, struct err *e)
+{
+	struct stat mine, its;
+	char parent[4096];
+	int rc;
+
+	io_dirname(st->path, parent, sizeof(parent));
+	/* A filesystem's root has no name there. */
+	if (stat(st->path, &mine) == 0 && stat(parent, &its) == 0 && mine.st_dev != its.st_dev)
+		return 0;
+	rc = io_fsync_dir(parent);
+	if (rc < 0 && rc != -ERR_PERM)
+		return store_refuse(e, -rc, "make store", st->path, "syncing %s: %s", parent, err_short(rc));
 	return 0;
 }
 
@@ -690,7 +701,7 @@ static int open_store(struct store *st, unsigned flags, int durability, struct e
 	int rc;
 
 	if ((rc = open_folder(st, flags, e)) < 0 || (rc = look_at_folder(st, flags, e)) < 0 ||
-	    (rc = take_lock(st, e)) < 0 || (rc = make_private(st, e)) < 0)
+	    (rc == 0 && (rc = sync_parent(st, e)) < 0) || (rc = take_lock(st, e)) < 0 || (rc = make_private(st, e)) < 0)
 		return rc;
 	return open_contents(st, flags, durability, e);
 }

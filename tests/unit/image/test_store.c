@@ -6,6 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -107,6 +108,32 @@ Test(store, is_made_private_and_found_again)
 	cr_assert_eq(store_set_durability(st, DURABILITY_POWER, &e), 0, "%s", e.text);
 	store_close(st);
 	store_close(NULL);
+}
+
+static struct stat watched;
+static unsigned watched_syncs;
+
+/* In place of the system's, for all of this program. */
+int fsync(int fd)
+{
+	struct stat sb;
+
+	if (watched.st_ino && fstat(fd, &sb) == 0 && sb.st_ino == watched.st_ino && sb.st_dev == watched.st_dev)
+		watched_syncs++;
+	return (int)syscall(SYS_fsync, fd);
+}
+
+/* The folder was made, and the process killed before its name was durable. */
+Test(store, the_name_of_a_folder_that_is_there_is_made_durable_too)
+{
+	cr_assert_eq(mkdir(tmpdir_at(&dir, "s"), 0700), 0);
+	cr_assert_eq(stat(dir.path, &watched), 0);
+	store_close(open_it());
+	cr_assert_eq(watched_syncs, 1);
+	/* Once it is a store it is for good. */
+	store_close(open_it());
+	cr_assert_eq(watched_syncs, 1);
+	memset(&watched, 0, sizeof(watched));
 }
 
 Test(store, one_process_holds_it)
