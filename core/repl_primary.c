@@ -656,9 +656,11 @@ void primary_cycle_done(struct repl *r, int error)
 		return;
 	}
 	if (error) {
-		r->cycle_on = false; /* its regions stay dirty [I10] */
+		/* The regions of a disk whose sync failed stay dirty [I10]; those of the others, and of one that is
+		 * rebuilt, which are not durable on the peer, are the next one's. */
+		r->cycle_on = false;
 		for (uint32_t i = 0; i < r->meta->n_volumes; i++) {
-			if (r->rebuild >> i & 1) /* not durable on the peer, either */
+			if ((r->rebuild | ~r->cycle_io.failed) >> i & 1)
 				bitmap_or(&r->vol[i].touched, &r->vol[i].cycle);
 			bitmap_clear_all(&r->vol[i].cycle);
 		}

@@ -8202,3 +8202,42 @@ Test(repl, no_rebuild_begins_before_the_sync_of_the_last_one_has_ended)
 	EXPECT(h, "do:reopen/own");
 	host_free(h);
 }
+
+/* One sync is asked for both disks. What the second has is durable, so its dirty regions become clean: a crash would
+ * send them again, and a switchover wants nothing dirty. */
+Test(repl, a_sync_that_fails_on_one_disk_leaves_nothing_dirty_on_the_other)
+{
+	for (int detach = 0; detach < 2; detach++) {
+		struct host *h = two_volumes();
+		if (!detach)
+			pass(h);
+		guest(h, 'a', REPL_WRITE, 0, 4096);
+		guest2(h, 'b', REPL_WRITE, 0, 4096);
+		fin(h, "a");
+		fin(h, "b");
+		fin(h, "a");
+		fin(h, "b");
+		forget(h);
+		tick(h, 2 * SEC);
+		EXPECT(h, "send:FLUSH#5 do:sync/disk");
+		ack(h, 5, 5, 5);
+		h->submitted[0]->failed = 1;
+		fin_full(h, "sync", -ERR_IO, false, 0, false);
+		EXPECT(h, detach ? "send:DETACH#6" : "");
+		cr_assert(dirty(h, 0));
+		if (detach) {
+			ack(h, 6, 6, 6);
+			saved(h);
+			forget(h);
+		}
+		tick(h, 20 * SEC);
+		EXPECT(h, detach ? "send:FLUSH#7 do:sync/disk" : "do:sync/disk"); /* its barrier is the last one */
+		if (detach)
+			ack(h, 7, 7, 7);
+		h->submitted[0]->failed = 0;
+		fin(h, "sync");
+		cr_assert_eq(repl_volume_state(h->r, 1)->dirty.count, 0);
+		cr_assert_eq(dirty(h, 0), !detach, "what a failed sync stood for is not clean by the next one");
+		host_free(h);
+	}
+}
