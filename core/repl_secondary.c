@@ -267,9 +267,18 @@ static void stop_applying(struct repl *r, const struct repl_io *io, int error, c
 	session_close(r, true);
 }
 
-/* Nothing more is applied on top of what the record may not say. */
+/* Nothing more is applied on top of what the record may not say. A stop whose last checkpoint waits for that is taken
+ * when the record can be saved again. */
 void secondary_unsure(struct repl *r)
 {
+	if (r->stop && r->meta->role == ROLE_SECONDARY && !r->is_target && r->barrier == NULL) {
+		struct repl_command *c = r->stop;
+		r->stop = NULL;
+		repl_command_done(r, c, r->save_error,
+				  "the group's record could not be saved: %s; what was received, the stop's last "
+				  "checkpoint too, is taken when it can be",
+				  err_short(r->save_error));
+	}
 	if (r->is_target)
 		stop_applying(r, &(struct repl_io){.session = r->session}, r->save_error, "saving the group's record");
 	secondary_run(r);

@@ -8241,3 +8241,34 @@ Test(repl, a_sync_that_fails_on_one_disk_leaves_nothing_dirty_on_the_other)
 		host_free(h);
 	}
 }
+
+/* Its checkpoint waits behind a record that can't be saved, and the primary is gone. */
+Test(repl, a_stop_is_answered_while_the_record_cannot_be_saved)
+{
+	struct host *h = secondary();
+	forget(h);
+	stream(h, 'c', WIRE_CHECKPOINT, REPL_CHECKPOINT, 2, 2, 0);
+	fin(h, "c");
+	EXPECT(h, "do:c/ckpt save:secondary/RUNNING +2");
+	command(h, CMD_STOP, 0);
+	EXPECT(h, "send:STOP_WANT");
+	struct repl_io *io = &h->io['s'];
+	*io = (struct repl_io){
+	    .kind = REPL_CHECKPOINT, .seq = 3, .arg = 3, .flags = WIRE_CKPT_COMMAND | WIRE_CKPT_STOP, .owner = 's'};
+	struct wire_frame f = {.type = WIRE_CHECKPOINT, .seq = 3, .offset = 3};
+	step(h, (struct repl_event){.type = EV_FRAME, .session = h->session, .frame = &f, .io = io});
+	save_fails(h, -ERR_NOSPC);
+	EXPECT(h, "save:secondary/RUNNING");
+	link_down(h);
+	EXPECT(h, "");
+	save_fails(h, -ERR_NOSPC);
+	EXPECT(h, "done:c cmd=ERR_NOSPC");
+	ticks(h, 2 * SEC);
+	EXPECT(h, "save:secondary/RUNNING");
+	saved(h);
+	EXPECT(h, "do:s/ckpt");
+	fin(h, "s");
+	saved(h);
+	EXPECT(h, "save:secondary/DONE +3 done:s");
+	host_free(h);
+}
