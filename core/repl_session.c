@@ -875,10 +875,10 @@ void session_tx_done(struct repl *r, struct tx *t, int error)
 			     "split brain: both hosts wrote alone; see `diverged`, then `resolve`");
 		if (t->session == r->session && r->link == LINK_HANDSHAKE && !r->closing) {
 			if (r->mine.flags & (WIRE_JOIN_DISCARD_MINE | WIRE_JOIN_DISCARD_YOURS))
-				fail_pending(
-				    r, &r->resolve, -ERR_STATE,
-				    "the copy to be kept can't be the source: it only follows, or a disk of it is "
-				    "detached, or `resolve` was given the other way round on the peer");
+				fail_pending(r, &r->resolve, -ERR_STATE,
+					     "the copy to be kept can't be the source: it only follows (`failover` "
+					     "there first), or a disk of it is detached, or `resolve` was given the "
+					     "other way round on the peer");
 			send_dirty(r);
 			r->dirty_sent = true;
 			apart_end(r);
