@@ -930,7 +930,8 @@ static void took_over(struct host *h, const struct repl_meta *old, const struct 
 					   u, v, text_of(w, have), text_of(w, p->disk[v].now[u]));
 			if (told > have && told > p->disk[v].now[u] && model_shows(w, told) != model_shows(w, have) &&
 			    told >= p->reign_from &&
-			    p->told[v][u].ns >= p->died_ns) /* what it had not flushed may have died with it */
+			    p->told[v][u].ns >= p->died_ns && /* what it had not flushed may have died with it */
+			    p->told[v][u].ns >= h->died_ns)   /* or, of a detached disk, with the peer */
 				world_fail(w, "host %u: takes over without %s, which was answered", h->id,
 					   text_of(w, told));
 		}
