@@ -976,7 +976,14 @@ void volume_forget(struct volume *v, uint64_t off, uint64_t len)
 
 int volume_read_disk(struct volume *v, uint64_t off, uint64_t len, void *buf)
 {
-	return range_fits(v, off, len) ? disk_read(v->disk, off, buf, (size_t)len) : -ERR_RANGE;
+	int rc = -ERR_RANGE;
+
+	/* No lock of the chain: nothing but opening it anew changes which disk it is. */
+	check_zero(pthread_rwlock_rdlock(&v->sync_lock));
+	if (range_fits(v, off, len))
+		rc = disk_read(v->disk, off, buf, (size_t)len);
+	check_zero(pthread_rwlock_unlock(&v->sync_lock));
+	return rc;
 }
 
 static int read_through(struct volume *v, enum volume_layer layer, uint64_t ckpt, uint64_t off, uint64_t len, void *buf)

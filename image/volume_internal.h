@@ -94,7 +94,7 @@ struct volume {
 	bool power;
 	uint64_t size; /* changes under chain_lock exclusively; volume_size() reads it without */
 
-	pthread_rwlock_t sync_lock; /* shared: a sync of the disk; exclusive: the disk is opened anew */
+	pthread_rwlock_t sync_lock; /* shared: a sync or read of the disk alone; exclusive: the disk is opened anew */
 	pthread_rwlock_t chain_lock;
 	struct layer *chain[VOLUME_CKPTS_MAX]; /* oldest first; the last is live */
 	uint32_t n_chain;

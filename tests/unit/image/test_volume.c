@@ -1,5 +1,8 @@
 /* Volumes against a plain model: random operations with every checkpoint's image kept, and the single properties. */
 #include <criterion/criterion.h>
+#include <poll.h>
+#include <pthread.h>
+#include <stdatomic.h>
 #include <stdint.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -396,6 +399,57 @@ Test(volume_one, a_growth_whose_sync_failed_is_not_there_at_the_next_try)
 	cr_assert_eq(volume_resize(v, 12288), 0);
 	cr_assert_eq(volume_size(v), 12288);
 	volume_close(v);
+	storage_close(s);
+}
+
+struct reopening {
+	struct volume *v;
+	_Atomic bool done;
+};
+
+static void *read_it(void *arg)
+{
+	struct reopening *r = arg;
+	uint8_t buf[512];
+
+	cr_assert_eq(volume_read_disk(r->v, 0, sizeof(buf), buf), 0);
+	return NULL;
+}
+
+static void *reopen_it(void *arg)
+{
+	struct reopening *r = arg;
+
+	cr_assert_eq(volume_reopen(r->v, NULL), 0);
+	atomic_store(&r->done, true);
+	return NULL;
+}
+
+/* A guest's read hangs on a disk that is detached meanwhile, and is to be rebuilt: what is read stays open. */
+Test(volume_one, a_disk_is_reopened_behind_reads_under_way, .timeout = 60)
+{
+	struct faults f = {.match = "other/disk.raw"};
+	struct storage *s = faultstore_open(store.path, &f);
+	struct volume_open_args a = {.name = "other", .size = 8192};
+	struct reopening r = {.v = NULL};
+	struct err e = {0};
+	pthread_t reads, reopens;
+
+	cr_assert_not_null(s);
+	cr_assert_eq(volume_create(s, "other", 8192, DURABILITY_PROCESS, &e), 0, "%s", e.text);
+	cr_assert_eq(volume_open(s, &a, &r.v, &e), 0, "%s", e.text);
+	atomic_store(&f.hold_read, 1);
+	cr_assert_eq(pthread_create(&reads, NULL, read_it, &r), 0);
+	while (atomic_load(&f.reading) == 0)
+		(void)poll(NULL, 0, 1);
+	cr_assert_eq(pthread_create(&reopens, NULL, reopen_it, &r), 0);
+	for (unsigned i = 0; i < 100 && !atomic_load(&r.done); i++)
+		(void)poll(NULL, 0, 1);
+	cr_assert_not(atomic_load(&r.done), "the disk was closed while it was read");
+	atomic_store(&f.hold_read, 0);
+	cr_assert_eq(pthread_join(reads, NULL), 0);
+	cr_assert_eq(pthread_join(reopens, NULL), 0);
+	volume_close(r.v);
 	storage_close(s);
 }
 
