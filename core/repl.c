@@ -1155,7 +1155,7 @@ void repl_step(struct repl *r, const struct repl_event *ev)
 		session_link_up(r, ev);
 		break;
 	case EV_LINK_DOWN:
-		if (ev->session ? ev->session == r->session : r->dialing)
+		if (ev->session ? ev->session == r->session : r->dialing && ev->dial == r->dials)
 			session_link_down(r, ev->error, ev->text);
 		break;
 	case EV_FRAME:

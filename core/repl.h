@@ -245,7 +245,7 @@ enum repl_event_type {
 	EV_IO_DONE,    /* io, error: an ACT_SUBMIT is done */
 	EV_META_SAVED, /* error: 0, or the record on disk is the old one, or perhaps the new one: see ACT_SAVE_META */
 	EV_LINK_UP,    /* session, dialer: a framed connection for this group stands; peer_store */
-	EV_LINK_DOWN,  /* session (0: a dial that failed), error, text */
+	EV_LINK_DOWN,  /* session (0: a dial that failed, its number in `dial`), error, text */
 	EV_FRAME,      /* session; frame; io (WRITE ... RESYNC_DONE: owned by the shell until ACT_COMPLETE); payload */
 	EV_BATCH,      /* session: the frames of one read have all been given */
 	EV_SENT,       /* session, bytes: left the queue */
@@ -259,7 +259,7 @@ struct repl_event {
 	uint64_t wall_ns; /* since 1970 */
 	struct repl_io *io;
 	int error; /* 0 or -ERR_x */
-	uint64_t session;
+	uint64_t session, dial;
 	bool dialer;
 	const uint8_t *peer_store;
 	const char *text;
@@ -279,7 +279,7 @@ enum repl_action_type {
 	ACT_SAVE_META, /* meta, whose volumes may have grown (the shell makes all ready first); ckpt: epoch to open (0:
 			* none); active_id; drop: number to leave the chain, drop_through: it and all older ones leave
 			* it, whatever they hold (0: none) */
-	ACT_DIAL,      /* text: address */
+	ACT_DIAL,      /* text: address; dial: its number. An older one counts no more */
 	ACT_CLOSE,     /* drain: send what is queued first, bounded; flags: 1 = keep what was received (failover) */
 	ACT_CMD_DONE,  /* command, error */
 	ACT_LOG,       /* level 0..2 (error, warning, info), text */
@@ -297,7 +297,7 @@ struct repl_action {
 	uint32_t data_len;
 	bool answered; /* COMPLETE of a READ: by the peer, with data */
 	const struct repl_meta *meta;
-	uint64_t ckpt, active_id, drop, drop_through;
+	uint64_t ckpt, active_id, drop, drop_through, dial;
 	bool drain;
 	struct repl_command *command;
 	int level;
@@ -377,10 +377,10 @@ uint64_t repl_detached(const struct repl *r);
 uint64_t repl_unsynced(const struct repl *r);
 bool repl_forwarding(const struct repl *r); /* a primary on a live session, not behind: payload will be sent */
 /* Whether a connection that has just come up is this group's from now on: asked by the shell before EV_LINK_UP, under
- * the same exclusion. `join` is what the peer dialled with; NULL: this host dialled. Two that cross each other (a
- * failback, while the old primary dials) must not end both, and one that its dialler has given up for another since is
- * heard of by neither. */
-bool repl_takes_link(const struct repl *r, const struct wire_join *join);
+ * the same exclusion. `join` is what the peer dialled with; NULL: this host dialled, and `dial` is the number of that.
+ * Two that cross each other (a failback, while the old primary dials) must not end both, and one that its dialler has
+ * given up for another since is heard of by neither. */
+bool repl_takes_link(const struct repl *r, const struct wire_join *join, uint64_t dial);
 /* Builds the JOIN of this host into *j, with the number of the last one that it said. */
 void repl_join(const struct repl *r, struct wire_join *j);
 

@@ -195,7 +195,9 @@ struct repl {
 	/* session */
 	enum link_state link;
 	uint64_t session;
-	bool dialer, join_sent, join_got, dialing, closing;
+	bool dialer, join_sent, join_got, closing;
+	bool dialing;		       /* the newest dial is under way */
+	uint64_t dials;		       /* its number */
 	struct wire_join mine, theirs; /* as sent and got: both hosts decide from the same two */
 	bool join_owed;		       /* this host dialled and has not said its own: see session_join_ready */
 	bool join_waits;	       /* their JOIN is here, but the old session's work has not ended */

@@ -118,7 +118,7 @@ bool session_reason(struct repl *r, const struct repl_event *ev, struct wire_ref
 void session_dial(struct repl *r)
 {
 	r->dialing = true;
-	repl_emit(r, &(struct repl_action){.type = ACT_DIAL, .text = r->dial_addr});
+	repl_emit(r, &(struct repl_action){.type = ACT_DIAL, .text = r->dial_addr, .dial = ++r->dials});
 }
 
 void repl_join(const struct repl *r, struct wire_join *j)
@@ -220,12 +220,12 @@ static void heard(struct repl *r, const struct wire_join *j)
 	r->heard_join = j->number;
 }
 
-/* While a command dials, what the peer dials itself is not taken; and what a peer's command has brought about is not
- * given up for this host's own dial. */
-bool repl_takes_link(const struct repl *r, const struct wire_join *join)
+/* While a command dials, what the peer dials itself is not taken, nor what an older dial, perhaps of another address,
+ * has come to; and what a peer's command has brought about is not given up for this host's own dial. */
+bool repl_takes_link(const struct repl *r, const struct wire_join *join, uint64_t dial)
 {
 	if (join == NULL)
-		return r->link == LINK_DOWN || r->dialer || r->protect;
+		return dial == r->dials && (r->link == LINK_DOWN || r->dialer || r->protect);
 	return r->protect == NULL && !outdated(r, join);
 }
 

@@ -450,7 +450,7 @@ static int check_taken(struct group *g, const struct conn *c, const struct wire_
 			       "there");
 		err = ERR_STATE;
 	}
-	if (!err && !repl_takes_link(g->core, j)) {
+	if (!err && !repl_takes_link(g->core, j, 0)) {
 		(void)snprintf(text, WIRE_TEXT_MAX, "that host dials itself for that group, or was dialled since");
 		err = ERR_BUSY;
 	}

@@ -28,6 +28,7 @@ struct outbox {
 	struct repl_list submits, completed;
 	struct shell_command *commands, **commands_tail;
 	char dial[ADDR_SIZE];
+	uint64_t dial_number;
 	bool save, wake, apply;
 	bool flush_changed;
 	bool invalidate; /* before a command is answered, and after requests have gone on */
@@ -274,6 +275,7 @@ static void emit(void *arg, const struct repl_action *a)
 		return;
 	case ACT_DIAL:
 		(void)snprintf(o->dial, sizeof(o->dial), "%s", a->text);
+		o->dial_number = a->dial;
 		return;
 	case ACT_CLOSE:
 		if (g->conn) {
@@ -704,7 +706,7 @@ static void complete(struct group *g, struct outbox *o, struct repl_io *io)
 	gio->done(gio, io->error);
 }
 
-static void dial(struct group *g, const char *addr)
+static void dial(struct group *g, const char *addr, uint64_t number)
 {
 	struct err e = {0};
 	struct conn *c = calloc(1, sizeof(*c));
@@ -715,6 +717,7 @@ static void dial(struct group *g, const char *addr)
 		atomic_store(&c->refs, 2);
 		atomic_store(&c->g, group_ref(g));
 		c->dialled = true;
+		c->dial = number;
 		mutex_lock(&g->lock);
 		g->conns++;
 		mutex_unlock(&g->lock);
@@ -740,7 +743,7 @@ static void dial(struct group *g, const char *addr)
 		mutex_unlock(&g->lock);
 		group_unref(g);
 	}
-	struct repl_event ev = {.type = EV_LINK_DOWN, .error = err, .text = e.text};
+	struct repl_event ev = {.type = EV_LINK_DOWN, .dial = number, .error = err, .text = e.text};
 	step_and_run(g, &ev);
 }
 
@@ -791,7 +794,7 @@ static void outbox_run(struct group *g, struct outbox *o)
 		char addr[ADDR_SIZE];
 		memcpy(addr, o->dial, sizeof(addr));
 		o->dial[0] = 0;
-		dial(g, addr);
+		dial(g, addr, o->dial_number);
 	}
 }
 
@@ -946,7 +949,7 @@ void group_attach(struct group *g, struct conn *c, const struct wire_join *j, co
 	struct outbox o;
 	outbox_init(&o);
 	lock_with(g, &o);
-	if (g->closing || !repl_takes_link(g->core, j)) {
+	if (g->closing || !repl_takes_link(g->core, j, c->dial)) {
 		unlock_with(g);
 		outbox_run(g, &o);
 		link_close(c->link, 0);
@@ -980,7 +983,8 @@ void group_conn_down(struct conn *c, int code, const char *text)
 	if (g->conn == c)
 		g->conn = NULL;
 	cond_broadcast(&g->cond);
-	struct repl_event ev = {.type = EV_LINK_DOWN, .session = c->session, .error = code, .text = text};
+	struct repl_event ev = {
+	    .type = EV_LINK_DOWN, .session = c->session, .dial = c->dial, .error = code, .text = text};
 	if (c->session || c->dialled)
 		step(g, &ev);
 	unlock_with(g);

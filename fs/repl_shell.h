@@ -65,6 +65,7 @@ struct conn {
 	_Atomic(struct group *) g; /* a reference; set before the first event of this connection */
 	_Atomic uint64_t session;
 	bool dialled;
+	uint64_t dial;		/* the core's number of that */
 	bool closed, waiting;	/* under group.lock: the core has closed it; its receiver waits for room */
 	bool up;		/* under daemon.lock: gets reports */
 	uint64_t since_ns;	/* under daemon.lock. Accepted: when, until its JOIN came; else 0 */

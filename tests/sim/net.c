@@ -61,6 +61,7 @@ static void on_down(struct world *w, void *arg, uint64_t n)
 	if (e->attached || e->side == 0)
 		host_step(e->h, &(struct repl_event){.type = EV_LINK_DOWN,
 						     .session = e->session,
+						     .dial = e->dial,
 						     .error = code,
 						     .text = "the connection ended"});
 }
@@ -340,7 +341,7 @@ static void attach(struct end *e, const struct wire_frame *f, const void *payloa
 	static struct wire_join j;
 	if (f && wire_join_decode(&j, payload, f->length_payload, NULL) < 0)
 		memset(&j, 0, sizeof(j)); /* the core refuses it */
-	if (!repl_takes_link(h->core, f ? &j : NULL)) {
+	if (!repl_takes_link(h->core, f ? &j : NULL, e->dial)) {
 		if (e->side == 1)
 			send_refuse(e, ERR_BUSY, "that host is dialling itself for that group");
 		net_close(e, e->side == 1 ? 500 * MS : 0);
@@ -564,13 +565,18 @@ static void shaky(struct conn *c)
 	world_at(w, w->net_ns + world_more(w, by[world_more(w, 4)] * w->net_ns), shaky_cut, c, 0);
 }
 
-static void dial_failed(struct world *w, void *arg, uint64_t life)
+/* Which life of the host, and which dial in it. */
+#define DIAL_BITS 32
+#define DIAL_MASK ((UINT64_C(1) << DIAL_BITS) - 1)
+
+static void dial_failed(struct world *w, void *arg, uint64_t which)
 {
 	struct host *h = arg;
+	struct repl_event ev = {.type = EV_LINK_DOWN, .error = -ERR_PEER, .text = "connection refused"};
 	(void)w;
-	if (h->up && h->life == life)
-		host_step(h,
-			  &(struct repl_event){.type = EV_LINK_DOWN, .error = -ERR_PEER, .text = "connection refused"});
+	ev.dial = which & DIAL_MASK;
+	if (h->up && h->life == which >> DIAL_BITS)
+		host_step(h, &ev);
 }
 
 static void handshake_over(struct world *w, void *arg, uint64_t n)
@@ -584,10 +590,10 @@ static void handshake_over(struct world *w, void *arg, uint64_t n)
 	}
 }
 
-static void dial_done(struct world *w, void *arg, uint64_t life)
+static void dial_done(struct world *w, void *arg, uint64_t which)
 {
 	struct host *h = arg, *to = peer_of(h);
-	if (!h->up || h->life != life || h->dying)
+	if (!h->up || h->life != which >> DIAL_BITS || h->dying)
 		return;
 	if (to->bare && blocked_until(w) <= w->now) { /* that connection goes no further: the next one finds it */
 		static struct wire_join j;
@@ -596,7 +602,7 @@ static void dial_done(struct world *w, void *arg, uint64_t life)
 			host_make(to, &j);
 	}
 	if (!to->up || to->dying || to->closing || blocked_until(w) > w->now) {
-		world_at(w, to->up ? world_below(w, 2 * SEC) : world_delay(w, w->net_ns), dial_failed, h, life);
+		world_at(w, to->up ? world_below(w, 2 * SEC) : world_delay(w, w->net_ns), dial_failed, h, which);
 		return;
 	}
 	struct conn *c = simalloc(sizeof(*c));
@@ -614,15 +620,15 @@ static void dial_done(struct world *w, void *arg, uint64_t life)
 		e->heard_ns = w->now;
 		world_at(w, HANDSHAKE_NS, handshake_over, e, 0);
 	}
+	c->end[0].dial = which & DIAL_MASK;
 	send_hello(&c->end[0]);
 	shaky(c);
 }
 
-void net_dial(struct host *h, const char *addr)
+void net_dial(struct host *h, uint64_t dial)
 {
 	struct world *w = h->w;
-	(void)addr;
-	world_at(w, world_delay(w, w->net_ns), dial_done, h, h->life);
+	world_at(w, world_delay(w, w->net_ns), dial_done, h, h->life << DIAL_BITS | dial);
 }
 
 /* ---- cuts ---- */

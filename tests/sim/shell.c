@@ -538,7 +538,7 @@ static void emit(void *arg, const struct repl_action *a)
 		host_spawn(h, save_job, h, start_delay(h));
 		return;
 	case ACT_DIAL:
-		net_dial(h, a->text);
+		net_dial(h, a->dial);
 		return;
 	case ACT_CLOSE:
 		if (h->conn) {

@@ -132,7 +132,8 @@ struct end { /* of a connection */
 	unsigned side; /* 0: dialled */
 	struct host *h;
 	uint64_t life; /* of the host when it was made */
-	bool gone;     /* down has been reported, or the host died */
+	uint64_t dial;
+	bool gone; /* down has been reported, or the host died */
 	bool down_planned, closing, closed_by_core, attached, hello_sent, hello_got, waiting, fin;
 	bool slow;   /* its receiver is held up at the next frame */
 	size_t held; /* with the first frame of so much of rx in hand; 0: it is not */
@@ -339,7 +340,7 @@ void shell_stream_free(struct host *h, struct sim_io *s);
 struct sim_io *shell_stream_new(struct host *h, const struct wire_frame *f, void *payload, const char **why);
 
 /* net.c */
-void net_dial(struct host *h, const char *addr);
+void net_dial(struct host *h, uint64_t dial);
 void net_send(struct host *h, const struct repl_action *a);
 void net_close(struct end *e, uint64_t drain_ns);
 void net_host_died(struct host *h, enum world_crash how);

@@ -27,6 +27,7 @@ struct host {
 	int cmd_error, cmd_count;
 	unsigned warnings;
 	unsigned sent_flags; /* of the last frame */
+	uint64_t dial;	     /* the last one's number */
 };
 
 static void note(struct host *h, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
@@ -92,6 +93,7 @@ static void emit(void *arg, const struct repl_action *a)
 		break;
 	case ACT_DIAL:
 		note(h, "dial");
+		h->dial = a->dial;
 		break;
 	case ACT_CLOSE:
 		note(h, "close");
@@ -252,6 +254,11 @@ static void ack(struct host *h, uint64_t received, uint64_t applied, uint64_t fl
 static void link_down(struct host *h)
 {
 	step(h, (struct repl_event){.type = EV_LINK_DOWN, .session = h->session});
+}
+
+static void dial_fails(struct host *h, uint64_t dial)
+{
+	step(h, (struct repl_event){.type = EV_LINK_DOWN, .dial = dial, .error = -ERR_PEER});
 }
 
 static void command(struct host *h, enum repl_cmd cmd, uint64_t number)
@@ -1665,7 +1672,7 @@ Test(repl, a_restarted_primary_holds_until_the_handshake_or_peer_timeout)
 	EXPECT(h, "");
 	tick(h, 300 * SEC); /* held up on its start: the peer has had no time to answer */
 	EXPECT(h, "dial");
-	step(h, (struct repl_event){.type = EV_LINK_DOWN, .error = -ERR_PEER});
+	dial_fails(h, h->dial);
 	EXPECT(h, "");
 	ticks(h, UINT64_C(4700000000));
 	EXPECT(h, "dial");
@@ -1687,7 +1694,7 @@ Test(repl, dials_again_at_once_and_backs_off_to_two_seconds)
 	for (int i = 0; i < 20; i++) {
 		uint64_t waited = 0;
 		forget(h);
-		step(h, (struct repl_event){.type = EV_LINK_DOWN, .error = -ERR_PEER});
+		dial_fails(h, h->dial);
 		while (strstr(h->trace, "dial") == NULL && waited < 3 * SEC) {
 			waited += tick_ns;
 			tick(h, tick_ns);
@@ -1928,7 +1935,7 @@ Test(lineage_core, a_halted_pair_goes_on_telling_each_other)
 	EXPECT(h, "");
 	tick(h, SEC);
 	EXPECT(h, "dial");
-	step(h, (struct repl_event){.type = EV_LINK_DOWN, .error = -ERR_PEER});
+	dial_fails(h, h->dial);
 	repl_diverged(h->r, &d);
 	cr_assert(d.peer_known, "what it told stays");
 	guest(h, 'a', REPL_WRITE, 0, 4096); /* and it goes on serving */
@@ -2238,9 +2245,9 @@ Test(lineage_core, a_failback_finds_a_primary_that_has_not_heard)
 	link_down(h);
 	tick(h, 0);
 	EXPECT(h, "dial"); /* crosses */
-	cr_assert(repl_takes_link(h->r, &(struct wire_join){0}));
+	cr_assert(repl_takes_link(h->r, &(struct wire_join){0}, 0));
 	link_up(h, false);
-	cr_assert_not(repl_takes_link(h->r, NULL), "its own dial is not worth the survivor's command");
+	cr_assert_not(repl_takes_link(h->r, NULL, h->dial), "its own dial is not worth the survivor's command");
 	join_frame(h, &survivor, WIRE_JOIN_FAILBACK);
 	EXPECT(h, "save:secondary/NONE");
 	cr_assert(h->saved.shut_out);
@@ -2301,8 +2308,8 @@ Test(lineage_core, while_a_command_dials_nothing_else_is_taken)
 	h->cmd = (struct repl_command){.cmd = CMD_FAILBACK, .text = "old:1"};
 	step(h, (struct repl_event){.type = EV_COMMAND, .command = &h->cmd});
 	EXPECT(h, "close dial");
-	cr_assert_not(repl_takes_link(h->r, &(struct wire_join){0}));
-	cr_assert(repl_takes_link(h->r, NULL));
+	cr_assert_not(repl_takes_link(h->r, &(struct wire_join){0}, 0));
+	cr_assert(repl_takes_link(h->r, NULL, h->dial));
 	link_up(h, true);
 	EXPECT(h, "send:JOIN");
 	meta_of(&peer_meta, ROLE_SECONDARY, STATE_NONE);
@@ -2688,7 +2695,7 @@ Test(lineage_core, a_new_primary_lets_its_old_checkpoints_go)
 	m.ckpts[2] = (struct repl_ckpt){.number = 9, .flags = CKPT_PINNED};
 	m.last_stream = 0;
 	struct host *h = host_new(&m);
-	step(h, (struct repl_event){.type = EV_LINK_DOWN});
+	dial_fails(h, h->dial);
 	tick(h, 10 * SEC);
 	cr_assert_null(strstr(h->trace, "merge"));
 	host_free(h);
@@ -7993,7 +8000,7 @@ Test(repl, a_checkpoint_that_is_wanted_of_a_primary_that_falls_behind_is_none)
 /* What the peer dials with. */
 static bool taken(struct host *h, uint64_t start, uint64_t number)
 {
-	return repl_takes_link(h->r, &(struct wire_join){.start = start, .number = number});
+	return repl_takes_link(h->r, &(struct wire_join){.start = start, .number = number}, 0);
 }
 
 Test(lineage_core, a_join_that_its_dialler_has_given_up_is_not_heard)
@@ -8018,7 +8025,7 @@ Test(lineage_core, a_join_that_its_dialler_has_given_up_is_not_heard)
 		cr_assert_eq(taken(h, 7, n), n > 5, "number %d", (int)n);
 	cr_assert(taken(h, 0, 0), "one that does not number them");
 	cr_assert(taken(h, 8, 1), "it has been started anew");
-	cr_assert(repl_takes_link(h->r, NULL));
+	cr_assert(repl_takes_link(h->r, NULL, h->dial));
 	link_down(h);
 	cr_assert_not(taken(h, 7, 5), "whatever has become of the one that it heard");
 	link_up(h, false);
@@ -8270,5 +8277,29 @@ Test(repl, a_stop_is_answered_while_the_record_cannot_be_saved)
 	fin(h, "s");
 	saved(h);
 	EXPECT(h, "save:secondary/DONE +3 done:s");
+	host_free(h);
+}
+
+/* A survivor dials its old primary, which is gone for good: that takes long to fail. Its command dials another host. */
+Test(lineage_core, an_older_dial_is_no_matter_of_a_commands)
+{
+	static struct repl_meta m;
+	meta_of(&m, ROLE_STANDALONE, STATE_DONE);
+	m.lineage = (struct lineage){.current = 200, .bitmap = 100};
+	m.failover_generation = 200;
+	(void)snprintf(m.peer, sizeof(m.peer), "old:1");
+	struct host *h = host_new(&m);
+	tick(h, 0);
+	EXPECT(h, "dial");
+	uint64_t older = h->dial;
+	h->cmd = (struct repl_command){.cmd = CMD_FAILBACK, .text = "new:1"};
+	step(h, (struct repl_event){.type = EV_COMMAND, .command = &h->cmd});
+	EXPECT(h, "dial");
+	cr_assert_not(repl_takes_link(h->r, NULL, older), "it is not where the command dials");
+	cr_assert(repl_takes_link(h->r, NULL, h->dial));
+	dial_fails(h, older);
+	EXPECT(h, "");
+	dial_fails(h, h->dial);
+	EXPECT(h, "cmd=ERR_PEER");
 	host_free(h);
 }
