@@ -171,11 +171,12 @@ void failover_begin(struct repl *r, struct repl_command *c)
 	failover_go(r);
 }
 
-/* Goes on when all that was received is applied and no write to active is under way. */
+/* Goes on when all that was received is applied and no write to active is under way. A merge, which may take long, is
+ * not waited for: images stay what they are beside it, and what it was for comes to nothing (history_merged). */
 void failover_go(struct repl *r)
 {
 	if (!r->failing_over || !secondary_quiet(r) || r->writes_in_flight || r->mark_busy || r->marked ||
-	    r->clear_busy || r->merge_busy || r->sync_busy || r->union_busy || r->saving || r->tx_count)
+	    r->clear_busy || r->sync_busy || r->union_busy || r->saving || r->tx_count)
 		return;
 	/* What was received may have ended in a checkpoint, or in the end of a resync: what is asked for is looked at
 	 * again. */

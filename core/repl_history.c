@@ -341,6 +341,12 @@ void history_settle(struct repl *r)
 	repl_command(r, c); /* anew: its checkpoint may be gone, or in use */
 }
 
+/* A failover that came meanwhile has chosen its checkpoint, and its marks, by the chain as it is. */
+static bool failover_since(const struct repl *r)
+{
+	return r->failing_over || r->meta->state == STATE_FAILOVER || r->meta->state == STATE_FAILOVER_FAILED;
+}
+
 void history_merged(struct repl *r, int error)
 {
 	if (r->room_merging) {
@@ -355,7 +361,8 @@ void history_merged(struct repl *r, int error)
 		room_merge_done(r, error);
 		return;
 	}
-	if (!error && hold_held(r, r->meta, n)) { /* since the merge began; the image stays what it is */
+	/* Since the merge began; the image stays what it is. */
+	if (!error && (hold_held(r, r->meta, n) || failover_since(r))) {
 		r->merge_busy = false;
 		refuse_held(r, r->dropping, n);
 		r->dropping = NULL;
