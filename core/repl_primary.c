@@ -650,22 +650,27 @@ void primary_cycle_done(struct repl *r, int error)
 	r->cycle_io_busy = false;
 	if (!r->cycle_on || r->cycle_session != r->session)
 		return;
-	if (r->cycle_again && !error) {
-		r->cycle_again = false;
-		cycle_flush(r);
-		return;
-	}
 	if (error) {
-		/* The regions of a disk whose sync failed stay dirty [I10]; those of the others, and of one that is
-		 * rebuilt, which are not durable on the peer, are the next one's. */
-		r->cycle_on = false;
+		/* The regions of a disk whose sync failed stay dirty [I10], but of one that is rebuilt, where it says
+		 * that they are not durable on the peer: the next cycle's. What the other disks have is durable; where
+		 * none was synced, all is the next one's. */
+		uint64_t failed = r->cycle_io.failed;
 		for (uint32_t i = 0; i < r->meta->n_volumes; i++) {
-			if ((r->rebuild | ~r->cycle_io.failed) >> i & 1)
+			if (failed && !(failed >> i & 1))
+				continue;
+			if (!failed || (r->rebuild >> i & 1))
 				bitmap_or(&r->vol[i].touched, &r->vol[i].cycle);
 			bitmap_clear_all(&r->vol[i].cycle);
 		}
-		if (!detach_flush_failed(r, r->cycle_io.failed, error))
+		if (!detach_flush_failed(r, failed, error))
 			repl_set_error(r, error, "flush", -1, 0, 0, "a local flush failed: %s", err_short(error));
+		r->cycle_on = r->cycle_on && failed;
+	}
+	if (!r->cycle_on)
+		return;
+	if (r->cycle_again) {
+		r->cycle_again = false;
+		cycle_flush(r);
 		return;
 	}
 	r->cycle_local = true;

@@ -8241,17 +8241,19 @@ Test(repl, a_sync_that_fails_on_one_disk_leaves_nothing_dirty_on_the_other)
 		fin_full(h, "sync", -ERR_IO, false, 0, false);
 		EXPECT(h, detach ? "send:DETACH#6" : "");
 		cr_assert(dirty(h, 0));
+		cr_assert_eq(repl_volume_state(h->r, 1)->dirty.count, 0);
 		if (detach) {
 			ack(h, 6, 6, 6);
 			saved(h);
 			forget(h);
 		}
+		guest2(h, 'b', REPL_WRITE, 0, 4096);
+		fin(h, "b");
+		forget(h);
 		tick(h, 20 * SEC);
-		EXPECT(h, detach ? "send:FLUSH#7 do:sync/disk" : "do:sync/disk"); /* its barrier is the last one */
-		if (detach)
-			ack(h, 7, 7, 7);
-		h->submitted[0]->failed = 0;
+		EXPECT(h, detach ? "send:FLUSH#8 do:sync/disk" : "send:FLUSH#7 do:sync/disk");
 		fin(h, "sync");
+		ack(h, 7 + (unsigned)detach, 7 + (unsigned)detach, 7 + (unsigned)detach);
 		cr_assert_eq(repl_volume_state(h->r, 1)->dirty.count, 0);
 		cr_assert_eq(dirty(h, 0), !detach, "what a failed sync stood for is not clean by the next one");
 		host_free(h);
