@@ -572,6 +572,8 @@ void model_sent(struct host *h, const struct repl_action *a, struct sim_io *s, s
 		h->barrier_n = h->sent_n;
 	if (a->io) {
 		if (s) {
+			if (s->forwarded)
+				world_fail(w, "host %u: a write is sent a second time", h->id);
 			model_fill(h, s);
 			s->forwarded = true;
 		}

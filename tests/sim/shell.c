@@ -110,6 +110,8 @@ static int execute(struct host *h, struct repl_io *io)
 	bool point = io->target == TARGET_DISK && io->owner == OWNER_GUEST && writes(io);
 	if (active || point)
 		pthread_rwlock_rdlock(&h->view);
+	if (s && !s->stream && writes(io) && s->forwarded) /* the daemon has given its copy to the link */
+		world_fail(h->w, "host %u: a write is carried out here after it has been sent", h->id);
 	if (s && !s->stream && writes(io))
 		model_fill(h, s);
 	if (writes(io))
