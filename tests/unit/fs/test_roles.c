@@ -1,6 +1,8 @@
 /* Roles and lineage over two real daemons (tests/lib/pair.h): split brain and its end, adoption, unprotect. What a
  * mount, a kill or a second listening host shows is in tests/e2e/test_42_lineage.py. */
 #include <criterion/criterion.h>
+#include <pthread.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -271,6 +273,41 @@ Test(roles, unprotect_in_a_split_brain_forgets_the_other_copy)
 		OK(pair_write(&p.b, "vm", i * PART, PART, 0x66));
 	cr_assert_eq(pair_is(&p.b, "vm", 0, 8 * PART, 0x66), 0);
 	cr_assert_eq(pair_is(&p.a, "vm", 2 * PART, PART, 0x44), 0);
+}
+
+static atomic_int resolved;
+
+static void *resolve_it(void *arg)
+{
+	struct err e = {0};
+	json_t *result = NULL,
+	       *args = json_pack("{s:s, s:s, s:i}", "name", "vm", "discard", "peer", "timeout_ms", 60000);
+	(void)arg;
+	atomic_store(&resolved, daemon_command(p.b.d, NULL, "resolve", args, &result, &e));
+	json_decref(args);
+	json_decref(result);
+	return NULL;
+}
+
+/* The clock, which ends the wait for the peer, is not its any more then. */
+Test(roles, a_resolve_that_waits_ends_when_its_group_is_taken_out)
+{
+	pthread_t t;
+	split();
+	pair_host_stop(&p.a);
+	OK(pair_do(&p.b, "set", json_pack("{s:s, s:{s:s}}", "name", "vm", "settings", "peer_timeout", "60s"), NULL));
+	do { /* again where it came while the group was out */
+		atomic_store(&resolved, 1);
+		cr_assert_eq(pthread_create(&t, NULL, resolve_it, NULL), 0);
+		while (atomic_load(&resolved) == 1) { /* nothing tells that it waits */
+			OK(pair_create(&p.b, "vm-log", "vm", SIZE));
+			OK(pair_do(&p.b, "delete", json_pack("{s:s}", "name", "vm-log"), NULL));
+		}
+		(void)pthread_join(t, NULL);
+	} while (atomic_load(&resolved) == -ERR_NOENT);
+	cr_assert_eq(atomic_load(&resolved), -ERR_CANCELED);
+	content(&p.b, 0x11, 0x33);
+	OK(pair_host_start(&p, &p.a));
 }
 
 Test(roles, a_survivor_that_is_open_is_not_adopted)
