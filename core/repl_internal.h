@@ -454,6 +454,7 @@ void session_frame(struct repl *r, const struct repl_event *ev);
 void session_tick(struct repl *r);
 void session_join_ready(struct repl *r);
 void session_dial(struct repl *r);
+void session_redial(struct repl *r); /* if it is time; else from the tick */
 /* What a frame of REFUSE's form says; false: it was none, and the session has ended. */
 bool session_reason(struct repl *r, const struct repl_event *ev, struct wire_refuse *ret);
 void session_tx_done(struct repl *r, struct tx *tx, int error);

@@ -1001,6 +1001,14 @@ static bool should_dial(const struct repl *r)
 	return r->link == LINK_DOWN && !r->dialing && !r->shutdown && !r->protect && !r->start && dial_wanted(r);
 }
 
+void session_redial(struct repl *r)
+{
+	if (!should_dial(r) || r->now_ns < r->redial_ns)
+		return;
+	(void)snprintf(r->dial_addr, sizeof(r->dial_addr), "%s", r->meta->peer);
+	session_dial(r);
+}
+
 static void commands_expire(struct repl *r)
 {
 	if (start_waits_for_dial(r) && r->now_ns >= r->start_until_ns)
@@ -1019,10 +1027,7 @@ void session_tick(struct repl *r)
 		repl_emit(r, &(struct repl_action){.type = ACT_SERVING, .meta = r->meta});
 	}
 	commands_expire(r);
-	if (should_dial(r) && r->now_ns >= r->redial_ns) {
-		(void)snprintf(r->dial_addr, sizeof(r->dial_addr), "%s", r->meta->peer);
-		session_dial(r);
-	}
+	session_redial(r);
 	if (r->link == LINK_DOWN)
 		return;
 	session_join_ready(r);

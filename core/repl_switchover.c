@@ -238,6 +238,7 @@ void switchover_took_over(struct repl *r, const struct wire_frame *f)
 	}
 	switchover_taken(r);
 	session_drop(r, "the peer has taken over; what follows comes from there");
+	session_redial(r); /* at once: the peer's guests wait for it */
 }
 
 void switchover_refused(struct repl *r, int code, const char *text)
@@ -363,6 +364,7 @@ static void took_over(struct repl *r, struct tx *t, int error)
 	session_link_down(r, -ERR_PEER, "this host has taken over; what follows goes from here");
 	r->session = 0;
 	r->redial_ns = r->now_ns;
+	session_redial(r);
 }
 
 /* ---- both ---- */
