@@ -143,18 +143,18 @@ void daemon_unserved_remove(struct daemon *d, const char *group)
 	pthread_rwlock_unlock(&d->names);
 }
 
-void daemon_unserved_add(struct daemon *d, const struct repl_meta *m, const char *why)
+void daemon_unserved_add(struct daemon *d, const char *group, const struct repl_meta *m, const char *why)
 {
 	struct unserved *u = calloc(1, sizeof(*u));
 	if (u == NULL)
 		return; /* it is in the log */
-	memcpy(u->group, m->group, sizeof(u->group));
-	u->n_volumes = m->n_volumes;
-	for (uint32_t i = 0; i < m->n_volumes; i++)
+	(void)snprintf(u->group, sizeof(u->group), "%s", group);
+	u->n_volumes = m ? m->n_volumes : 0;
+	for (uint32_t i = 0; i < u->n_volumes; i++)
 		memcpy(u->volumes[i], m->volumes[i].name, NAME_SIZE);
 	(void)snprintf(u->why, sizeof(u->why), "%s", why);
 	pthread_rwlock_wrlock(&d->names);
-	unserved_drop(d, m->group);
+	unserved_drop(d, group);
 	u->next = d->unserved;
 	d->unserved = u;
 	pthread_rwlock_unlock(&d->names);
@@ -627,10 +627,13 @@ static int load_group(void *arg, const char *name)
 	int err = store_load_group(l->d->store, name, &m, l->e);
 	if (!err)
 		err = daemon_add_group(l->d, m, l->e);
-	/* A base image that is missing or was changed: nothing of the store is damaged, and the others are served. */
-	if (err == -ERR_STATE) {
-		log_error(name, "the group is not served: %s", l->e->text);
-		daemon_unserved_add(l->d, m, l->e->text);
+	/* Its record or a file of it is damaged or missing, or its base image is not what it was: the others are
+	 * served, and nothing of it is touched. */
+	if (err && err != -ERR_NOMEM) {
+		char why[ERR_TEXT_MAX];
+		(void)snprintf(why, sizeof(why), "%.470s; then start repfs anew", l->e->text);
+		log_error(name, "the group is not served: %s", why);
+		daemon_unserved_add(l->d, name, m, why);
 		err = 0;
 	}
 	free(m);

@@ -193,7 +193,8 @@ void clones_late_free(struct daemon *d);
 json_t *group_clones_json(struct group *g, const char *volume); /* of that one; NULL: of all */
 
 /* ---- daemon.c, for the shell and the verbs ---- */
-/* A group of the store that is not served, and why: its base image is missing, or it could not be taken up again. */
+/* A group of the store that is not served, and why: a file of it is missing or damaged, or it could not be taken up
+ * again. */
 struct unserved {
 	struct unserved *next;
 	char group[NAME_SIZE];
@@ -234,8 +235,8 @@ struct daemon {
 struct group *daemon_group(struct daemon *d, const char *name);	      /* by group or volume name; a reference */
 struct group *daemon_group_exact(struct daemon *d, const char *name); /* a reference */
 int daemon_add_group(struct daemon *d, const struct repl_meta *m, struct err *e);
-/* Says for as long as the group is not added that it is not served. */
-void daemon_unserved_add(struct daemon *d, const struct repl_meta *m, const char *why);
+/* Says for as long as the group is not added that it is not served. m NULL: its record can't be read. */
+void daemon_unserved_add(struct daemon *d, const char *group, const struct repl_meta *m, const char *why);
 void daemon_unserved_remove(struct daemon *d, const char *group);
 /* Whether a group, or one with a volume, of this name is not served; then why, and its group. */
 bool daemon_unserved(struct daemon *d, const char *name, char why[ERR_TEXT_MAX], char group[NAME_SIZE]);

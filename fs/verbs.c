@@ -261,8 +261,8 @@ int verb_bring_back(const struct call *c, const char *group, struct err *e)
 		log_error(group,
 			  "the group could not be taken up again, its volumes are not served; start repfs anew: %s",
 			  e->text);
-	if (err && m)
-		daemon_unserved_add(c->d, m, e->text);
+	if (err)
+		daemon_unserved_add(c->d, group, m, e->text);
 	free(m);
 	return err;
 }

@@ -210,6 +210,66 @@ Test(daemon, a_request_that_waits_does_not_hold_up_the_invalidation)
 	OK(pair_host_start(&p, &p.a));
 }
 
+/* ---- a store with a damaged group ---- */
+
+static void damage(const char *how, const char *file)
+{
+	char command[600];
+	(void)snprintf(command, sizeof(command), "cd %s && %s %s", p.a.store, how, file);
+	cr_assert_eq(system(command), 0, "%s", command);
+}
+
+/* Says what to do with it, and serves the others; nothing of it is lost by what is tried meanwhile. */
+Test(daemon, a_damaged_group_does_not_keep_the_others_from_being_served)
+{
+	static const struct {
+		const char *how, *file, *text;
+	} cases[] = {
+	    {"truncate -s 10", "groups/vm.a groups/vm.b", "put one of them back from a backup"},
+	    {"rm", "volumes/vm/disk.raw", "restore it from a backup"},
+	    {"truncate -s 4096", "volumes/vm/disk.raw", "restore it from a backup"},
+	    {"rm -r", "volumes/vm", "restore it from a backup"},
+	};
+	OK(pair_create(&p.a, "other", "other", SIZE));
+	OK(pair_write(&p.a, "vm", 0, SIZE, 0x11));
+	OK(pair_write(&p.a, "other", 0, SIZE, 0x22));
+	for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
+		json_t *r = NULL, *why;
+		pair_host_stop(&p.a);
+		damage("rm -rf ../good && cp -a", ". ../good");
+		damage(cases[i].how, cases[i].file);
+		OK(pair_host_start(&p, &p.a));
+		OK(pair_write(&p.a, "other", 0, SIZE / 2, (uint8_t)(0x33 + i)));
+		OK(pair_do(&p.a, "status", json_object(), &r));
+		why = json_object_get(json_array_get(json_object_get(r, "unserved"), 0), "why");
+		cr_assert(json_is_string(why) && strstr(json_string_value(why), cases[i].text), "%s %s: %s",
+			  cases[i].how, cases[i].file, json_string_value(why));
+		json_decref(r);
+		cr_assert_eq(pair_do(&p.a, "status", json_pack("{s:s}", "name", "vm"), NULL), -ERR_STATE);
+		cr_assert_lt(pair_create(&p.a, "vm", "vm", SIZE), 0);
+		cr_assert_lt(pair_create(&p.a, "more", "vm", SIZE), 0);
+		cr_assert_eq(pair_is(&p.a, "other", 0, SIZE / 2, (uint8_t)(0x33 + i)), 0);
+		pair_host_stop(&p.a);
+		damage("rm -r groups volumes && cp -a", "../good/* .");
+		OK(pair_host_start(&p, &p.a));
+		cr_assert_eq(pair_is(&p.a, "vm", 0, SIZE, 0x11), 0);
+		cr_assert_eq(pair_is(&p.a, "other", SIZE / 2, SIZE / 2, 0x22), 0);
+	}
+}
+
+/* One whose record can't be read is still told of after it could not be deleted. */
+Test(daemon, a_damaged_record_is_told_of_until_it_is_mended)
+{
+	pair_host_stop(&p.a);
+	damage("truncate -s 10", "groups/vm.a groups/vm.b");
+	OK(pair_host_start(&p, &p.a));
+	for (int i = 0; i < 2; i++) {
+		cr_assert_lt(pair_do(&p.a, "delete", json_pack("{s:s}", "name", "vm"), NULL), 0);
+		cr_assert(strstr(p.a.err.text, "put one of them back"), "%s", p.a.err.text);
+		cr_assert_eq(pair_do(&p.a, "status", json_pack("{s:s}", "name", "vm"), NULL), -ERR_STATE);
+	}
+}
+
 /* ---- the end ---- */
 
 Test(daemon, a_port_in_use_ends_the_start)
