@@ -370,7 +370,7 @@ void history_merged(struct repl *r, int error)
 		return;
 	}
 	if (error) {
-		if (r->dropping == NULL)
+		if (r->dropping == NULL && error != -ERR_BUSY) /* a resize came in between */
 			repl_log(r, 0, "checkpoint %llu could not be merged into the older one: %s; it stays for now",
 				 (unsigned long long)n, err_short(error));
 		r->merge_busy = false;

@@ -401,6 +401,12 @@ void volume_drop_through(struct volume *v, uint64_t ckpt)
 	}
 }
 
+/* To a resize; it is begun anew after that. */
+static bool gives_way(struct volume *v)
+{
+	return __atomic_load_n(&v->growing, __ATOMIC_SEQ_CST);
+}
+
 /* Copies what `from` holds and `to` lacks. Both are sealed: nothing is published. */
 static int merge_copy(struct volume *v, struct layer *from, struct layer *to, struct scratch *s)
 {
@@ -420,8 +426,11 @@ static int merge_copy(struct volume *v, struct layer *from, struct layer *to, st
 			start = stop;
 		}
 		block = bits_next_set(from->held, start, blocks);
-		if (s->n_runs == ROUND_RUNS || s->n_blocks == ROUND_BLOCKS)
+		if (s->n_runs == ROUND_RUNS || s->n_blocks == ROUND_BLOCKS) {
 			rc = save_round(v, to, from, s);
+			if (rc == 0 && gives_way(v))
+				rc = -ERR_BUSY;
+		}
 	}
 	if (rc == 0 && s->n_runs)
 		rc = save_round(v, to, from, s);
@@ -517,7 +526,7 @@ int volume_merge_into_older(struct volume *v, uint64_t ckpt)
 	int rc;
 
 	mutex_lock(&v->merge_lock);
-	rc = merge_find(v, ckpt, &from, &to);
+	rc = gives_way(v) ? -ERR_BUSY : merge_find(v, ckpt, &from, &to);
 	if (rc == 0 && from) {
 		__atomic_store_n(&to->merged, false, __ATOMIC_RELEASE);
 		rc = merge(v, from, to);

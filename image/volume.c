@@ -698,6 +698,9 @@ int volume_grow_prepare(struct volume *v, uint64_t size)
 
 	if (size < volume_size(v) || size % SECTOR_SIZE != 0 || size > VOLUME_SIZE_MAX)
 		return -ERR_RANGE;
+	__atomic_store_n(&v->growing, true, __ATOMIC_SEQ_CST);
+	mutex_lock(&v->merge_lock);
+	mutex_unlock(&v->merge_lock);
 	mutex_lock(&v->prepare_lock);
 	rc = v->prepared_undo || v->prepared_active || v->prepared_clone ? -ERR_BUSY : disk_get_size(v->disk, &now);
 	if (rc == 0 && now < size)
@@ -709,6 +712,8 @@ int volume_grow_prepare(struct volume *v, uint64_t size)
 	if (rc == 0) {
 		growth_free(v->growth);
 		v->growth = g;
+	} else {
+		__atomic_store_n(&v->growing, v->growth != NULL, __ATOMIC_SEQ_CST);
 	}
 	mutex_unlock(&v->prepare_lock);
 	return rc;
@@ -719,6 +724,7 @@ void volume_ungrow(struct volume *v)
 	mutex_lock(&v->prepare_lock);
 	growth_free(v->growth);
 	v->growth = NULL;
+	__atomic_store_n(&v->growing, false, __ATOMIC_SEQ_CST);
 	mutex_unlock(&v->prepare_lock);
 }
 
@@ -752,6 +758,7 @@ void volume_grow(struct volume *v)
 	__atomic_store_n(&v->size, g->size, __ATOMIC_RELAXED);
 	volume_unlock(v);
 	mutex_unlock(&v->index_lock);
+	__atomic_store_n(&v->growing, false, __ATOMIC_SEQ_CST);
 	mutex_unlock(&v->merge_lock);
 	mutex_unlock(&v->prepare_lock);
 	growth_free(g);

@@ -221,10 +221,10 @@ void volume_scrub(struct volume *v, struct volume_scrub *s, uint64_t budget);
  * shows it. -ERR_NOSPC: the filesystem has no files that large, or a limit stands against it.
  *
  * volume_grow_prepare: that, if it is not so yet, and memory; repeatable. Under `power` the length is durable when it
- * has succeeded, so that a record may name it. -ERR_BUSY between volume_prepare and its end.
+ * has succeeded, so that a record may name it. -ERR_BUSY between volume_prepare and its end. A merge that is under way
+ * gives way, with -ERR_BUSY, and none begins before volume_grow or volume_ungrow: that one would have to wait for it.
  *
- * volume_grow: in memory, under the chain lock; can't fail. For readers and writers it is one step. A merge that is
- * under way ends first.
+ * volume_grow: in memory, under the chain lock; can't fail. For readers and writers it is one step.
  *
  * volume_ungrow: drops what volume_grow_prepare found, if the record that names the size could not be saved.
  *

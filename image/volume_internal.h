@@ -111,6 +111,7 @@ struct volume {
 	struct layer *prepared_undo, *prepared_active, *prepared_clone;
 	struct growth *growth; /* prepared; under prepare_lock */
 	struct mutex merge_lock;
+	bool growing; /* atomic: from volume_grow_prepare to volume_grow or volume_ungrow no merge goes on */
 	struct mutex reap_lock;
 	struct mutex index_lock;
 	struct mutex retired_lock;

@@ -10,6 +10,7 @@
 #include <unistd.h>
 
 #include "core/err.h"
+#include "image/volume_internal.h"
 #include "tests/lib/faultstore.h"
 #include "tests/unit/image/volmodel.h"
 
@@ -555,6 +556,80 @@ Test(volume_one, merges_can_be_repeated_and_the_older_wins)
 	write_at(&model, VOLUME_WRITE, 0, 100, 9);
 	model_reopen(&model);
 	model_check(&model);
+}
+
+struct merging {
+	struct volume *v;
+	uint64_t size;
+	int merged, grown;
+};
+
+static void *merge_it(void *arg)
+{
+	struct merging *m = arg;
+	m->merged = volume_merge_into_older(m->v, 2);
+	return NULL;
+}
+
+static void *grow_it(void *arg)
+{
+	struct merging *m = arg;
+	m->grown = volume_grow_prepare(m->v, m->size);
+	return NULL;
+}
+
+/* A merge may take minutes, and what a resize waits for is waited for by all requests. */
+Test(volume_one, a_merge_gives_way_to_a_resize, .timeout = 60)
+{
+	enum { EACH = 2 * BLOCK_SIZE, N = ROUND_RUNS + 100 };
+	struct faults f = {.match = "other/undo-2"};
+	struct storage *s = faultstore_open(store.path, &f);
+	struct volume_open_args a = {.name = "other", .size = (uint64_t)EACH * N};
+	struct merging m = {.size = a.size + BLOCK_SIZE};
+	uint8_t buf[BLOCK_SIZE] = {1}, got[BLOCK_SIZE];
+	struct err e = {0};
+	pthread_t merges, grows;
+
+	cr_assert_not_null(s);
+	cr_assert_eq(volume_create(s, "other", a.size, DURABILITY_PROCESS, &e), 0, "%s", e.text);
+	cr_assert_eq(volume_open(s, &a, &m.v, &e), 0, "%s", e.text);
+	for (uint64_t number = 1; number <= 3; number++) {
+		cr_assert_eq(volume_prepare(m.v, number, 0, NULL), 0);
+		volume_switch(m.v, number, 0);
+		for (uint64_t i = 0; number == 2 && i < N; i++) { /* more than are merged at once */
+			struct volume_req r = {.kind = VOLUME_WRITE, .off = i * EACH, .len = BLOCK_SIZE, .buf = buf};
+			cr_assert_eq(volume_write(m.v, &r, 1), 0);
+		}
+	}
+	volume_reap(m.v);
+
+	atomic_store(&f.hold_read, 1);
+	cr_assert_eq(pthread_create(&merges, NULL, merge_it, &m), 0);
+	while (atomic_load(&f.reading) == 0)
+		(void)poll(NULL, 0, 1);
+	cr_assert_eq(pthread_create(&grows, NULL, grow_it, &m), 0);
+	while (!__atomic_load_n(&m.v->growing, __ATOMIC_SEQ_CST))
+		(void)poll(NULL, 0, 1);
+	atomic_store(&f.hold_read, 0);
+	cr_assert_eq(pthread_join(merges, NULL), 0);
+	cr_assert_eq(pthread_join(grows, NULL), 0);
+	cr_assert_eq(m.merged, -ERR_BUSY);
+	cr_assert_eq(m.grown, 0);
+	cr_assert_eq(volume_merge_into_older(m.v, 2), -ERR_BUSY, "nor does one begin");
+	volume_grow(m.v);
+	cr_assert_eq(volume_merge_into_older(m.v, 2), 0);
+	volume_drop(m.v, 2);
+	for (uint64_t i = 0; i < N; i += N - 1) {
+		cr_assert_eq(volume_read_ckpt(m.v, 1, i * EACH, BLOCK_SIZE, got), 0);
+		cr_assert_eq(got[0], 0);
+	}
+
+	cr_assert_eq(volume_grow_prepare(m.v, m.size + BLOCK_SIZE), 0);
+	cr_assert_eq(volume_merge_into_older(m.v, 3), -ERR_BUSY);
+	volume_ungrow(m.v); /* its record could not be saved */
+	cr_assert_eq(volume_merge_into_older(m.v, 3), -ERR_STATE, "that is the live one");
+	volume_close(m.v);
+	storage_close(s);
 }
 
 Test(volume_one, what_a_merge_costs_and_a_drop_of_all_older_ones)
