@@ -630,10 +630,10 @@ static int load_group(void *arg, const char *name)
 	/* Its record or a file of it is damaged or missing, or its base image is not what it was: the others are
 	 * served, and nothing of it is touched. */
 	if (err && err != -ERR_NOMEM) {
-		char why[ERR_TEXT_MAX];
-		(void)snprintf(why, sizeof(why), "%.470s; then start repfs anew", l->e->text);
-		log_error(name, "the group is not served: %s", why);
-		daemon_unserved_add(l->d, name, m, why);
+		struct err why;
+		(void)err_set(&why, -err, "%s; then start repfs anew", l->e->text);
+		log_error(name, "the group is not served: %s", why.text);
+		daemon_unserved_add(l->d, name, m, why.text);
 		err = 0;
 	}
 	free(m);
