@@ -152,6 +152,9 @@ void daemon_unserved_add(struct daemon *d, const char *group, const struct repl_
 	u->n_volumes = m ? m->n_volumes : 0;
 	for (uint32_t i = 0; i < u->n_volumes; i++)
 		memcpy(u->volumes[i], m->volumes[i].name, NAME_SIZE);
+	u->n_clones = m ? m->n_clones : 0;
+	for (uint32_t i = 0; i < u->n_clones; i++)
+		memcpy(u->clones[i], m->clones[i].name, NAME_SIZE);
 	(void)snprintf(u->why, sizeof(u->why), "%s", why);
 	pthread_rwlock_wrlock(&d->names);
 	unserved_drop(d, group);
@@ -175,6 +178,35 @@ bool daemon_unserved(struct daemon *d, const char *name, char why[ERR_TEXT_MAX],
 	}
 	pthread_rwlock_unlock(&d->names);
 	return found;
+}
+
+void daemon_away_set(struct daemon *d, struct repl_meta *m)
+{
+	pthread_rwlock_wrlock(&d->names);
+	struct repl_meta *old = d->away;
+	d->away = m;
+	pthread_rwlock_unlock(&d->names);
+	free(old);
+}
+
+bool daemon_away(struct daemon *d, const char *name)
+{
+	pthread_rwlock_rdlock(&d->names);
+	const struct repl_meta *m = d->away;
+	bool is = m && (strcmp(m->group, name) == 0 || repl_meta_find_volume(m, name) >= 0);
+	pthread_rwlock_unlock(&d->names);
+	return is;
+}
+
+int daemon_clone_unlisted(struct daemon *d, const char *clone)
+{
+	pthread_rwlock_rdlock(&d->names);
+	int err = d->away && repl_meta_find_clone(d->away, clone) >= 0 ? -ERR_BUSY : 0;
+	for (const struct unserved *u = d->unserved; u && !err; u = u->next)
+		for (uint32_t i = 0; i < u->n_clones && !err; i++)
+			err = strcmp(u->clones[i], clone) == 0 ? -ERR_EXIST : 0;
+	pthread_rwlock_unlock(&d->names);
+	return err;
 }
 
 int daemon_add_group(struct daemon *d, const struct repl_meta *m, struct err *e)

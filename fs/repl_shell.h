@@ -199,7 +199,8 @@ struct unserved {
 	struct unserved *next;
 	char group[NAME_SIZE];
 	char volumes[GROUP_VOLUMES_MAX][NAME_SIZE];
-	uint32_t n_volumes;
+	char clones[GROUP_CLONES_MAX][NAME_SIZE];
+	uint32_t n_volumes, n_clones;
 	char why[ERR_TEXT_MAX];
 };
 
@@ -228,6 +229,7 @@ struct daemon {
 	struct mutex cloning;		/* one `clone` at a time: names are the host's */
 	struct late_clone *late_clones; /* under it: asked for, given up, and not ended yet */
 	struct unserved *unserved;
+	struct repl_meta *away; /* under names: the record of the group that a verb, which holds admin, has out */
 	uint32_t next_id;
 	struct hub hub;
 };
@@ -241,6 +243,12 @@ void daemon_unserved_remove(struct daemon *d, const char *group);
 /* Whether a group, or one with a volume, of this name is not served; then why, and its group. */
 bool daemon_unserved(struct daemon *d, const char *name, char why[ERR_TEXT_MAX], char group[NAME_SIZE]);
 json_t *daemon_unserved_json(struct daemon *d); /* all of them; new reference */
+/* A verb has the group out, to change it, until this is called with NULL: it is not gone, and its names are its own.
+ * m: owned. */
+void daemon_away_set(struct daemon *d, struct repl_meta *m);
+bool daemon_away(struct daemon *d, const char *name); /* a group that is out has, or is of, this name */
+/* Whether a clone of this name is of a group that is not in the list now; -ERR_BUSY: it comes back; -ERR_EXIST. */
+int daemon_clone_unlisted(struct daemon *d, const char *clone);
 /* Takes a group out of the daemon: no handle may be open. -ERR_BUSY names the volume. */
 int daemon_remove_group(struct daemon *d, struct group *g, struct err *e);
 const struct link_callbacks *daemon_link_callbacks(bool dialled);

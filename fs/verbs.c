@@ -63,6 +63,15 @@ int verb_not_there(const struct call *c, const char *name, const char *what)
 	return err_set(c->e, ERR_NOENT, "%s %s: no such %s; `list` shows them", c->verb, name, what);
 }
 
+bool verb_awaited(const struct call *c, const char *name)
+{
+	if (!daemon_away(c->d, name))
+		return false;
+	mutex_lock(&c->d->admin);
+	mutex_unlock(&c->d->admin);
+	return true;
+}
+
 int verb_need_group(const struct call *c, struct group **ret)
 {
 	const char *name;
@@ -70,6 +79,8 @@ int verb_need_group(const struct call *c, struct group **ret)
 	if (err)
 		return err;
 	*ret = daemon_group(c->d, name);
+	if (*ret == NULL && verb_awaited(c, name))
+		*ret = daemon_group(c->d, name);
 	if (*ret == NULL)
 		return verb_not_there(c, name, "volume or group");
 	return 0;
@@ -81,12 +92,17 @@ int verb_need_volume(const struct call *c, struct gvol **ret, struct group **ret
 	int err = verb_need_name(c, &name);
 	if (err)
 		return err;
-	struct gvol *v = gvol_find(c->d, name);
-	struct group *g = v ? gvol_group(v) : NULL;
-	if (g == NULL) {
-		gvol_unref(v);
+	struct gvol *v;
+	struct group *g;
+	bool again = false;
+	do {
+		v = gvol_find(c->d, name);
+		g = v ? gvol_group(v) : NULL;
+		if (g == NULL)
+			gvol_unref(v);
+	} while (g == NULL && !again && (again = verb_awaited(c, name)));
+	if (g == NULL)
 		return verb_not_there(c, name, "volume");
-	}
 	*ret = v;
 	*ret_group = g;
 	return 0;
@@ -234,10 +250,17 @@ int verb_take_out(const struct call *c, const char *group)
 		return daemon_unserved(c->d, group, why, name)
 			   ? err_set(c->e, ERR_STATE, "its group %s is not served: %.400s", group, why)
 			   : 0;
+	struct repl_meta *m = malloc(sizeof(*m));
+	if (m == NULL) {
+		group_unref(g);
+		return err_set(c->e, ERR_NOMEM, "out of memory");
+	}
 	mutex_lock(&g->lock);
-	unsigned role = repl_meta(g->core)->role, state = repl_meta(g->core)->state;
+	*m = *repl_meta(g->core);
 	mutex_unlock(&g->lock);
+	unsigned role = m->role, state = m->state;
 	int err;
+	daemon_away_set(c->d, m); /* before its names go */
 	if (role != ROLE_STANDALONE || state == STATE_FAILOVER || state == STATE_FAILOVER_FAILED)
 		err = err_set(
 		    c->e, ERR_STATE,
@@ -245,6 +268,8 @@ int verb_take_out(const struct call *c, const char *group)
 		    group, role_name(role), state_name(state));
 	else
 		err = daemon_remove_group(c->d, g, c->e);
+	if (err)
+		daemon_away_set(c->d, NULL);
 	group_unref(g);
 	return err;
 }
@@ -253,8 +278,10 @@ int verb_bring_back(const struct call *c, const char *group, struct err *e)
 {
 	struct repl_meta *m = NULL;
 	int err = store_load_group(c->d->store, group, &m, e);
-	if (err == -ERR_NOENT)
+	if (err == -ERR_NOENT) {
+		daemon_away_set(c->d, NULL);
 		return 0;
+	}
 	if (!err)
 		err = daemon_add_group(c->d, m, e);
 	if (err)
@@ -263,6 +290,7 @@ int verb_bring_back(const struct call *c, const char *group, struct err *e)
 			  e->text);
 	if (err)
 		daemon_unserved_add(c->d, group, m, e->text);
+	daemon_away_set(c->d, NULL);
 	free(m);
 	return err;
 }

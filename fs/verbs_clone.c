@@ -9,7 +9,10 @@ static int make(const struct call *c, struct gvol *v, struct group *g, const cha
 {
 	bool late = clone_is_late(c->d, clone);
 	struct gvol *there = gvol_find_clone(c->d, clone); /* of another group, or this one */
-	struct shell_command *sc = there || late ? NULL : shell_command_new(CMD_CLONE);
+	int unlisted = daemon_clone_unlisted(c->d, clone);
+	if (!there && !unlisted) /* its group has just come back */
+		there = gvol_find_clone(c->d, clone);
+	struct shell_command *sc = there || unlisted || late ? NULL : shell_command_new(CMD_CLONE);
 	int err;
 	if (late) {
 		err = err_set(c->e, ERR_BUSY,
@@ -19,6 +22,16 @@ static int make(const struct call *c, struct gvol *v, struct group *g, const cha
 		err = err_set(c->e, ERR_EXIST,
 			      "clone %s %s: a clone of that name is there already; choose another name, or remove it "
 			      "with `rm`",
+			      v->name, clone);
+	} else if (unlisted == -ERR_BUSY) {
+		err = err_set(c->e, ERR_BUSY,
+			      "clone %s %s: a clone of that name is of a group whose volumes are being added or "
+			      "deleted; try again",
+			      v->name, clone);
+	} else if (unlisted) {
+		err = err_set(c->e, ERR_EXIST,
+			      "clone %s %s: a clone of that name is of a group that is not served, see `list`; choose "
+			      "another name",
 			      v->name, clone);
 	} else if (sc == NULL) {
 		err = err_set(c->e, ERR_NOMEM, "clone %s: out of memory", v->name);

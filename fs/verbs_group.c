@@ -393,6 +393,8 @@ int verb_do_status(const struct call *c)
 {
 	const char *name = verb_arg_str(c, "name");
 	json_t *j = daemon_status(c->d, name);
+	if (j == NULL && verb_awaited(c, name))
+		j = daemon_status(c->d, name);
 	if (j == NULL)
 		return verb_not_there(c, name, "volume or group");
 	*c->ret = j;

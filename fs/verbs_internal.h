@@ -35,6 +35,9 @@ uint64_t verb_deadline(const struct call *c);
 int verb_need_name(const struct call *c, const char **ret);
 int verb_need_group(const struct call *c, struct group **ret);				 /* a reference */
 int verb_need_volume(const struct call *c, struct gvol **ret, struct group **ret_group); /* two references */
+/* A verb had the group of this name, or with this volume, out, to change it, and has ended: look again. To be asked
+ * with no reference of a group held. */
+bool verb_awaited(const struct call *c, const char *name);
 /* There is no `name`: -ERR_NOENT; or there is, and it is not served: -ERR_STATE. what: "volume", "volume or group". */
 int verb_not_there(const struct call *c, const char *name, const char *what);
 

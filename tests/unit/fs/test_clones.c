@@ -259,3 +259,45 @@ Test(clones, they_are_there_once_after_a_save_beside_a_change_of_the_group, .ini
 	OK(gvol_write(v, NULL, 0, 5, "hello"));
 	gvol_unref(v);
 }
+
+static void *status_of_it(void *arg)
+{
+	struct err e = {0};
+	json_t *r = NULL, *args = json_pack("{s:s}", "name", "vm");
+	*(int *)arg = daemon_command(p.b.d, NULL, "status", args, &r, &e);
+	json_decref(args);
+	json_decref(r);
+	return NULL;
+}
+
+/* Its clones' names are its own then, and who asks for it waits, as it is not gone. */
+Test(clones, a_group_that_is_out_while_it_changes_has_its_names, .init = NULL)
+{
+	static struct faults slow = {.match = "groups/vm"};
+	pthread_t creator, asker;
+	int create_err = 1, status_err = 1;
+	OK(pair_open_with(&p, NULL, &slow));
+	OK(pair_create(&p.a, "vm", "vm", SIZE));
+	protect();
+	uint64_t one = checkpoint();
+	OK(pair_create(&p.a, "two", "two", SIZE));
+	OK(pair_protect(&p, "two"));
+	uint64_t two = checkpoint_of("two");
+	OK(clone_make(&p.b, one, "c"));
+	OK(pair_do(&p.b, "failover", json_pack("{s:s, s:b}", "name", "vm", "wait", 1), NULL));
+	atomic_store(&slow.hold, 1);
+	cr_assert_eq(pthread_create(&creator, NULL, create_it, &create_err), 0);
+	uint32_t id;
+	WAIT_FOR(!daemon_has_group(p.b.d, "vm", &id));
+	int err = clone_of("two", two, 60000);
+	cr_assert_eq(pthread_create(&asker, NULL, status_of_it, &status_err), 0);
+	(void)usleep(50000);
+	atomic_store(&slow.hold, 0);
+	(void)pthread_join(creator, NULL);
+	(void)pthread_join(asker, NULL);
+	cr_assert_eq(create_err, 0);
+	cr_assert_eq(err, -ERR_BUSY, "%d", err);
+	cr_assert_eq(status_err, 0, "%d", status_err);
+	cr_assert_eq(clone_of("two", two, 60000), -ERR_EXIST);
+	cr_assert_eq(n_clones(), 1);
+}
