@@ -369,13 +369,13 @@ static void list_name(void *arg, const char *name, uint32_t id)
 		(void)snprintf(l->names[l->n++], NAME_SIZE, "%s", name);
 }
 
-static json_t *entry_by_name(struct daemon *d, const char *name, bool full)
+static json_t *entry_by_name(struct daemon *d, const char *name)
 {
 	json_t *j = NULL;
 	struct gvol *v = gvol_find(d, name);
 	struct group *g = v ? gvol_group(v) : NULL;
 	if (g)
-		j = volume_entry(g, v->index, full);
+		j = volume_entry(g, v->index, false);
 	group_unref(g);
 	gvol_unref(v);
 	return j;
@@ -390,7 +390,7 @@ int verb_do_list(const struct call *c)
 	daemon_each_volume(c->d, list_name, &l);
 	json_t *a = json_array();
 	for (size_t i = 0; i < l.n; i++) {
-		json_t *j = entry_by_name(c->d, l.names[i], false);
+		json_t *j = entry_by_name(c->d, l.names[i]);
 		if (j)
 			json_array_append_new(a, j);
 	}
@@ -417,7 +417,7 @@ int verb_do_show(const struct call *c)
 	int err = verb_need_volume(c, &v, &g);
 	if (err)
 		return err;
-	verb_result(c, entry_by_name(c->d, v->name, true));
+	verb_result(c, volume_entry(g, v->index, true));
 	group_unref(g);
 	gvol_unref(v);
 	return 0;

@@ -339,3 +339,32 @@ Test(daemon, ends_in_time_with_connections_that_say_nothing)
 			(void)close(fds[i]);
 	} while (!quick);
 }
+
+static atomic_bool over;
+
+static void *come_and_go(void *arg)
+{
+	(void)arg;
+	struct pair_host h = p.a; /* an error text of its own */
+	while (!atomic_load(&over)) {
+		(void)pair_create(&h, "x", "x", SIZE);
+		(void)pair_do(&h, "delete", json_pack("{s:s}", "name", "x"), NULL);
+	}
+	return NULL;
+}
+
+Test(daemon, show_beside_a_delete_shows_it_or_says_that_it_is_not_there)
+{
+	pthread_t t;
+	unsigned empty = 0;
+	cr_assert_eq(pthread_create(&t, NULL, come_and_go, NULL), 0);
+	for (unsigned i = 0; i < 300000; i++) {
+		json_t *r = NULL;
+		if (pair_do(&p.a, "show", json_pack("{s:s}", "name", "x"), &r) == 0)
+			empty += !json_is_string(json_object_get(r, "name"));
+		json_decref(r);
+	}
+	atomic_store(&over, true);
+	(void)pthread_join(t, NULL);
+	cr_assert_eq(empty, 0);
+}
