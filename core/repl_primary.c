@@ -364,6 +364,13 @@ static void on_history_lost(struct repl *r, const struct repl_event *ev)
 		repl_tx(r, TX_PEER_BROKEN);
 }
 
+/* Its record could not be saved; status goes by that. */
+static void broken_late(struct repl *r)
+{
+	if (r->peer_broken && !r->meta->broken && !r->unsure && !r->saving && r->tx_count == 0)
+		repl_tx(r, TX_PEER_BROKEN);
+}
+
 void primary_in_sync(struct repl *r)
 {
 	r->link = LINK_SYNCED;
@@ -918,6 +925,7 @@ void primary_tick(struct repl *r)
 	pause_check(r);
 	primary_catch_up(r);
 	stop_want(r);
+	broken_late(r);
 	if (!r->behind && !r->cycle_on && r->now_ns >= r->cycle_next_ns)
 		(void)cycle_start(r);
 	primary_stop_check(r);

@@ -8310,3 +8310,30 @@ Test(lineage_core, an_older_dial_is_no_matter_of_a_commands)
 	EXPECT(h, "cmd=ERR_PEER");
 	host_free(h);
 }
+
+Test(repl, that_a_peers_checkpoints_are_given_up_is_saved_once_it_can_be)
+{
+	uint8_t buf[WIRE_TEXT_MAX + 8];
+	struct wire_refuse x = {.code = ERR_NOSPC, .text = "all given up"};
+	int n = wire_refuse_encode(&x, buf, sizeof(buf));
+	struct host *h = primary(PROTOCOL_F);
+	frame(h, WIRE_HISTORY_LOST, 0, 0, 0, buf, (uint32_t)n);
+	EXPECT(h, "save:primary/RUNNING");
+	save_fails(h, -ERR_NOSPC);
+	EXPECT(h, "save:primary/RUNNING"); /* as it was */
+	tick(h, SEC / 10);
+	EXPECT(h, "");
+	save_fails(h, -ERR_NOSPC);
+	tick(h, SEC);
+	EXPECT(h, "save:primary/RUNNING");
+	cr_assert_not(h->saved.broken);
+	saved(h);
+	EXPECT(h, "");
+	tick(h, SEC / 10);
+	EXPECT(h, "save:primary/RUNNING");
+	saved(h);
+	cr_assert(repl_meta(h->r)->broken);
+	tick(h, SEC / 10);
+	EXPECT(h, "");
+	host_free(h);
+}
