@@ -996,6 +996,16 @@ static int based_allocated(struct disk *d, uint64_t *ret)
 	return rc;
 }
 
+/* Of what is in the store: the base is read as the system remembers it. */
+static void based_forget(struct disk *d, uint64_t off, uint64_t len)
+{
+	struct based *b = based_of(d);
+
+	own_shared(b);
+	disk_forget(overlay_data(b->own), off, len);
+	own_unlock(b);
+}
+
 static const struct disk_ops based_ops = {
     .read = based_read,
     .write = based_write,
@@ -1006,4 +1016,5 @@ static const struct disk_ops based_ops = {
     .get_size = based_get_size,
     .allocated = based_allocated,
     .close = based_close,
+    .forget = based_forget,
 };

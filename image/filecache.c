@@ -212,6 +212,16 @@ static int cached_sync(struct disk *d)
 	return rc;
 }
 
+static void cached_forget(struct disk *d, uint64_t off, uint64_t len)
+{
+	struct cached *x = cached_of(d);
+
+	if (get(x, false) < 0)
+		return;
+	disk_forget(x->real, off, len);
+	put(x);
+}
+
 static void cached_close(struct disk *d)
 {
 	struct cached *x = cached_of(d);
@@ -236,6 +246,7 @@ static const struct disk_ops cached_ops = {
     .get_size = cached_get_size,
     .allocated = cached_allocated,
     .close = cached_close,
+    .forget = cached_forget,
 };
 
 int filecache_add(struct filecache *c, struct storage *s, const char *path, struct disk **d)

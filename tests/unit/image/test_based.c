@@ -474,6 +474,53 @@ Test(based, a_hole_of_the_base_stays_one_and_data_is_zeroed_by_its_map)
 
 /* ---- growing ---- */
 
+static const struct storage_ops *plain_storage;
+static const struct disk_ops *plain_disk;
+static struct disk_ops noting;
+static uint64_t forgotten_off, forgotten_len;
+
+static void forget_noted(struct disk *d, uint64_t off, uint64_t len)
+{
+	(void)d;
+	forgotten_off = off;
+	forgotten_len = len;
+}
+
+static int open_noting(struct storage *s, const char *path, unsigned flags, struct disk **ret)
+{
+	int rc = plain_storage->open(s, path, flags, ret);
+
+	if (rc == 0 && strcmp(path, "volumes/vol/own.data") == 0) {
+		plain_disk = (*ret)->ops;
+		noting = *plain_disk;
+		noting.forget = forget_noted;
+		(*ret)->ops = &noting;
+	}
+	return rc;
+}
+
+/* What a verify compares is read from the medium. */
+Test(based, forgets_what_the_system_remembers_of_its_blocks)
+{
+	struct crashstore *cs = calloc(1, sizeof(*cs));
+	struct storage_ops ops = cs_ops;
+	struct disk *d;
+
+	cr_assert_not_null(cs);
+	cs_init(cs, 1);
+	make(&cs->storage, true);
+	plain_storage = &cs_ops;
+	ops.open = open_noting;
+	cs->storage.ops = &ops;
+	d = open_it(&cs->storage, true);
+	disk_forget(d, 3 * BLOCK_SIZE, 2 * BLOCK_SIZE);
+	cr_assert_eq(forgotten_off, 3 * BLOCK_SIZE);
+	cr_assert_eq(forgotten_len, 2 * BLOCK_SIZE);
+	disk_close(d);
+	cs_free(cs);
+	free(cs);
+}
+
 Test(based, growing_shows_zeroes)
 {
 	struct storage *s = folder();

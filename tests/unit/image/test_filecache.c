@@ -173,3 +173,41 @@ Test(filecache, what_cannot_be_synced_stays_open_and_goes_on_failing)
 	filecache_free(c);
 	filecache_limit(0);
 }
+
+static const struct disk_ops *plain_ops;
+static struct disk_ops noting;
+static unsigned forgotten;
+
+static void forget_noted(struct disk *d, uint64_t off, uint64_t len)
+{
+	forgotten++;
+	plain_ops->forget(d, off, len);
+}
+
+/* A scrub reads what the medium has: of closed epochs too. */
+Test(filecache, forgets_what_the_system_remembers_of_a_file)
+{
+	struct tmpdir t;
+	struct storage *s;
+	struct filecache *c;
+	struct disk *d;
+	uint8_t b = 1;
+
+	tmpdir_make(&t);
+	cr_assert_eq(storage_posix_open(t.path, &s), 0);
+	filecache_limit(LIMIT);
+	cr_assert_eq(filecache_new(&c), 0);
+	cr_assert_eq(storage_open(s, "f", STORAGE_CREATE, &d), 0);
+	cr_assert_eq(disk_write(d, 0, &b, 1), 0);
+	plain_ops = d->ops;
+	noting = *d->ops;
+	noting.forget = forget_noted;
+	d->ops = &noting;
+	cr_assert_eq(filecache_add(c, s, "f", &d), 0);
+	disk_forget(d, 0, 0);
+	cr_assert_eq(forgotten, 1);
+	disk_close(d);
+	filecache_free(c);
+	storage_close(s);
+	tmpdir_remove(&t);
+}
