@@ -137,6 +137,8 @@ static int check_no_group(struct store *st, const char *group, struct err *e)
 /* Crash order: folders, then the record that names them. */
 int repl_exec_make(struct store *st, const struct wire_join *j, struct repl_meta *m, struct err *e)
 {
+	struct store_making making[GROUP_VOLUMES_MAX];
+	uint32_t begun = 0;
 	int err = check_no_group(st, j->group, e);
 	if (err)
 		return err;
@@ -149,6 +151,7 @@ int repl_exec_make(struct store *st, const struct wire_join *j, struct repl_meta
 		struct repl_volume *v = &m->volumes[m->n_volumes];
 		*v = j->volumes[m->n_volumes];
 		v->flags = 0; /* of the peer's disk */
+		store_making_begin(st, &making[begun++], v->name);
 		err = volume_create(store_storage(st), v->name, v->size, store_info(st)->durability, e);
 		m->n_volumes += !err;
 	}
@@ -156,6 +159,8 @@ int repl_exec_make(struct store *st, const struct wire_join *j, struct repl_meta
 		err = store_save_group(st, m, e);
 	if (err)
 		repl_exec_unmake(st, m);
+	while (begun > 0)
+		store_making_end(st, &making[--begun]);
 	return err;
 }
 

@@ -388,14 +388,6 @@ static int has_folder(struct storage *s, const char *path, bool any)
 	return rc < 0 ? rc : any ? rc : 1;
 }
 
-int store_has_folder(struct store *st, const char *volume)
-{
-	char path[STORE_SUBPATH_SIZE];
-
-	snprintf(path, sizeof(path), "volumes/%s", volume);
-	return has_folder(st->storage, path, false);
-}
-
 static int is_not_plain(void *arg, const char *name)
 {
 	static const char *const plain[] = {"disk.raw", "intent", "intent.tmp"};
@@ -429,6 +421,41 @@ static bool folder_has_data(struct store *st, const char *volume)
 		rc = disk_extent(d, 0, size, &x);
 	disk_close(d);
 	return rc < 0 || x.data || x.len < size;
+}
+
+static bool is_pending(struct store *st, const char *volume)
+{
+	char path[STORE_SUBPATH_SIZE];
+	struct disk *d;
+
+	pending_path(path, volume);
+	if (storage_open(st->storage, path, STORAGE_RDONLY, &d) < 0)
+		return false;
+	disk_close(d);
+	return true;
+}
+
+int store_settle_folder(struct store *st, const char *volume)
+{
+	char path[STORE_SUBPATH_SIZE];
+	int rc;
+
+	snprintf(path, sizeof(path), "volumes/%s", volume);
+	rc = has_folder(st->storage, path, false);
+	if (rc <= 0)
+		return rc;
+	for (const struct store_making *m = st->making; m; m = m->next)
+		if (strcmp(m->volume, volume) == 0)
+			return 1;
+	if (!is_pending(st, volume) && folder_has_data(st, volume))
+		return 1;
+	/* That none names it is durable first: see settle_leftovers. */
+	rc = store_sync_groups(st);
+	if (rc == 0)
+		rc = store_remove_folder(st, volume, NULL);
+	if (rc == 0)
+		store_pending_remove(st, volume);
+	return rc;
 }
 
 /* `power`: orphans/ itself is durable before it holds a disk, and what it holds before volumes/ may be synced for

@@ -11,7 +11,8 @@
  * A volume exists when a group's record names it. Making one: its folder first, then the record. Deleting: the record
  * first, then the folder. Folders that no record names are leftovers, settled by store_open: removed when pending/
  * names them or when they hold no data; else moved to orphans/, since a lost record must not cost the disk. While a
- * record can't be read, nothing is removed or moved.
+ * record can't be read, nothing is removed or moved. One that holds no data, or that pending/ names, is removed too
+ * when its name is to be used again: what kept it from being removed may be over.
  *
  * Thread-safe, except that the caller makes the saves of one group one at a time. Making and deleting volumes exclude
  * each other here, an import only while it begins and ends. They look at the records of groups that are in use too: a
@@ -81,6 +82,14 @@ struct store_base_args {
 int store_create_over(struct store *st, const struct store_base_args *args, uint64_t size, uint64_t *ret_size,
 		      const char **ret_format, struct err *e);
 int store_delete_volume(struct store *st, const char *volume, struct err *e);
+/* For who makes a folder by volume_create. begin: what is left there of one that could not be removed is, and until end
+ * nobody takes the folder, which no record names yet, for such a one. */
+struct store_making {
+	const char *volume; /* borrowed */
+	struct store_making *next;
+};
+void store_making_begin(struct store *st, struct store_making *m, const char *volume);
+void store_making_end(struct store *st, const struct store_making *m);
 
 /* Opens the i-th volume of a group with the overlays that its record names (volume_open). Returns owned. */
 int store_open_volume(struct store *st, const struct repl_meta *m, uint32_t i, struct volume **ret, struct err *e);

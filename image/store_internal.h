@@ -15,6 +15,7 @@ struct store {
 	/* Held while names of volumes and groups are checked and the record that settles them is saved; across I/O, but
 	 * never that of a long copy. Taken before one of records. */
 	struct mutex names;
+	struct store_making *making; /* under names */
 	/* Of a group's record, by its name: a load mends what it finds of a save, so neither runs beside the other.
 	 * Innermost; across I/O. */
 	struct mutex records[STORE_RECORD_LOCKS];
@@ -34,7 +35,8 @@ int store_remove_folder(struct store *st, const char *volume, struct err *e);
 /* In `power`: what records there are is durable, those that are not there included. */
 int store_sync_groups(struct store *st);
 
-/* Whether volumes/NAME is there. Negative: can't be told. */
-int store_has_folder(struct store *st, const char *volume);
+/* Whether volumes/NAME is there. Negative: can't be told. One that nobody is making, and no record names, which the
+ * caller has seen, is settled first, as store_open does, unless it has data that is not marked. */
+int store_settle_folder(struct store *st, const char *volume) REQUIRES(st->names);
 
 #endif

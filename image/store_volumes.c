@@ -188,9 +188,9 @@ static uint32_t next_id(const struct repl_meta *m)
 
 /* ---- making ---- */
 
-static int check_folder_free(struct store *st, const char *verb, const char *volume, struct err *e)
+static int check_folder_free(struct store *st, const char *verb, const char *volume, struct err *e) REQUIRES(st->names)
 {
-	int rc = store_has_folder(st, volume);
+	int rc = store_settle_folder(st, volume);
 
 	if (rc < 0)
 		return store_refuse(e, -rc, verb, volume, "looking at volumes/%s in store %s: %s", volume,
@@ -202,6 +202,37 @@ static int check_folder_free(struct store *st, const char *verb, const char *vol
 		    "now, else restart repfs, which clears leftovers away",
 		    volume);
 	return 0;
+}
+
+static void making_begin(struct store *st, struct store_making *m, const char *volume) REQUIRES(st->names)
+{
+	*m = (struct store_making){volume, st->making};
+	st->making = m;
+}
+
+static void making_end(struct store *st, const struct store_making *m) REQUIRES(st->names)
+{
+	struct store_making **at = &st->making;
+
+	while (*at != m)
+		at = &(*at)->next;
+	*at = m->next;
+}
+
+void store_making_begin(struct store *st, struct store_making *m, const char *volume)
+{
+	mutex_lock(&st->names);
+	if (check_name_free(st, "create", volume, NULL) == 0)
+		(void)store_settle_folder(st, volume);
+	making_begin(st, m, volume);
+	mutex_unlock(&st->names);
+}
+
+void store_making_end(struct store *st, const struct store_making *m)
+{
+	mutex_lock(&st->names);
+	making_end(st, m);
+	mutex_unlock(&st->names);
 }
 
 static void abandon(struct store *st, const char *volume)
@@ -229,17 +260,6 @@ static int reserve_locked(struct store *st, const char *verb, const char *volume
 	rc = volume_create_over(store_storage(st), volume, size, base, store_info(st)->durability, e);
 	if (rc < 0)
 		abandon(st, volume);
-	return rc;
-}
-
-static int reserve(struct store *st, const char *verb, const char *volume, uint64_t size, const char *group,
-		   const struct based_args *base, struct err *e)
-{
-	int rc;
-
-	mutex_lock(&st->names);
-	rc = reserve_locked(st, verb, volume, size, group, base, e);
-	mutex_unlock(&st->names);
 	return rc;
 }
 
@@ -347,16 +367,26 @@ static int settle_locked(struct store *st, const char *verb, const char *volume,
 	return rc;
 }
 
-static int settle(struct store *st, const char *verb, const char *volume, uint64_t size, const char *group,
-		  bool written, struct err *e)
+static int settle_or_abandon(struct store *st, const char *verb, const char *volume, uint64_t size, const char *group,
+			     bool written, struct err *e) REQUIRES(st->names)
 {
 	bool may_go;
+	int rc = settle_locked(st, verb, volume, size, group, written, &may_go, e);
+
+	if (rc < 0 && may_go)
+		abandon(st, volume);
+	return rc;
+}
+
+static int make(struct store *st, const char *volume, uint64_t size, const char *group, const struct based_args *base,
+		struct err *e)
+{
 	int rc;
 
 	mutex_lock(&st->names);
-	rc = settle_locked(st, verb, volume, size, group, written, &may_go, e);
-	if (rc < 0 && may_go)
-		abandon(st, volume);
+	rc = reserve_locked(st, "create", volume, size, group, base, e);
+	if (rc == 0)
+		rc = settle_or_abandon(st, "create", volume, size, group, base != NULL, e);
 	mutex_unlock(&st->names);
 	return rc;
 }
@@ -378,8 +408,7 @@ int store_create_volume(struct store *st, const char *volume, uint64_t size, con
 		return rc;
 	if ((rc = store_check_size(size, &why)) < 0)
 		return store_refuse(e, -rc, "create", volume, "%s", why.text);
-	rc = reserve(st, "create", volume, size, group, NULL, e);
-	return rc < 0 ? rc : settle(st, "create", volume, size, group, false, e);
+	return make(st, volume, size, group, NULL, e);
 }
 
 /* ---- over a base image ---- */
@@ -422,9 +451,7 @@ int store_create_over(struct store *st, const struct store_base_args *a, uint64_
 	if ((rc = check_request("create", a->volume, group, e)) < 0 || (rc = open_base(a, &size, &s, e)) < 0)
 		return rc;
 	struct based_args base = {.source = s, .path = a->file, .backing_dir = a->backing_dir};
-	rc = reserve(st, "create", a->volume, size, group, &base, e);
-	if (rc == 0)
-		rc = settle(st, "create", a->volume, size, group, true, e);
+	rc = make(st, a->volume, size, group, &base, e);
 	if (rc == 0) {
 		*ret_size = size;
 		*ret_format = s->format;
@@ -656,6 +683,7 @@ int store_import(struct store *st, const struct store_import_args *args, store_p
 {
 	const char *volume = args->volume, *group = args->group ? args->group : volume;
 	struct import im = {.args = args, .progress = fn, .arg = arg};
+	struct store_making making;
 	uint64_t size;
 	int rc;
 
@@ -664,16 +692,20 @@ int store_import(struct store *st, const struct store_import_args *args, store_p
 	size = im.source->size;
 	if (ret_format)
 		*ret_format = im.source->format;
-	rc = reserve(st, "import", volume, size, group, NULL, e);
+	mutex_lock(&st->names);
+	rc = reserve_locked(st, "import", volume, size, group, NULL, e);
+	if (rc == 0)
+		making_begin(st, &making, volume);
+	mutex_unlock(&st->names);
 	if (rc == 0) {
 		rc = import_into(st, &im, e);
-		if (rc == 0) {
-			rc = settle(st, "import", volume, size, group, true, e);
-		} else {
-			mutex_lock(&st->names);
+		mutex_lock(&st->names);
+		making_end(st, &making);
+		if (rc == 0)
+			rc = settle_or_abandon(st, "import", volume, size, group, true, e);
+		else
 			abandon(st, volume);
-			mutex_unlock(&st->names);
-		}
+		mutex_unlock(&st->names);
 	}
 	source_close(im.source);
 	return rc;

@@ -447,7 +447,11 @@ static bool fail_at(struct run *r, unsigned calls, bool once)
 	/* The daemon goes on with what the records say. */
 	(void)open_all(r, &l);
 	if (rc < 0 && random_below(r, 2)) {
-		(void)do_op(r);
+		bool named = l.there;
+		int again = do_op(r);
+		/* But for what stands by now: it is as after a start. */
+		if (again < 0 && !named && r->op < OP_DELETE)
+			fail(r, "it can't be done again: %s", err_short(again));
 		(void)open_all(r, &l);
 	}
 	settle(r);

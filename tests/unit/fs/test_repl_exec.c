@@ -64,10 +64,21 @@ Test(repl_exec, a_making_that_fails_leaves_nothing)
 {
 	struct err e = {0};
 	cr_assert_eq(volume_create(store_storage(st), "b", DISK_SIZE, DURABILITY_PROCESS, &e), 0, "%s", e.text);
+	tmpdir_write(&dir, "s/volumes/b/disk.raw", "data", 4, 0);
 	cr_assert_eq(make("a", "b", &e), -ERR_EXIST);
 	cr_assert_not(has_group());
 	cr_assert_not(tmpdir_has(&dir, "s/volumes/a"));
 	cr_assert(tmpdir_has(&dir, "s/volumes/b/disk.raw"), "it was not made here");
+}
+
+/* One that failed, and whose folder could not be removed either, keeps none of the peer's tries from coming to
+ * something. */
+Test(repl_exec, what_a_failed_making_left_is_not_in_the_way)
+{
+	struct err e = {0};
+	cr_assert_eq(volume_create(store_storage(st), "b", DISK_SIZE / 2, DURABILITY_PROCESS, &e), 0, "%s", e.text);
+	cr_assert_eq(make("a", "b", &e), 0, "%s", e.text);
+	cr_assert_eq(tmpdir_size(&dir, "s/volumes/b/disk.raw"), DISK_SIZE);
 }
 
 /* A group that the daemon has out, and could not take up again. With volumes of its names the making fails at the first
