@@ -682,64 +682,82 @@ static unsigned commit_requests(uint64_t off, uint64_t len, const uint8_t *want,
 	return n;
 }
 
+/* A commit under way. */
+struct commit {
+	uint64_t base, block, end;
+	struct scratch *want, *have; /* NULL until there is something to write */
+	struct volume_req reqs[PIECE_BLOCKS];
+	unsigned n; /* of the last run */
+};
+
 /* Blocks [block, end), at most PIECE_BLOCKS. */
-static int commit_run(struct volume *v, const struct view *w, uint64_t block, uint64_t end, struct scratch *want,
-		      struct scratch *have, uint64_t *written)
+static int commit_run(struct volume *v, const struct view *w, uint64_t block, uint64_t end, struct commit *c)
 {
 	uint64_t off = block << BLOCK_SHIFT, len = min_u64(end << BLOCK_SHIFT, v->size) - off;
-	struct volume_req reqs[PIECE_BLOCKS];
-	unsigned n;
-	int rc = view_read(v, w, off, len, want->bounce);
+	int rc = view_read(v, w, off, len, c->want->bounce);
 
 	if (rc == 0)
-		rc = disk_read(v->disk, off, have->bounce, (size_t)len);
+		rc = disk_read(v->disk, off, c->have->bounce, (size_t)len);
 	if (rc < 0)
 		return rc;
-	n = commit_requests(off, len, want->bounce, have->bounce, reqs);
-	write_batch_locked(v, reqs, n);
-	for (unsigned i = 0; i < n; i++) {
-		if (reqs[i].error)
-			return reqs[i].error;
-		*written += reqs[i].len;
-	}
+	c->n = commit_requests(off, len, c->want->bounce, c->have->bounce, c->reqs);
+	write_batch_locked(v, c->reqs, c->n);
 	return 0;
 }
 
-static int commit_locked(struct volume *v, uint64_t base, uint64_t off, uint64_t len, uint64_t *ret)
+/* The next run, with which c->block moves on. */
+static int commit_next_locked(struct volume *v, struct commit *c)
 {
-	struct scratch *want = NULL, *have = NULL;
-	uint64_t block = off >> BLOCK_SHIFT, end, written = 0;
 	struct view w;
+	int rc = view_make(v, LAYER_VIEW, c->base, &w);
+	uint64_t stop;
+
+	if (rc < 0 || (c->block = view_next_held(&w, c->block, c->end)) == c->end)
+		return rc;
+	stop = view_next_free(&w, c->block, min_u64(c->end, c->block + PIECE_BLOCKS));
+	if (!c->want)
+		c->want = scratch_get(v);
+	if (!c->have)
+		c->have = scratch_get(v);
+	rc = c->want && c->have ? commit_run(v, &w, c->block, stop, c) : -ERR_NOMEM;
+	c->block = stop;
+	return rc;
+}
+
+/* As after any write, who is told of them is told without the lock. */
+static int commit_next(struct volume *v, struct commit *c, uint64_t *written)
+{
 	int rc;
 
-	if (off >= v->size)
-		return -ERR_RANGE;
-	end = units_of(off + min_u64(len, v->size - off), BLOCK_SHIFT);
-	rc = view_make(v, LAYER_VIEW, base, &w);
-	while (rc == 0 && (block = view_next_held(&w, block, end)) < end) {
-		uint64_t stop = view_next_free(&w, block, min_u64(end, block + PIECE_BLOCKS));
-
-		if (!want)
-			want = scratch_get(v);
-		if (!have)
-			have = scratch_get(v);
-		rc = want && have ? commit_run(v, &w, block, stop, want, have, &written) : -ERR_NOMEM;
-		block = stop;
+	c->n = 0;
+	volume_lock_shared(v);
+	rc = commit_next_locked(v, c);
+	volume_unlock(v);
+	tell_tap(v, c->reqs, c->n);
+	for (unsigned i = 0; rc == 0 && i < c->n; i++) {
+		rc = c->reqs[i].error;
+		*written += c->reqs[i].len;
 	}
-	scratch_put(v, want);
-	scratch_put(v, have);
-	if (rc == 0)
-		*ret = written;
 	return rc;
 }
 
 int volume_commit(struct volume *v, uint64_t base, uint64_t off, uint64_t len, uint64_t *ret_written)
 {
-	int rc;
+	uint64_t size = volume_size(v), written = 0;
+	struct commit c;
+	int rc = off < size ? 0 : -ERR_RANGE;
 
 	PRE(off % BLOCK_SIZE == 0);
-	volume_lock_shared(v);
-	rc = commit_locked(v, base, off, len, ret_written);
-	volume_unlock(v);
+	/* Not an initializer: the requests are many, and made one by one. */
+	c.base = base;
+	c.block = off >> BLOCK_SHIFT;
+	c.end = rc == 0 ? units_of(off + min_u64(len, size - off), BLOCK_SHIFT) : c.block;
+	c.want = c.have = NULL;
+	while (rc == 0 && c.block < c.end)
+		rc = commit_next(v, &c, &written);
+	scratch_put(v, c.want);
+	scratch_put(v, c.have);
+	if (rc == 0)
+		*ret_written = written;
 	return rc;
 }

@@ -105,9 +105,9 @@ int volume_read_clone(struct volume *v, uint64_t id, uint64_t off, uint64_t len,
  * Large zeroes and discards work through their range in bounded pieces. */
 int volume_write(struct volume *v, struct volume_req *reqs, unsigned n);
 
-/* fn is told of each request of volume_write that the disk has got, in the writing thread and so under its claims:
- * overlapping ones in their order. buf is borrowed. One fn a volume: -ERR_BUSY. fn NULL: none any more, and none is
- * under way when it returns. */
+/* fn is told of each request of volume_write, or of volume_commit, that the disk has got, in the writing thread and so
+ * under its claims: overlapping ones in their order. buf is borrowed. One fn a volume: -ERR_BUSY. fn NULL: none any
+ * more, and none is under way when it returns. */
 typedef void (*volume_tap_fn)(void *arg, const struct volume_req *r);
 int volume_set_tap(struct volume *v, volume_tap_fn fn, void *arg);
 

@@ -403,6 +403,37 @@ Test(volume_one, a_growth_whose_sync_failed_is_not_there_at_the_next_try)
 	storage_close(s);
 }
 
+static void follow(void *arg, const struct volume_req *r)
+{
+	if (r->kind == VOLUME_WRITE)
+		memcpy((uint8_t *)arg + r->off, r->buf, r->len);
+	else
+		memset((uint8_t *)arg + r->off, 0, r->len);
+}
+
+/* A backup of what is written from now on goes through a failover: that writes too. */
+Test(volume_one, a_commit_is_told_of_like_any_write)
+{
+	uint8_t *target = malloc(ODD_SIZE), *disk = malloc(ODD_SIZE);
+	uint64_t written = 0;
+
+	write_at(&model, VOLUME_WRITE, 0, 81920, 1);
+	write_at(&model, VOLUME_WRITE, ODD_SIZE - 5120, 5120, 2);
+	model_checkpoint(&model, false);
+	write_at(&model, VOLUME_WRITE, 8192, 40960, 3);
+	write_at(&model, VOLUME_WRITE, 122880, 8192, 4);
+	write_at(&model, VOLUME_WRITE, ODD_SIZE - 1024, 1024, 5);
+	cr_assert_eq(volume_read_disk(model.v, 0, ODD_SIZE, target), 0);
+	cr_assert_eq(volume_set_tap(model.v, follow, target), 0);
+	cr_assert_eq(volume_commit(model.v, model.ckpts[0].number, 0, ODD_SIZE, &written), 0);
+	cr_assert_eq(volume_set_tap(model.v, NULL, NULL), 0);
+	cr_assert_gt(written, 0);
+	cr_assert_eq(volume_read_disk(model.v, 0, ODD_SIZE, disk), 0);
+	cr_assert_eq(memcmp(target, disk, ODD_SIZE), 0);
+	free(target);
+	free(disk);
+}
+
 struct reopening {
 	struct volume *v;
 	_Atomic bool done;
