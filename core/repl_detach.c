@@ -115,15 +115,17 @@ void detach_clear_maps(struct repl *r, uint64_t volumes)
 	}
 }
 
-static void rebuild_all(struct repl *r)
+/* These are rebuilt from now on; others go on where they are. */
+static void rebuild_add(struct repl *r, uint64_t volumes)
 {
-	r->rb_vol = 0;
-	r->rb_off = 0;
-	r->rb_total = 0;
-	r->rb_started_ns = r->now_ns;
+	if (r->rebuild == 0) {
+		r->rb_total = 0;
+		r->rb_started_ns = r->now_ns;
+	}
+	r->rebuild |= volumes;
 	for (uint32_t i = 0; i < r->meta->n_volumes; i++) {
 		struct repl_volume_state *v = &r->vol[i];
-		if (!(r->rebuild & mask_of(i)))
+		if (!(volumes & mask_of(i)))
 			continue;
 		bitmap_set_range(&v->todo, 0, v->todo.nbits);
 		r->rb_total += v->todo.nbits << REGION_SHIFT;
@@ -132,12 +134,13 @@ static void rebuild_all(struct repl *r)
 
 void detach_init(struct repl *r)
 {
+	uint64_t rebuild = 0;
 	for (uint32_t i = 0; i < r->meta->n_volumes && r->meta->role != ROLE_SECONDARY; i++) {
 		unsigned flags = r->meta->volumes[i].flags;
 		r->stale |= flags & VOLUME_STALE ? mask_of(i) : 0;
-		r->rebuild |= flags & VOLUME_REBUILD ? mask_of(i) : 0;
+		rebuild |= flags & VOLUME_REBUILD ? mask_of(i) : 0;
 	}
-	rebuild_all(r);
+	rebuild_add(r, rebuild);
 	r->reopen_io.internal = r->attach_io.internal = true;
 	for (unsigned i = 0; i < REBUILDS_MAX; i++)
 		r->rb[i].internal = true;
@@ -576,6 +579,7 @@ static void rebuild_refused(struct repl *r, int error, const char *what)
 static void rebuild_stop(struct repl *r, uint32_t volume, int error)
 {
 	r->rebuild &= ~mask_of(volume);
+	r->rb_total -= r->vol[volume].todo.nbits << REGION_SHIFT;
 	maps_clear(&r->vol[volume]); /* what went to both went to the peer: it lacks nothing */
 	bitmap_clear_all(&r->vol[volume].todo);
 	r->error.code = 0; /* what it was detached for is known: what keeps it so is the news */
@@ -720,9 +724,8 @@ void detach_tx_done(struct repl *r, struct tx *t, int error)
 			rebuild_refused(r, error, "the start of the rebuild could not be recorded here");
 			return;
 		}
-		r->rebuild |= t->arg & r->stale;
 		r->rb_session = 0;
-		rebuild_all(r);
+		rebuild_add(r, t->arg & r->stale);
 		repl_log(r, 2, "rebuilding the detached disks from the peer");
 		struct repl_command *c = r->rebuilding;
 		r->rebuilding = NULL;

@@ -8337,3 +8337,37 @@ Test(repl, that_a_peers_checkpoints_are_given_up_is_saved_once_it_can_be)
 	EXPECT(h, "");
 	host_free(h);
 }
+
+/* The first one is rebuilt in part when the second is detached too, and given back. */
+Test(repl, a_disk_that_joins_a_rebuild_leaves_the_others_where_it_was)
+{
+	struct host *h = rebuilding_beside_a_whole_one(2 << 20);
+	struct repl_status s;
+	struct repl_volume_state *first = repl_volume_state(h->r, 0), *second = repl_volume_state(h->r, 1);
+	uint64_t todo = first->todo.count, regions = SIZE >> REGION_SHIFT;
+	cr_assert_eq(todo, regions - ((2 << 20) >> REGION_SHIFT));
+	guest2(h, 'b', REPL_WRITE, 0, 4096);
+	fin(h, "b");
+	fin_full(h, "b", -ERR_IO, false, 0, false);
+	ack(h, 3, 3, 3);
+	saved(h);
+	forget(h);
+	command(h, CMD_RESYNC, 0);
+	fin(h, "reopen");
+	saved(h);
+	cr_assert_eq(h->cmd_error, 0);
+	cr_assert_eq(first->todo.count, todo);
+	cr_assert_eq(second->todo.count, regions);
+	repl_status(h->r, h->now, &s);
+	cr_assert_eq(s.rebuilding, 3);
+	cr_assert_eq(s.resync_total, 2 * SIZE);
+	cr_assert_eq(s.resync_done, 2 << 20);
+	ack(h, 5, 5, 5);
+	tick(h, SEC);
+	read_reply(h, 5, 2 << 20, 512 << 10, WIRE_READ_ERROR);
+	repl_status(h->r, h->now, &s);
+	cr_assert_eq(s.rebuilding, 2);
+	cr_assert_eq(s.resync_total, SIZE);
+	cr_assert_eq(s.resync_done, 0);
+	host_free(h);
+}
