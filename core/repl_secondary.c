@@ -429,8 +429,9 @@ static void barrier_done(struct repl *r, struct repl_io *io, int error)
 		return;
 	}
 	if (io->kind == REPL_CHECKPOINT) {
-		/* The shell says in ext_len how many bytes active holds. */
-		if (r->meta->inconsistent) {
+		/* The shell says in ext_len how many bytes active holds. Of a copy that is stopped only a start makes
+		 * one that runs. */
+		if (r->meta->inconsistent || r->meta->state == STATE_DONE) {
 			checkpoint_void(r, io, WIRE_VOID_ERROR);
 			barrier_end(r, io);
 			return;
@@ -753,6 +754,7 @@ static void switched(struct repl *r, struct tx *t, int error)
 		}
 		if (secondary_current(r, io))
 			session_close(r, true);
+		drop_held(r); /* barriers; from here on the disk is this host's own */
 	}
 	if (secondary_current(r, io) && (t->flags & WIRE_CKPT_HAND_OVER) && r->in_seq == io->seq)
 		r->armed = t->number; /* the primary has not gone on as such meanwhile */

@@ -8371,3 +8371,52 @@ Test(repl, a_disk_that_joins_a_rebuild_leaves_the_others_where_it_was)
 	cr_assert_eq(s.resync_done, 0);
 	host_free(h);
 }
+
+/* A primary sends nothing but barriers behind a stop's last checkpoint: from there on the disk is this host's own. */
+Test(repl, nothing_of_the_stream_is_taken_behind_a_stops_checkpoint)
+{
+	for (int cut = 0; cut < 2; cut++) {
+		struct host *h = secondary();
+		struct repl_io *io = &h->io['s'];
+		*io = (struct repl_io){.kind = REPL_CHECKPOINT, .seq = 2, .arg = 2, .owner = 's'};
+		io->flags = WIRE_CKPT_COMMAND | WIRE_CKPT_STOP;
+		struct wire_frame f = {.type = WIRE_CHECKPOINT, .seq = 2, .offset = 2};
+		step(h, (struct repl_event){.type = EV_FRAME, .session = h->session, .frame = &f, .io = io});
+		stream(h, 'f', WIRE_FLUSH, REPL_FLUSH, 3, 0, 0);
+		stream(h, 'w', WIRE_WRITE, REPL_WRITE, 4, 0, 4096);
+		stream(h, 'c', WIRE_CHECKPOINT, REPL_CHECKPOINT, 5, 3, 0);
+		fin(h, "s");
+		EXPECT(h, "do:s/ckpt save:secondary/DONE +2");
+		if (cut)
+			link_down(h);
+		saved(h);
+		EXPECT(h, cut ? "done:f=ERR_CANCELED done:w=ERR_CANCELED done:c=ERR_CANCELED done:s"
+			      : "send:CHECKPOINT_ACK close done:f=ERR_CANCELED done:w=ERR_CANCELED "
+				"done:c=ERR_CANCELED done:s");
+		cr_assert_eq(repl_meta(h->r)->state, STATE_DONE);
+		host_free(h);
+	}
+}
+
+/* One that says so of a host that has stopped, and knows its generation. */
+Test(repl, a_checkpoint_for_a_copy_that_is_stopped_is_void)
+{
+	static struct repl_meta m;
+	meta_of(&m, ROLE_SECONDARY, STATE_DONE);
+	m.alone = true;
+	meta_of(&peer_meta, ROLE_PRIMARY, STATE_RUNNING);
+	struct host *h = host_new(&m);
+	link_up(h, false);
+	join_frame(h, &peer_meta, WIRE_JOIN_START);
+	EXPECT(h, "send:JOIN send:DIRTY_END");
+	stream(h, 'd', WIRE_RESYNC_DONE, REPL_RESYNC_DONE, 1, 0, 0);
+	fin(h, "d");
+	while (h->saving)
+		saved(h);
+	forget(h);
+	stream(h, 'c', WIRE_CHECKPOINT, REPL_CHECKPOINT, 2, 2, 0);
+	fin(h, "c");
+	EXPECT(h, "do:c/ckpt send:CHECKPOINT_ACK done:c");
+	cr_assert_eq(repl_meta(h->r)->state, STATE_DONE);
+	host_free(h);
+}
