@@ -341,10 +341,11 @@ void history_settle(struct repl *r)
 	repl_command(r, c); /* anew: its checkpoint may be gone, or in use */
 }
 
-/* A failover that came meanwhile has chosen its checkpoint, and its marks, by the chain as it is. */
-static bool failover_since(const struct repl *r)
+/* A failover that came since its merge began goes by the chain as it is, or stands on this one by now. */
+static bool failover_since(const struct repl *r, uint64_t number)
 {
-	return r->failing_over || r->meta->state == STATE_FAILOVER || r->meta->state == STATE_FAILOVER_FAILED;
+	int i = repl_meta_find_ckpt(r->meta, number);
+	return r->failing_over || (i >= 0 && history_needed(r->meta, (uint32_t)i));
 }
 
 void history_merged(struct repl *r, int error)
@@ -362,7 +363,7 @@ void history_merged(struct repl *r, int error)
 		return;
 	}
 	/* Since the merge began; the image stays what it is. */
-	if (!error && (hold_held(r, r->meta, n) || failover_since(r))) {
+	if (!error && (hold_held(r, r->meta, n) || failover_since(r, n))) {
 		r->merge_busy = false;
 		refuse_held(r, r->dropping, n);
 		r->dropping = NULL;

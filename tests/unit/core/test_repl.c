@@ -8420,3 +8420,32 @@ Test(repl, a_checkpoint_for_a_copy_that_is_stopped_is_void)
 	cr_assert_eq(repl_meta(h->r)->state, STATE_DONE);
 	host_free(h);
 }
+
+/* What has failed for want of room is given some. */
+Test(repl, a_checkpoint_is_dropped_beside_a_failover_that_has_failed)
+{
+	static struct repl_meta m;
+	meta_of(&m, ROLE_STANDALONE, STATE_FAILOVER_FAILED);
+	m.alone = true;
+	m.active_id = 1;
+	m.n_ckpts = 4;
+	m.ckpt_max = m.received = 4;
+	m.base = m.target = m.last_stream = 2;
+	m.failover_generation = 100;
+	for (unsigned i = 0; i < 4; i++)
+		m.ckpts[i] = (struct repl_ckpt){.number = i + 1, .generation = 100, .flags = CKPT_PINNED};
+	struct host *h = host_new(&m);
+	for (uint64_t i = 1; i <= 4; i++) {
+		command(h, CMD_DROP, i);
+		if (i == 1 || i == 3) {
+			EXPECT(h, "do:merge/own");
+			fin(h, "merge");
+			EXPECT(h, i == 1 ? "save:standalone/FAILOVER_FAILED -1" : "save:standalone/FAILOVER_FAILED -3");
+			saved(h);
+			EXPECT(h, "cmd");
+		} else {
+			EXPECT(h, "cmd=ERR_STATE");
+		}
+	}
+	host_free(h);
+}
