@@ -181,7 +181,7 @@ static int stop_at_first(void *arg, const char *name)
 	return -ERR_EXIST;
 }
 
-static int create_raw(struct storage *s, const char *name, uint64_t size, bool power)
+static int create_raw(struct storage *s, const char *name, uint64_t size)
 {
 	char path[VOLUME_PATH_SIZE];
 	struct disk *d;
@@ -192,7 +192,8 @@ static int create_raw(struct storage *s, const char *name, uint64_t size, bool p
 	if (rc < 0)
 		return rc;
 	rc = disk_set_size(d, size);
-	if (rc == 0 && power)
+	/* In `process` too: without its length, which a sync that failed would take, it could not be opened. */
+	if (rc == 0)
 		rc = disk_sync(d);
 	disk_close(d);
 	return rc;
@@ -209,7 +210,7 @@ static int create_disk(struct storage *s, const char *name, uint64_t size, const
 		if (rc < 0)
 			return rc;
 	} else {
-		rc = create_raw(s, name, size, power);
+		rc = create_raw(s, name, size);
 	}
 	volume_path(name, "", folder);
 	if (rc == 0 && power)
@@ -657,7 +658,7 @@ int volume_extend(struct volume *v, uint64_t size)
 		return -ERR_RANGE;
 	check_zero(pthread_rwlock_rdlock(&v->sync_lock));
 	rc = disk_set_size(v->disk, size);
-	if (rc == 0 && v->power)
+	if (rc == 0)
 		rc = disk_sync(v->disk);
 	check_zero(pthread_rwlock_unlock(&v->sync_lock));
 	return rc;
@@ -705,7 +706,7 @@ int volume_grow_prepare(struct volume *v, uint64_t size)
 	rc = v->prepared_undo || v->prepared_active || v->prepared_clone ? -ERR_BUSY : disk_get_size(v->disk, &now);
 	if (rc == 0 && now < size)
 		rc = volume_extend(v, size);
-	else if (rc == 0 && v->power)
+	else if (rc == 0)
 		rc = volume_sync(v); /* a length that a failed sync left in the cache is none [I10] */
 	if (rc == 0)
 		rc = growth_new(v, size, &g);

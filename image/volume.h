@@ -217,11 +217,11 @@ void volume_scrub(struct volume *v, struct volume_scrub *s, uint64_t budget);
 
 /* Growing only; -ERR_RANGE to shrink. What lies past the old size reads as zeroes in every older image.
  *
- * volume_extend: the disk's file gets that long, or as long as the volume is again, durably under `power`; nothing
+ * volume_extend: the disk's file gets that long, or as long as the volume is again, durably in `process` too; nothing
  * shows it. -ERR_NOSPC: the filesystem has no files that large, or a limit stands against it.
  *
- * volume_grow_prepare: that, if it is not so yet, and memory; repeatable. Under `power` the length is durable when it
- * has succeeded, so that a record may name it. -ERR_BUSY between volume_prepare and its end. A merge that is under way
+ * volume_grow_prepare: that, if it is not so yet, and memory; repeatable. The length is durable when it has succeeded,
+ * so that a record may name it. -ERR_BUSY between volume_prepare and its end. A merge that is under way
  * gives way, with -ERR_BUSY, and none begins before volume_grow or volume_ungrow: that one would have to wait for it.
  *
  * volume_grow: in memory, under the chain lock; can't fail. For readers and writers it is one step.

@@ -381,16 +381,16 @@ Test(volume_one, a_growth_that_was_cut_off_is_taken_back)
 }
 
 /* The length is in the cache and not on the medium: no record may name it (I10). */
-Test(volume_one, a_growth_whose_sync_failed_is_not_there_at_the_next_try)
+static void growth_that_fails(enum volume_durability durability)
 {
 	struct faults f = {.match = "other/disk.raw"};
 	struct storage *s = faultstore_open(store.path, &f);
-	struct volume_open_args a = {.name = "other", .size = 8192, .durability = DURABILITY_POWER};
+	struct volume_open_args a = {.name = "other", .size = 8192, .durability = durability};
 	struct volume *v = NULL;
 	struct err e = {0};
 
 	cr_assert_not_null(s);
-	cr_assert_eq(volume_create(s, "other", 8192, DURABILITY_POWER, &e), 0, "%s", e.text);
+	cr_assert_eq(volume_create(s, "other", 8192, durability, &e), 0, "%s", e.text);
 	cr_assert_eq(volume_open(s, &a, &v, &e), 0, "%s", e.text);
 	atomic_store(&f.sync_once, -ERR_IO);
 	cr_assert_eq(volume_resize(v, 12288), -ERR_IO);
@@ -401,6 +401,17 @@ Test(volume_one, a_growth_whose_sync_failed_is_not_there_at_the_next_try)
 	cr_assert_eq(volume_size(v), 12288);
 	volume_close(v);
 	storage_close(s);
+}
+
+Test(volume_one, a_growth_whose_sync_failed_is_not_there_at_the_next_try)
+{
+	growth_that_fails(DURABILITY_POWER);
+}
+
+/* What a sync that failed takes it takes there too, and the volume could not be opened. */
+Test(volume_one, a_growth_is_synced_in_process_too)
+{
+	growth_that_fails(DURABILITY_PROCESS);
 }
 
 static void follow(void *arg, const struct volume_req *r)
