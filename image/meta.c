@@ -436,6 +436,11 @@ static int load_refuse(const struct pair *p, const char *path, struct err *e)
 
 	if (a->state == COPY_ABSENT && b->state == COPY_ABSENT)
 		return err_set(e, ERR_NOENT, "load %s: neither %s nor %s is there", path, a->path, b->path);
+	if (a->state == COPY_UNREADABLE || b->state == COPY_UNREADABLE)
+		return err_set(e, a->state == COPY_UNREADABLE ? -a->error : -b->error,
+			       "load %s: %s: %s; %s: %s; look at the disk under the store, at the owner of these files "
+			       "and at the limit of open files",
+			       path, a->path, a->matter, b->path, b->matter);
 	return err_set(
 	    e, ERR_CORRUPT,
 	    "load %s: neither copy checks out (%s: %s; %s: %s); put one of them back from a backup, or remove "

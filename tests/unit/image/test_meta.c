@@ -475,6 +475,33 @@ Test(meta, two_copies_that_cant_be_read_are_not_overwritten)
 	drop_store(cs);
 }
 
+/* Nothing is the matter with them, perhaps: a limit of open files, an owner. Nobody is told to remove them. */
+Test(meta, copies_that_cant_be_read_are_not_said_to_be_bad)
+{
+	static const char *const unreadable[][2] = {{"rec.a", "rec.b"}, {"rec.a", NULL}, {"rec.b", NULL}};
+	for (size_t i = 0; i < 3; i++) {
+		struct crashstore *cs = new_store(10);
+		struct err e = {0};
+		void *payload = NULL;
+		uint32_t version;
+		size_t len;
+
+		cr_assert_eq(save_number(cs, 1, 50, true), 0);
+		for (size_t k = 0; k < 2; k++)
+			if (unreadable[i][k] == NULL)
+				resize_copy(cs, i == 1 ? "rec.b" : "rec.a", 10);
+		for (size_t k = 0; k < 2; k++)
+			if (unreadable[i][k])
+				make_unreadable(cs, unreadable[i][k]);
+		cr_assert_eq(meta_load(&cs->storage, "rec", KIND, 1, &version, &payload, &len, &e), -ERR_IO);
+		cr_assert_not_null(strstr(e.text, unreadable[i][0]), "%s", e.text);
+		cr_assert_not_null(strstr(e.text, "can't be"), "%s", e.text);
+		cr_assert_null(strstr(e.text, "remove"), "%s", e.text);
+		cs_find(cs, unreadable[i][0])->inode->unreadable = false;
+		drop_store(cs);
+	}
+}
+
 /* Long lives of saves with failing syncs and cuts, then one copy that can't be read: what is loaded is no older than
  * the last record said to be saved. */
 Test(meta, unreadable_after_anything)
