@@ -156,6 +156,14 @@ static void cmd_start(struct repl *r, struct repl_command *c)
 	}
 }
 
+/* The peer's daemon lives, and its disk hangs perhaps: its handshake does not end. For a stop that is as if it were not
+ * there, else nobody could end replication here. */
+static bool handshake_hangs(const struct repl *r)
+{
+	return r->link == LINK_HANDSHAKE && !r->closing &&
+	       r->now_ns - r->link_since_ns > r->meta->settings.peer_timeout_ms * UINT64_C(1000000);
+}
+
 static void cmd_stop(struct repl *r, struct repl_command *c)
 {
 	const struct repl_meta *m = r->meta;
@@ -185,7 +193,9 @@ static void cmd_stop(struct repl *r, struct repl_command *c)
 		    r, c, -ERR_STATE,
 		    "the primary's disk is detached: it writes through this host; `resync` it there first, "
 		    "or `failover`");
-	} else if (is_primary(r) && (link == LINK_DOWN || m->split_brain)) {
+	} else if (is_primary(r) && (link == LINK_DOWN || m->split_brain || handshake_hangs(r))) {
+		if (handshake_hangs(r))
+			session_drop(r, "this host is stopped beside a handshake that does not end");
 		struct tx *t = repl_tx(r, TX_STOPPED);
 		t->command = c;
 	} else if (link != LINK_SYNCED) {

@@ -8449,3 +8449,32 @@ Test(repl, a_checkpoint_is_dropped_beside_a_failover_that_has_failed)
 	}
 	host_free(h);
 }
+
+/* The peer's daemon lives and its disk hangs: it never says its JOIN, and the link is never DOWN. */
+Test(repl, a_primary_is_stopped_beside_a_handshake_that_does_not_end)
+{
+	for (int late = 0; late < 2; late++) {
+		struct host *h = primary(PROTOCOL_F);
+		link_down(h);
+		tick(h, 0);
+		link_up(h, true);
+		EXPECT(h, "dial send:JOIN");
+		ticks(h, late ? 6 * SEC : SEC);
+		struct repl_status s;
+		repl_status(h->r, h->now, &s);
+		cr_assert_eq(s.link, LINK_HANDSHAKE);
+		forget(h);
+		command(h, CMD_STOP, 0);
+		if (!late) {
+			EXPECT(h, "cmd=ERR_STATE");
+			host_free(h);
+			continue;
+		}
+		EXPECT(h, "close save:primary/DONE");
+		saved(h);
+		EXPECT(h, "cmd");
+		ticks(h, 6 * SEC);
+		EXPECT(h, "");
+		host_free(h);
+	}
+}
