@@ -785,13 +785,28 @@ static void sync_volumes(struct group *g)
 	}
 }
 
+static void groups_shutdown(struct daemon *d)
+{
+	struct group *all[STORE_GROUPS_MAX];
+	unsigned n = 0;
+	pthread_rwlock_rdlock(&d->names);
+	for (struct group *g = d->groups; g && n < STORE_GROUPS_MAX; g = g->next)
+		all[n++] = group_ref(g);
+	pthread_rwlock_unlock(&d->names);
+	for (unsigned i = 0; i < n; i++) {
+		group_shutdown(all[i]);
+		group_unref(all[i]);
+	}
+}
+
 void daemon_shutdown(struct daemon *d)
 {
 	if (atomic_exchange(&d->ending, true))
 		return;
-	/* First: who waits for a job's end is waited for. */
+	/* First: verbs are waited for, and they wait for a job's end, or for a request that waits for the peer. */
 	if (d->jobs)
 		jobs_shutdown(d->jobs);
+	groups_shutdown(d);
 	if (d->ctl)
 		ctl_server_stop(d->ctl);
 	mutex_lock(&d->lock);
@@ -800,11 +815,11 @@ void daemon_shutdown(struct daemon *d)
 	mutex_unlock(&d->lock);
 	if (d->ticking)
 		(void)pthread_join(d->ticker, NULL);
-	/* A JOIN that makes a group ends first; no other is made: from here on the list stands. */
+	/* A JOIN that makes a group ends first; no other is made: from here on the list stands. Those that were made,
+	 * or brought back by a verb, meanwhile: */
 	mutex_lock(&d->admin);
 	mutex_unlock(&d->admin);
-	for (struct group *g = d->groups; g; g = g->next)
-		group_shutdown(g);
+	groups_shutdown(d);
 	hub_shutdown(d);
 }
 

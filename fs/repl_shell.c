@@ -1227,9 +1227,11 @@ void group_shutdown(struct group *g)
 	struct outbox o;
 	outbox_init(&o);
 	lock_with(g, &o);
+	bool again = g->closing;
 	g->closing = true;
 	cond_broadcast(&g->cond);
-	step(g, &ev);
+	if (!again)
+		step(g, &ev);
 	unlock_with(g);
 	outbox_run(g, &o);
 }

@@ -153,7 +153,8 @@ struct group {
 int group_open(struct daemon *d, const struct repl_meta *m, uint32_t id, struct group **ret, struct err *e);
 /* No link, no request may be under way or come any more. Drops the daemon's reference. */
 void group_close(struct group *g);
-void group_shutdown(struct group *g); /* says goodbye, answers what waits, takes no connection; asynchronous */
+/* Says goodbye, answers what waits, takes no connection; asynchronous. Again: does nothing. */
+void group_shutdown(struct group *g);
 /* Until no connection and no job is left. deadline_ns 0: none; false: it has passed. */
 bool group_wait_quiet(struct group *g, uint64_t deadline_ns);
 /* A clean end of a quiet group whose disks are synced: keeps what the next start need not guess. */

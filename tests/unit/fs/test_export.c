@@ -8,6 +8,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "fs/repl_shell.h"
 #include "tests/unit/fs/pairtest.h"
 
 #define SIZE (UINT64_C(32) << 20)
@@ -174,20 +175,79 @@ static json_int_t active_bytes(struct pair_host *h)
 	return n;
 }
 
-/* The rest would go to what the secondary wrote itself, where it stops its checkpoints, and count as applied. */
-Test(export, a_backup_that_is_applied_is_not_written_to_a_secondary)
+/* A backup of blocks of 1 in x->file; the volume holds 2. */
+static void make_backup(struct exporting *x)
 {
-	struct exporting x = {.ret = 1};
 	json_t *r = NULL;
 	fill(&p.a, 1);
-	snprintf(x.file, sizeof(x.file), "%s/none", p.dir);
+	snprintf(x->file, sizeof(x->file), "%s/none", p.dir);
 	OK(pair_do(&p.a, "backup",
-		   json_pack("{s:s, s:s, s:s, s:b}", "name", "vm", "target", x.file, "sync", "none", "detach", 1), &r));
+		   json_pack("{s:s, s:s, s:s, s:b}", "name", "vm", "target", x->file, "sync", "none", "detach", 1),
+		   &r));
 	json_int_t id = json_integer_value(json_object_get(r, "id"));
 	json_decref(r);
 	fill(&p.a, 2);
 	OK(pair_do(&p.a, "job", json_pack("{s:s, s:I}", "op", "cancel", "id", id), NULL));
 	OK(pair_do(&p.a, "job", json_pack("{s:s, s:I}", "op", "wait", "id", id), NULL));
+}
+
+static void *apply_over_control(void *arg)
+{
+	struct exporting *x = arg;
+	char sock[300];
+	json_t *result = NULL, *args = json_pack("{s:s, s:s, s:b}", "name", "vm", "file", x->file, "apply", 1);
+	(void)snprintf(sock, sizeof(sock), "%s/control.sock", p.a.store);
+	x->ret = ctl_call(sock, "import", args, 0, NULL, NULL, &result, NULL, &x->e);
+	json_decref(result);
+	return NULL;
+}
+
+static bool write_under_way(void)
+{
+	struct group *g = daemon_group(p.a.d, "vm");
+	mutex_lock(&g->lock);
+	bool is = g->flights != NULL;
+	mutex_unlock(&g->lock);
+	group_unref(g);
+	return is;
+}
+
+static void *shut_down(void *arg)
+{
+	daemon_shutdown(p.a.d);
+	atomic_store((atomic_bool *)arg, true);
+	return NULL;
+}
+
+/* Its write waits for the peer, and nobody but the end of the daemon ends that. */
+Test(export, a_backup_that_is_applied_to_a_frozen_volume_does_not_keep_the_daemon_from_ending)
+{
+	struct exporting x = {.ret = 1};
+	atomic_bool done = false;
+	pthread_t t;
+	make_backup(&x);
+	set("on_disconnect", "freeze");
+	protect();
+	pair_host_stop(&p.b);
+	OK(pair_wait_link(&p.a, "vm", "DOWN"));
+	OK(daemon_serve_control(p.a.d, &x.e));
+	cr_assert_eq(pthread_create(&x.thread, NULL, apply_over_control, &x), 0);
+	WAIT_FOR(write_under_way());
+	cr_assert_eq(pthread_create(&t, NULL, shut_down, &done), 0);
+	WAIT_FOR(atomic_load(&done));
+	(void)pthread_join(t, NULL);
+	(void)pthread_join(x.thread, NULL);
+	cr_assert_eq(x.ret, -ERR_IO, "%d: %s", x.ret, x.e.text);
+	pair_host_stop(&p.a);
+	OK(pair_host_start(&p, &p.b));
+	OK(pair_host_start(&p, &p.a));
+}
+
+/* The rest would go to what the secondary wrote itself, where it stops its checkpoints, and count as applied. */
+Test(export, a_backup_that_is_applied_is_not_written_to_a_secondary)
+{
+	struct exporting x = {.ret = 1};
+	make_backup(&x);
 	protect();
 	/* Opening the list of its extents waits for a lease to be given back. */
 	char list[sizeof(x.file) + 16];
