@@ -15,6 +15,7 @@ struct fault_disk {
 	struct disk *real;
 	struct faults *f; /* NULL: not a file that fails */
 	_Atomic int sync_error;
+	_Atomic bool written;
 };
 
 struct fault_storage {
@@ -61,6 +62,7 @@ static void held(struct faults *f)
 static int fault_write(struct disk *d, uint64_t off, const void *buf, size_t len)
 {
 	struct fault_disk *x = disk_of(d);
+	x->written = true;
 	held(x->f);
 	int once = x->f ? atomic_exchange(&x->f->write_once, 0) : 0;
 	int err = x->f ? hit(x->f, once ? once : atomic_load(&x->f->write)) : 0;
@@ -84,7 +86,7 @@ static int fault_extent(struct disk *d, uint64_t off, uint64_t end, struct exten
 static int fault_sync(struct disk *d)
 {
 	struct fault_disk *x = disk_of(d);
-	for (; x->f && atomic_load(&x->f->hold_sync); atomic_store(&x->f->syncing, 1))
+	for (; x->f && x->written && atomic_load(&x->f->hold_sync); atomic_store(&x->f->syncing, 1))
 		(void)poll(NULL, 0, 1);
 	int err = x->f ? atomic_load(&x->f->sync) : 0;
 	if (x->f && !err && (err = atomic_exchange(&x->f->sync_once, 0)) != 0)

@@ -15,7 +15,7 @@ struct faults {
 	_Atomic int write_once;	       /* the next write alone */
 	_Atomic int hold;	       /* writes wait while it is not 0 */
 	_Atomic int hold_read;	       /* so do reads */
-	_Atomic int hold_sync;	       /* and syncs */
+	_Atomic int hold_sync;	       /* and syncs of what was written to */
 	_Atomic int syncing;	       /* one has waited */
 	_Atomic unsigned reading;      /* reads that have come, those that wait included */
 	_Atomic unsigned failed;       /* calls that were made to fail */
