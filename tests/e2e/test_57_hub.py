@@ -151,7 +151,7 @@ def test_both_decide_alike():
         last = rng.randrange(3)
         return hub.Join(group="g", uuid=bytes(16), flags=flags, role=role, state=rng.choice(states[role]), lineage=lineage,
                         sync_from=rng.choice(pool + [0]) if flags & hub.J_INCONSISTENT else 0, ckpt_max=5, last_stream=last,
-                        failover_generation=0, settings=b"\0\0",
+                        failover_generation=0, start=0, number=0, settings=b"\0\0",
                         volumes=[hub.Volume("v", bytes(16), 1, 512, rng.choice([0, 0, 0, 1, 4]))])
 
     seen = {}
@@ -572,7 +572,7 @@ def test_bad_hubs():
     broken("a report of more than there is", want, lambda c: frame(c, hub.REPORT, struct.pack("<I", 1024), flags=1))
     broken("a report that was not asked for", lambda c: frame(c, hub.REPORT, struct.pack("<I", 0), flags=1, seq=77))
     join = hub.Join(group="vm1", uuid=bytes(16), flags=hub.J_PROTECT, role=1, state=0, lineage=hub.Lineage(), sync_from=0, ckpt_max=0,
-                    last_stream=0, failover_generation=0, settings=b"\0\0", volumes=[]).encode()
+                    last_stream=0, failover_generation=0, start=0, number=0, settings=b"\0\0", volumes=[]).encode()
     broken("JOIN after a hub's message", want, lambda c: frame(c, hub.JOIN, join))
     broken("a type that is none", lambda c: frame(c, 79, seq=1))
     check(content(vol) == b"\x11" * MIB, "nothing was applied")

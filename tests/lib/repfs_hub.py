@@ -454,7 +454,7 @@ class Join:
     """The fields of the table, by its names; settings stay bytes."""
 
     FIELDS = ("group", "uuid", "flags", "role", "state", "lineage", "sync_from", "ckpt_max", "last_stream",
-              "failover_generation", "settings", "volumes")
+              "failover_generation", "start", "number", "settings", "volumes")
 
     def __init__(self, **kw):
         for f in self.FIELDS:
@@ -467,6 +467,7 @@ class Join:
         j["flags"], j["role"], j["state"] = r.take("IBB")
         j["lineage"] = Lineage.decode(r.raw(144))
         j["sync_from"], j["ckpt_max"], j["last_stream"], j["failover_generation"] = r.take("QQQQ")
+        j["start"], j["number"] = r.take("QQ")
         at = r.at
         for _ in range(r.take("H")):
             r.string()
@@ -488,7 +489,8 @@ class Join:
 
     def encode(self):
         out = string(self.group) + self.uuid + struct.pack("<IBB", self.flags, self.role, self.state) + self.lineage.encode()
-        out += struct.pack("<QQQQ", self.sync_from, self.ckpt_max, self.last_stream, self.failover_generation) + self.settings
+        out += struct.pack("<QQQQ", self.sync_from, self.ckpt_max, self.last_stream, self.failover_generation)
+        out += struct.pack("<QQ", self.start, self.number) + self.settings
         out += struct.pack("<I", len(self.volumes))
         for v in self.volumes:
             out += string(v.name) + v.uuid + struct.pack("<IQB", v.id, v.size, v.flags)
@@ -904,7 +906,7 @@ class Group:
         flags = (J_INCONSISTENT if self.inconsistent else 0) | (J_FRESH if self.fresh or self.lineage.current == 0 and not self.sync_from else 0)
         return Join(group=self.group_name(), uuid=self.uuid, flags=flags, role=SECONDARY, state=self.state, lineage=self.lineage,
                     sync_from=self.sync_from if self.inconsistent else 0, ckpt_max=self.ckpt_max, last_stream=self.last_stream,
-                    failover_generation=0, settings=self.settings,
+                    failover_generation=0, start=0, number=0, settings=self.settings,
                     volumes=[v._replace(flags=4 if v.id in self.detached else 0) for v in self.volumes])
 
     def group_name(self):
