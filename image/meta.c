@@ -12,10 +12,10 @@
  * A copy that can't be read is not one that is torn: it may hold the newest record, saved and answered, where the other
  * is older (a second write that failed does not fail a save). So it is never passed over on the strength of the other
  * copy alone, unless that one proves itself the newest: a copy of pass 2 or more was written after the record was
- * durable in the other, and is itself the first to be overwritten by the next save. For that to hold, a save whose
- * second write failed succeeds only if the copy that it leaves behind is of pass 1. A load that can't tell refuses. A
- * save goes on: its record is newer than anything the unreadable copy may hold, over which it is written first; if that
- * fails, the other's older one is not put in its place.
+ * durable in the other, and is itself the first to be overwritten by the next save. For that to hold where the best is
+ * of a later pass (the other could not be read, or was torn), a save first makes the other one of pass 1 that says the
+ * same. A load that can't tell refuses. A save goes on: its record is newer than anything the unreadable copy may hold;
+ * if its first write over that one fails, the other's older one is not put in its place.
  *
  * The older record that is written over one whose save failed may itself not have reached the medium, where that one
  * then still lies, to be found after the next power cut as the newest. So this copy is marked, and a load writes and
@@ -292,23 +292,65 @@ static int secure(struct pair *p, const struct copy *best, const struct copy *ot
 	return rc < 0 ? rc : storage_sync_dir(p->s, p->dir);
 }
 
+/* best's record as the other copy is to hold it; *ret_len bytes, to be freed. NULL: out of memory. */
+static uint8_t *copy_for(const struct copy *best, const struct copy *other, uint32_t pass, uint32_t flags,
+			 size_t *ret_len)
+{
+	size_t len = META_HEADER_SIZE + best->payload_len;
+	uint8_t *raw = malloc(len);
+
+	if (!raw)
+		return NULL;
+	memcpy(raw, best->raw, len);
+	put_u32(raw + 32, pass);
+	put_u32(raw + 40, flags_for(other) | flags);
+	put_u32(raw + 44, crc32c(0, raw, 44));
+	*ret_len = len;
+	return raw;
+}
+
 /* Writes best's record over the other copy, as one whose durability comes after best's. `undoes`: a newer one may lie
  * there. */
 static int copy_over(struct pair *p, const struct copy *best, const struct copy *other, bool undoes, bool durable)
 {
-	size_t len = META_HEADER_SIZE + best->payload_len;
-	uint8_t *raw = malloc(len);
+	size_t len;
+	uint8_t *raw = copy_for(best, other, best->pass + 1, undoes ? META_UNDOES : 0, &len);
 	int rc;
 
 	if (!raw)
 		return -ERR_NOMEM;
-	memcpy(raw, best->raw, len);
-	put_u32(raw + 32, best->pass + 1);
-	put_u32(raw + 40, flags_for(other) | (undoes ? META_UNDOES : 0));
-	put_u32(raw + 44, crc32c(0, raw, 44));
 	rc = copy_write(p, other, raw, len, durable);
 	free(raw);
 	return rc;
+}
+
+/* Makes the other copy the one that was written first, in the place of a best one of a later pass, which a save would
+ * overwrite second: if that failed, what it holds would pass for the newest where the new one can't be read. */
+static int lead(struct pair *p, const struct copy **best, bool durable)
+{
+	struct copy *other = pair_other(p, *best);
+	size_t len;
+	uint8_t *raw = copy_for(*best, other, 1, 0, &len);
+	int rc;
+
+	if (!raw)
+		return -ERR_NOMEM;
+	rc = copy_write(p, other, raw, len, durable);
+	if (rc < 0) {
+		free(raw);
+		return rc;
+	}
+	free(other->raw);
+	other->raw = raw;
+	other->flags = get_u32(raw + 40);
+	other->state = COPY_GOOD;
+	other->sequence = (*best)->sequence;
+	other->container = (*best)->container;
+	other->version = (*best)->version;
+	other->payload_len = (*best)->payload_len;
+	other->pass = 1;
+	*best = other;
+	return 0;
 }
 
 static int version_refuse(const struct copy *c, const char *what, const char *path, uint32_t version_max, struct err *e)
@@ -333,16 +375,22 @@ static bool version_known(const struct copy *c, uint32_t version_max)
 
 static int save_pair(struct pair *p, uint8_t *raw, const char kind[4], uint32_t version, size_t len, bool durable)
 {
-	const struct copy *best = pair_best(p);
-	const struct copy *first = best ? pair_other(p, best) : &p->copies[0];
-	const struct copy *second = pair_other(p, first);
+	const struct copy *best = pair_best(p), *first, *second;
 	uint64_t sequence = best ? best->sequence + 1 : 1;
 	int rc;
 
+	first = best ? pair_other(p, best) : &p->copies[0];
+	second = pair_other(p, first);
 	if (!best && (first->state == COPY_UNREADABLE || second->state == COPY_UNREADABLE))
 		return first->state == COPY_UNREADABLE ? first->error : second->error;
 	if (best && durable && (rc = secure(p, best, first)) < 0)
 		return rc;
+	if (best && best->pass > 1) {
+		if ((rc = lead(p, &best, durable)) < 0)
+			return rc;
+		second = best;
+		first = pair_other(p, best);
+	}
 	header_encode(raw, kind, sequence, version, 1, flags_for(first), raw + META_HEADER_SIZE, len);
 	rc = copy_write(p, first, raw, META_HEADER_SIZE + len, durable);
 	if (rc < 0) {
@@ -351,13 +399,10 @@ static int save_pair(struct pair *p, uint8_t *raw, const char kind[4], uint32_t 
 			(void)copy_over(p, best, first, true, durable);
 		return rc;
 	}
+	/* Failing, it leaves what was written first there, or nothing that checks out: the next save begins with it. */
 	header_encode(raw, kind, sequence, version, 2, flags_for(second), raw + META_HEADER_SIZE, len);
-	rc = copy_write(p, second, raw, META_HEADER_SIZE + len, durable);
-	if (rc == 0 || !best || best->pass == 1)
-		return 0;
-	/* Left behind, it would pass for the newest where the first can't be read. */
-	(void)copy_over(p, best, first, true, durable);
-	return rc;
+	(void)copy_write(p, second, raw, META_HEADER_SIZE + len, durable);
+	return 0;
 }
 
 /* raw: room for the header, then the payload. */
@@ -399,21 +444,29 @@ int meta_save(struct storage *s, const char *dir, const char *path, const char k
 	return rc;
 }
 
-/* Beside a copy that holds an older record the newest must be made certain before it is acted on: a power cut could
- * take it back. So must the first record there is, whose save was cut off before its other copy was made. Apart from
- * that failing is no error: the record is there, and the next save begins with the copy that is not. */
+static int copy_remove(struct pair *p, const struct copy *c)
+{
+	int rc = storage_unlink(p->s, c->path);
+
+	return rc < 0 ? rc : storage_sync_dir(p->s, p->dir);
+}
+
+/* Before it is acted on the newest record must be certain: a power cut could take it back, to an older copy or to none.
+ * Nor may it bring back what the medium has where a torn copy lies, an older record or one whose save failed: that copy
+ * is made anew or, where it can't be written, removed. A copy that can't be read beside one of pass 2 is no newer, and
+ * the next save begins with it; that an older or a missing one can't be written is no error either. */
 static int repair(struct pair *p, const struct copy *best)
 {
 	const struct copy *other = pair_other(p, best);
-	bool first = other->state == COPY_ABSENT && (best->flags & META_CREATED);
 	int rc;
 
 	if (other->state == COPY_GOOD && other->sequence == best->sequence)
 		return other->flags & META_UNDOES ? copy_over(p, best, other, true, true) : 0;
 	rc = secure(p, best, other);
-	if (rc == 0)
-		(void)copy_over(p, best, other, false, true);
-	return other->state == COPY_GOOD || first ? rc : 0;
+	if (rc < 0)
+		return other->state == COPY_UNREADABLE ? 0 : rc;
+	rc = copy_over(p, best, other, false, true);
+	return rc < 0 && other->state == COPY_BAD ? copy_remove(p, other) : 0;
 }
 
 /* Whether `best` is the newest record for sure, and may be gone on with. */

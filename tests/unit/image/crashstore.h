@@ -41,6 +41,7 @@ struct cs_inode {
 	struct cs_op ops[CS_OPS];
 	unsigned n_ops;
 	bool unreadable; /* until it is written to */
+	bool tears;	 /* a write to it is done in part, and fails */
 };
 
 struct cs_name {
@@ -133,7 +134,8 @@ static inline int cs_write(struct disk *d, uint64_t off, const void *buf, size_t
 		return -ERR_IO;
 	cd->cs->writes++;
 	cd->inode->unreadable = false;
-	if (cs_stop(cd->cs)) {
+	bool torn = cs_stop(cd->cs) || cd->inode->tears;
+	if (torn) {
 		uint64_t stop = off + cs_random(cd->cs, len + 1);
 
 		if (!cd->cs->tear_bytes && stop < off + len)
@@ -149,7 +151,7 @@ static inline int cs_write(struct disk *d, uint64_t off, const void *buf, size_t
 	} else {
 		cs_queue(cd->inode, off, buf, len);
 	}
-	return cd->cs->stopped ? -ERR_IO : 0;
+	return torn ? -ERR_IO : 0;
 }
 
 static inline int cs_zero(struct disk *d, uint64_t off, uint64_t len, bool punch)

@@ -594,6 +594,112 @@ Test(meta, the_first_record_is_made_durable_before_it_is_acted_on)
 	drop_store(cs);
 }
 
+static uint64_t loaded_until(struct crashstore *cs, long ops)
+{
+	uint64_t n;
+	int rc;
+
+	cs->ops_left = ops;
+	n = load_number(cs, &rc);
+	cs_killed(cs);
+	return n;
+}
+
+/* The save's sync failed, and yet it is on the medium; what was put back over it was torn as the process was killed. A
+ * load that can't write that copy anew must not be acted on: the failed record would come back. */
+Test(meta, a_torn_copy_is_made_anew_before_the_record_is_acted_on)
+{
+	unsigned torn = 0, acted = 0;
+
+	for (uint64_t seed = 1; seed <= 20; seed++)
+		for (long ops = 0; ops < 8; ops++) {
+			struct crashstore *cs = new_store(seed);
+			uint64_t n;
+			int rc;
+
+			cs->tear_bytes = true;
+			cr_assert_eq(save_number(cs, 1, 50, true), 0);
+			cr_assert_eq(save_number(cs, 2, 50, true), 0);
+			cs->sync_fails_in = 1;
+			cs->failed_sync_writes = true;
+			cs->ops_left = 2; /* written, [not] synced, put back in part */
+			cr_assert_lt(save_number(cs, 3, 50, true), 0);
+			cs->sync_fails_in = 0;
+			cs_killed(cs);
+			n = loaded_until(cs, ops);
+			torn += n == 0;
+			acted += n != 0;
+			if (n) {
+				cs_power_cut(cs);
+				cr_assert_eq(load_number(cs, &rc), n, "seed %d, %ld operations", (int)seed, ops);
+			}
+			drop_store(cs);
+		}
+	cr_assert_gt(torn, 10);
+	cr_assert_gt(acted, 40);
+}
+
+/* A place of the disk under the torn copy that can't be written: it is removed, and the record is the other's. */
+Test(meta, a_torn_copy_that_cant_be_written_is_removed)
+{
+	struct crashstore *cs = new_store(5);
+	struct cs_name *b;
+	struct disk *d;
+	int rc;
+
+	cr_assert_eq(save_number(cs, 1, 50, true), 0);
+	cr_assert_eq(save_number(cs, 2, 50, true), 0);
+	cr_assert_eq(storage_open(&cs->storage, "rec.b", 0, &d), 0);
+	cr_assert_eq(disk_write(d, 60, "torn", 4), 0);
+	cr_assert_eq(disk_sync(d), 0);
+	disk_close(d);
+	cr_assert_not_null(b = cs_find(cs, "rec.b"));
+	b->inode->tears = true;
+	cr_assert_eq(load_number(cs, &rc), 2);
+	cs_power_cut(cs);
+	cr_assert_null(cs_find(cs, "rec.b"));
+	cr_assert_eq(load_number(cs, &rc), 2);
+	cr_assert_not_null(cs_find(cs, "rec.b"));
+	cr_assert_eq(storage_unlink(&cs->storage, "rec.a"), 0);
+	cr_assert_eq(load_number(cs, &rc), 2);
+	drop_store(cs);
+}
+
+/* Where the copy that was written first can't be read, the other is the only one that is known: a save that fails
+ * anywhere leaves the record before it or its own. */
+Test(meta, a_save_beside_a_copy_that_cant_be_read_loses_no_record)
+{
+	static const char *const paths[] = {"rec.a", "rec.b"};
+	unsigned failed = 0;
+
+	for (uint64_t seed = 1; seed <= 120; seed++)
+		for (int i = 0; i < 4; i++) {
+			struct crashstore *cs = new_store(seed);
+			uint64_t n;
+			int rc;
+
+			cs->tear_bytes = true;
+			cr_assert_eq(save_number(cs, 1, 50, true), 0);
+			cr_assert_eq(save_number(cs, 2, 50, true), 0);
+			cs->ops_left = (long)(seed % 12);
+			make_unreadable(cs, paths[i & 1]);
+			cs_find(cs, paths[!(i & 1)])->inode->tears = i & 2;
+			cs->sync_fails_in = seed % 2 ? 3 : 0;
+			rc = save_number(cs, 3, 50, true);
+			failed += rc < 0;
+			cs->sync_fails_in = 0;
+			cs_power_cut(cs);
+			for (unsigned k = 0; k < 2; k++)
+				cs_find(cs, paths[k])->inode->tears = cs_find(cs, paths[k])->inode->unreadable = false;
+			n = load_number(cs, &(int){0});
+			cr_assert(n == 3 || (n == 2 && rc < 0), "seed %d, %d: %d, %s", (int)seed, i, (int)n,
+				  err_name(rc));
+			drop_store(cs);
+		}
+	cr_assert_gt(failed, 100);
+	cr_assert_lt(failed, 480);
+}
+
 /* The save's sync failed, and yet it is on the medium; what was put back over it was not synced when the process was
  * killed. The next one has gone on from the old record: the failed one must not come back. */
 Test(meta, a_record_whose_save_failed_stays_away)
