@@ -375,7 +375,7 @@ static int write_words(struct overlay *o, uint64_t block, uint32_t n, const uint
 }
 
 /* Those of the run that are there lose their checksums before their data changes. Those that are not lose a word that
- * a failed overlay_put_map may have left: it would not fit what is written now. */
+ * a failed overlay_put_map, or sync, may have left: it would not fit what is written now. */
 static int mark_replaced(struct overlay *o, uint64_t block, uint32_t n)
 {
 	bool unsure = overlay_unsure(o), marked = false;
@@ -393,7 +393,7 @@ static int mark_replaced(struct overlay *o, uint64_t block, uint32_t n)
 		marked = marked || held || unsure;
 		at = stop;
 	}
-	return marked && o->durable ? disk_sync(o->map) : 0;
+	return marked && o->durable ? overlay_sync_map(o) : 0;
 }
 
 /* [off, end) of the data file is to read as zeroes; holes do so already. */
@@ -521,9 +521,14 @@ int overlay_sync_data(struct overlay *o)
 	return disk_sync(o->data);
 }
 
+/* What it has lost may be words that were taken back. */
 int overlay_sync_map(struct overlay *o)
 {
-	return disk_sync(o->map);
+	int rc = disk_sync(o->map);
+
+	if (rc < 0)
+		__atomic_store_n(&o->unsure, true, __ATOMIC_RELAXED);
+	return rc;
 }
 
 /* ---- check ---- */

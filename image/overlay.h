@@ -50,7 +50,8 @@ static inline uint64_t overlay_blocks_in(uint64_t volume_size)
 }
 bool overlay_has(const struct overlay *o, uint64_t block); /* false past the end: the volume may have grown since */
 uint64_t overlay_count(const struct overlay *o);	   /* blocks held */
-/* Whether its files may show more blocks than it holds when they are opened again: a put of words failed. */
+/* Whether its files may show more blocks than it holds when they are opened again: a put of words, or their sync,
+ * failed. */
 bool overlay_unsure(const struct overlay *o);
 const struct held *overlay_held(const struct overlay *o); /* borrowed */
 /* It holds what `list` says, which it takes over: all that it held, and perhaps blocks that were put since, whose words
