@@ -35,6 +35,7 @@
 #include "tests/sim/simstore.h"
 
 #define VOLUMES 2
+#define BASED 1 /* of them is over a base image */
 #define BLOCKS_MAX 24U
 #define SECTORS (BLOCKS_MAX * BLOCK_SIZE / SECTOR_SIZE)
 #define SIZE_FIRST (20U * BLOCK_SIZE + 3 * SECTOR_SIZE)
@@ -529,6 +530,9 @@ static int op_write(struct world *w)
 					stamps[i], reqs[i].error);
 		simfree(bufs[i]);
 	}
+	/* Over a base image its data was synced before its word, and what else lay there unsynced with it. */
+	if (rc < 0 && vi == BASED)
+		sectors_synced(v->disk, rc);
 	return rc;
 }
 
@@ -929,7 +933,7 @@ static void world_make(struct world *w, uint64_t seed)
 				sector_is(&w->vols[v].view[i], 1);
 			}
 		struct based_args over = {.source = base, .path = base_path};
-		if (volume_create_over(w->s, names[v], SIZE_FIRST, v == 1 ? &over : NULL, DURABILITY_POWER, &e) < 0)
+		if (volume_create_over(w->s, names[v], SIZE_FIRST, v == BASED ? &over : NULL, DURABILITY_POWER, &e) < 0)
 			violation(w, "%s", e.text);
 	}
 	int rc = record_save(w, false);
@@ -1042,7 +1046,7 @@ static void faults_on(struct world *w)
  * must not have been overwritten while what is newer is not. */
 static void record_faults(struct world *w)
 {
-	bool twice = pick(w, 2); /* a copy's sync, and its putting back: the crash in the write after that */
+	bool twice = pick(w, 2); /* a copy's sync, and its putting back */
 	unsigned writes = twice || pick(w, 2) ? SIMSTORE_BIT(SIMSTORE_WRITE) : 0;
 
 	simstore_rules_clear(w->ss);
@@ -1051,7 +1055,15 @@ static void record_faults(struct world *w)
 							       .error = ERR_IO,
 							       .nth = twice ? 2 : 1 + pick(w, 3),
 							       .times = twice ? 2 : 1 + pick(w, 3)});
-	simstore_stop_at(w->ss, 1 + pick(w, 14), pick(w, 3));
+	if (pick(w, 3) == 0) /* nor can one of the copies be read, perhaps not before the next start */
+		(void)simstore_rule_add(
+		    w->ss, &(struct simstore_rule){.calls = SIMSTORE_BIT(SIMSTORE_OPEN) | SIMSTORE_BIT(SIMSTORE_READ),
+						   .path = pick(w, 2) ? "record.a" : "record.b",
+						   .error = ERR_IO,
+						   .nth = 1 + pick(w, 4),
+						   .times = 1 + pick(w, 3)});
+	if (!twice) /* else when that is saved again */
+		simstore_stop_at(w->ss, 1 + pick(w, 14), pick(w, 3));
 }
 
 /* Some saves into the view's overlay fail half way; what is written there next has to take away what they left. */
@@ -1087,6 +1099,8 @@ static void run_seed(uint64_t seed)
 		} else if (what <= 6) {
 			view_faults(&w);
 		}
+		if (w.unsure && pick(&w, 4)) /* the crash comes while what failed is saved again */
+			simstore_stop_at(w.ss, 1 + pick(&w, 3), pick(&w, 3));
 		step(&w, true);
 		if (simstore_stopped(w.ss) || !w.open || pick(&w, 60) == 0)
 			crash(&w, (enum crash)pick(&w, CRASH_KINDS));
