@@ -1055,7 +1055,14 @@ static void record_faults(struct world *w)
 							       .error = ERR_IO,
 							       .nth = twice ? 2 : 1 + pick(w, 3),
 							       .times = twice ? 2 : 1 + pick(w, 3)});
-	if (pick(w, 3) == 0) /* nor can one of the copies be read, perhaps not before the next start */
+	if (twice &&
+	    pick(w, 2)) /* that one not in part: a save opens both to read, one to write, and this is the next */
+		(void)simstore_rule_add(w->ss, &(struct simstore_rule){.calls = SIMSTORE_BIT(SIMSTORE_OPEN),
+								       .path = "record*",
+								       .error = ERR_IO,
+								       .nth = 4,
+								       .times = 1});
+	else if (pick(w, 3) == 0) /* nor can one of the copies be read, perhaps not before the next start */
 		(void)simstore_rule_add(
 		    w->ss, &(struct simstore_rule){.calls = SIMSTORE_BIT(SIMSTORE_OPEN) | SIMSTORE_BIT(SIMSTORE_READ),
 						   .path = pick(w, 2) ? "record.a" : "record.b",
