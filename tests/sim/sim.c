@@ -361,6 +361,8 @@ void sim_maintain(struct sim *s)
 	} else if (m[h]->role == ROLE_PRIMARY && m[h]->state == STATE_DONE) {
 		if (m[!h] && m[!h]->role == ROLE_STANDALONE && !world_chance(w, 3))
 			sim_unprotect(s, h);
+		else if (m[!h] && m[!h]->role == ROLE_PRIMARY && m[!h]->state == STATE_DONE && world_chance(w, 2))
+			command(s, !h, (struct repl_command){.cmd = CMD_START}); /* it is the one that dials, perhaps */
 		else
 			command(s, h, (struct repl_command){.cmd = CMD_START});
 	} else if (m[h]->role == ROLE_PRIMARY && world_unrelated(w)) {
