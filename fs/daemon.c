@@ -610,6 +610,21 @@ const struct link_callbacks *daemon_link_callbacks(bool dialled)
 
 /* ---- the clock ---- */
 
+/* Of those that are there now, without the names' lock. */
+static void each_group(struct daemon *d, void (*fn)(struct group *g))
+{
+	struct group *all[STORE_GROUPS_MAX];
+	unsigned n = 0;
+	pthread_rwlock_rdlock(&d->names);
+	for (struct group *g = d->groups; g && n < STORE_GROUPS_MAX; g = g->next)
+		all[n++] = group_ref(g);
+	pthread_rwlock_unlock(&d->names);
+	for (unsigned i = 0; i < n; i++) {
+		fn(all[i]);
+		group_unref(all[i]);
+	}
+}
+
 static void *tick_main(void *arg)
 {
 	struct daemon *d = arg;
@@ -622,16 +637,7 @@ static void *tick_main(void *arg)
 		if (d->stop)
 			break;
 		mutex_unlock(&d->lock);
-		struct group *all[STORE_GROUPS_MAX];
-		unsigned n = 0;
-		pthread_rwlock_rdlock(&d->names);
-		for (struct group *g = d->groups; g && n < STORE_GROUPS_MAX; g = g->next)
-			all[n++] = group_ref(g);
-		pthread_rwlock_unlock(&d->names);
-		for (unsigned i = 0; i < n; i++) {
-			group_tick(all[i]);
-			group_unref(all[i]);
-		}
+		each_group(d, group_tick);
 		hub_tick(d);
 		jobs_tick(d->jobs);
 		mutex_lock(&d->lock);
@@ -785,20 +791,6 @@ static void sync_volumes(struct group *g)
 	}
 }
 
-static void groups_shutdown(struct daemon *d)
-{
-	struct group *all[STORE_GROUPS_MAX];
-	unsigned n = 0;
-	pthread_rwlock_rdlock(&d->names);
-	for (struct group *g = d->groups; g && n < STORE_GROUPS_MAX; g = g->next)
-		all[n++] = group_ref(g);
-	pthread_rwlock_unlock(&d->names);
-	for (unsigned i = 0; i < n; i++) {
-		group_shutdown(all[i]);
-		group_unref(all[i]);
-	}
-}
-
 void daemon_shutdown(struct daemon *d)
 {
 	if (atomic_exchange(&d->ending, true))
@@ -806,7 +798,7 @@ void daemon_shutdown(struct daemon *d)
 	/* First: verbs are waited for, and they wait for a job's end, or for a request that waits for the peer. */
 	if (d->jobs)
 		jobs_shutdown(d->jobs);
-	groups_shutdown(d);
+	each_group(d, group_shutdown);
 	if (d->ctl)
 		ctl_server_stop(d->ctl);
 	mutex_lock(&d->lock);
@@ -819,7 +811,7 @@ void daemon_shutdown(struct daemon *d)
 	 * or brought back by a verb, meanwhile: */
 	mutex_lock(&d->admin);
 	mutex_unlock(&d->admin);
-	groups_shutdown(d);
+	each_group(d, group_shutdown);
 	hub_shutdown(d);
 }
 
