@@ -1097,12 +1097,9 @@ static void ev_shutdown(struct repl *r)
 	repl_fail_list(r, &r->gated, -ERR_IO);
 	repl_fail_list(r, &r->frozen, -ERR_IO);
 	verify_end(r, -ERR_CANCELED, "the daemon is shutting down");
-	struct repl_command *c = r->resolve; /* it waits for a peer, and for no tick any more */
-	r->resolve = NULL;
-	if (c)
-		repl_command_done(
-		    r, c, -ERR_CANCELED,
-		    "the daemon is shutting down, or volumes are added to the group or deleted; give it again");
+	/* It waits for a peer, and for no tick any more. */
+	repl_command_fail(r, &r->resolve, -ERR_CANCELED,
+			  "the daemon is shutting down, or volumes are added to the group or deleted; give it again");
 	detach_shutdown(r);
 	if (r->link != LINK_DOWN) {
 		session_send(r, WIRE_GOODBYE, 0, WIRE_BYE_SHUTDOWN, 0, 0, NULL, 0);

@@ -453,6 +453,8 @@ void session_answer(struct repl *r); /* a JOIN with this host's own, and decides
 void session_frame(struct repl *r, const struct repl_event *ev);
 void session_tick(struct repl *r);
 void session_join_ready(struct repl *r);
+/* Ends *c, if there is one, which is NULL from then on. */
+void repl_command_fail(struct repl *r, struct repl_command **c, int code, const char *text);
 void session_dial(struct repl *r);
 void session_redial(struct repl *r); /* if it is time; else from the tick */
 /* What a frame of REFUSE's form says; false: it was none, and the session has ended. */

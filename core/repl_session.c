@@ -46,7 +46,7 @@ void session_close(struct repl *r, bool drain)
 	repl_emit(r, &(struct repl_action){.type = ACT_CLOSE, .drain = drain});
 }
 
-static void fail_pending(struct repl *r, struct repl_command **c, int code, const char *text)
+void repl_command_fail(struct repl *r, struct repl_command **c, int code, const char *text)
 {
 	struct repl_command *x = *c;
 	*c = NULL;
@@ -90,8 +90,8 @@ void session_refuse(struct repl *r, int code, const char *text)
 	int n = wire_refuse_encode(&x, r->scratch, sizeof(r->scratch));
 	if (n > 0)
 		session_send(r, WIRE_REFUSE, 0, 0, 0, 0, r->scratch, (uint32_t)n);
-	fail_pending(r, &r->protect, -(int)x.code, text);
-	fail_pending(r, &r->start, -(int)x.code, text);
+	repl_command_fail(r, &r->protect, -(int)x.code, text);
+	repl_command_fail(r, &r->start, -(int)x.code, text);
 	session_close(r, true);
 }
 
@@ -289,18 +289,18 @@ void session_link_down(struct repl *r, int code, const char *text)
 	if (r->meta->split_brain)
 		r->redial_ns = r->now_ns + (r->resolve ? 0 : REFUSED_REDIAL_NS);
 	if (!repl_tx_pending(r, TX_SPLIT)) { /* else its end answers them */
-		fail_pending(r, &r->protect, fail, why);
+		repl_command_fail(r, &r->protect, fail, why);
 		if (!start_waits_for_dial(r))
-			fail_pending(r, &r->start, fail, why);
+			repl_command_fail(r, &r->start, fail, why);
 	}
-	fail_pending(r, &r->want_ckpt, -ERR_PEER, why);
+	repl_command_fail(r, &r->want_ckpt, -ERR_PEER, why);
 	if (r->setting) /* saved here; the peer gets it with the next JOIN */
 		repl_command_done(r, r->setting, 0, " ");
 	r->setting = NULL;
 	/* A secondary's, see secondary_settle. */
 	if (r->stop && r->meta->role == ROLE_PRIMARY && r->meta->state == STATE_RUNNING &&
 	    !repl_tx_pending(r, TX_STOPPED))
-		fail_pending(r, &r->stop, -ERR_PEER, why);
+		repl_command_fail(r, &r->stop, -ERR_PEER, why);
 	bool source = r->is_source, target = r->is_target;
 	r->is_source = r->is_target = false;
 	r->queue_bytes = 0;
@@ -869,16 +869,17 @@ void session_tx_done(struct repl *r, struct tx *t, int error)
 				       "split brain: both hosts wrote %s alone; replication is halted. See `diverged`, "
 				       "then `resolve`",
 				       r->meta->group);
-		fail_pending(r, &r->protect, -ERR_SPLIT,
-			     "split brain: both hosts wrote alone; see `diverged`, then `resolve`");
-		fail_pending(r, &r->start, -ERR_SPLIT,
-			     "split brain: both hosts wrote alone; see `diverged`, then `resolve`");
+		repl_command_fail(r, &r->protect, -ERR_SPLIT,
+				  "split brain: both hosts wrote alone; see `diverged`, then `resolve`");
+		repl_command_fail(r, &r->start, -ERR_SPLIT,
+				  "split brain: both hosts wrote alone; see `diverged`, then `resolve`");
 		if (t->session == r->session && r->link == LINK_HANDSHAKE && !r->closing) {
 			if (r->mine.flags & (WIRE_JOIN_DISCARD_MINE | WIRE_JOIN_DISCARD_YOURS))
-				fail_pending(r, &r->resolve, -ERR_STATE,
-					     "the copy to be kept can't be the source: it only follows (`failover` "
-					     "there first), or a disk of it is detached, or `resolve` was given the "
-					     "other way round on the peer");
+				repl_command_fail(
+				    r, &r->resolve, -ERR_STATE,
+				    "the copy to be kept can't be the source: it only follows (`failover` "
+				    "there first), or a disk of it is detached, or `resolve` was given the "
+				    "other way round on the peer");
 			send_dirty(r);
 			r->dirty_sent = true;
 			apart_end(r);
@@ -902,11 +903,11 @@ static void on_refuse(struct repl *r, const struct repl_event *ev)
 	int code = x.code > 0 && x.code < ERR_CODES_END ? -(int)x.code : -ERR_FAILED;
 	if (!r->protect && !r->start && code != -ERR_BUSY)
 		repl_set_error(r, code, "handshake", -1, 0, 0, "%s", text);
-	fail_pending(r, &r->protect, code, text);
-	fail_pending(r, &r->start, code, text);
+	repl_command_fail(r, &r->protect, code, text);
+	repl_command_fail(r, &r->start, code, text);
 	switchover_refused(r, code, text);
 	if (code != -ERR_BUSY)
-		fail_pending(r, &r->resolve, code, text);
+		repl_command_fail(r, &r->resolve, code, text);
 	r->redial_wait_ns = REDIAL_MAX_NS;
 	r->refused = true;
 	session_close(r, false);
@@ -1012,10 +1013,11 @@ void session_redial(struct repl *r)
 static void commands_expire(struct repl *r)
 {
 	if (start_waits_for_dial(r) && r->now_ns >= r->start_until_ns)
-		fail_pending(r, &r->start, -ERR_PEER, "the peer, which dials, has not connected; is it up?");
+		repl_command_fail(r, &r->start, -ERR_PEER, "the peer, which dials, has not connected; is it up?");
 	if (r->resolve && r->now_ns >= r->resolve_until_ns)
-		fail_pending(r, &r->resolve, -ERR_PEER,
-			     "the peer was not reached, or the connection was lost; see `status`, then give it again");
+		repl_command_fail(
+		    r, &r->resolve, -ERR_PEER,
+		    "the peer was not reached, or the connection was lost; see `status`, then give it again");
 }
 
 void session_tick(struct repl *r)
