@@ -1130,17 +1130,22 @@ Test(jobs, a_daemon_that_ends_does_not_wait_for_a_hold)
 	expect_end(t, &f.hold);
 }
 
-/* The disk that it reads hangs, so the step under way does not end. */
+/* The disk that it reads hangs, so the step under way does not end. The reads that have come before. */
+static unsigned hung_disk(struct faults *f)
+{
+	struct err e = {0};
+	put(0, SIZE, 1);
+	with_faults(f);
+	OK(daemon_serve_control(p.a.d, &e));
+	atomic_store(&f->hold_read, 1);
+	return atomic_load(&f->reading);
+}
+
 Test(jobs, a_daemon_that_ends_does_not_wait_for_a_pause)
 {
 	static struct faults f = {.match = "vm/"};
 	pthread_t t;
-	struct err e = {0};
-	put(0, SIZE, 1);
-	with_faults(&f);
-	OK(daemon_serve_control(p.a.d, &e));
-	atomic_store(&f.hold_read, 1);
-	unsigned before = atomic_load(&f.reading);
+	unsigned before = hung_disk(&f);
 	begin(&p.a, "full", "full");
 	WAIT_FOR(atomic_load(&f.reading) > before);
 	cr_assert_eq(pthread_create(&t, NULL, over_control, (void *)"job"), 0);
@@ -1152,12 +1157,7 @@ Test(jobs, a_daemon_that_ends_does_not_wait_for_the_step_of_one_that_is_waited_f
 {
 	static struct faults f = {.match = "vm/"};
 	pthread_t t;
-	struct err e = {0};
-	put(0, SIZE, 1);
-	with_faults(&f);
-	OK(daemon_serve_control(p.a.d, &e));
-	atomic_store(&f.hold_read, 1);
-	unsigned before = atomic_load(&f.reading);
+	unsigned before = hung_disk(&f);
 	cr_assert_eq(pthread_create(&t, NULL, over_control, (void *)"full"), 0);
 	WAIT_FOR(atomic_load(&f.reading) > before);
 	expect_end(t, &f.hold_read);

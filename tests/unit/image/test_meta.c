@@ -594,6 +594,17 @@ Test(meta, the_first_record_is_made_durable_before_it_is_acted_on)
 	drop_store(cs);
 }
 
+/* 1, then 2, on a medium that tears a write anywhere. */
+static struct crashstore *two_saved(uint64_t seed)
+{
+	struct crashstore *cs = new_store(seed);
+
+	cs->tear_bytes = true;
+	cr_assert_eq(save_number(cs, 1, 50, true), 0);
+	cr_assert_eq(save_number(cs, 2, 50, true), 0);
+	return cs;
+}
+
 static uint64_t loaded_until(struct crashstore *cs, long ops)
 {
 	uint64_t n;
@@ -613,13 +624,10 @@ Test(meta, a_torn_copy_is_made_anew_before_the_record_is_acted_on)
 
 	for (uint64_t seed = 1; seed <= 20; seed++)
 		for (long ops = 0; ops < 8; ops++) {
-			struct crashstore *cs = new_store(seed);
+			struct crashstore *cs = two_saved(seed);
 			uint64_t n;
 			int rc;
 
-			cs->tear_bytes = true;
-			cr_assert_eq(save_number(cs, 1, 50, true), 0);
-			cr_assert_eq(save_number(cs, 2, 50, true), 0);
 			cs->sync_fails_in = 1;
 			cs->failed_sync_writes = true;
 			cs->ops_left = 2; /* written, [not] synced, put back in part */
@@ -642,13 +650,11 @@ Test(meta, a_torn_copy_is_made_anew_before_the_record_is_acted_on)
 /* A place of the disk under the torn copy that can't be written: it is removed, and the record is the other's. */
 Test(meta, a_torn_copy_that_cant_be_written_is_removed)
 {
-	struct crashstore *cs = new_store(5);
+	struct crashstore *cs = two_saved(5);
 	struct cs_name *b;
 	struct disk *d;
 	int rc;
 
-	cr_assert_eq(save_number(cs, 1, 50, true), 0);
-	cr_assert_eq(save_number(cs, 2, 50, true), 0);
 	cr_assert_eq(storage_open(&cs->storage, "rec.b", 0, &d), 0);
 	cr_assert_eq(disk_write(d, 60, "torn", 4), 0);
 	cr_assert_eq(disk_sync(d), 0);
@@ -674,13 +680,10 @@ Test(meta, a_save_beside_a_copy_that_cant_be_read_loses_no_record)
 
 	for (uint64_t seed = 1; seed <= 120; seed++)
 		for (int i = 0; i < 4; i++) {
-			struct crashstore *cs = new_store(seed);
+			struct crashstore *cs = two_saved(seed);
 			uint64_t n;
 			int rc;
 
-			cs->tear_bytes = true;
-			cr_assert_eq(save_number(cs, 1, 50, true), 0);
-			cr_assert_eq(save_number(cs, 2, 50, true), 0);
 			cs->ops_left = (long)(seed % 12);
 			make_unreadable(cs, paths[i & 1]);
 			cs_find(cs, paths[!(i & 1)])->inode->tears = i & 2;
